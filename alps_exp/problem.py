@@ -1,0 +1,149 @@
+"""One layer to prune, as numbers: no model, no device moves, no method.
+
+    W    (out, in)      dense weight
+    X    (tokens, in)   calibration input
+    G    (in, in)       Gram matrix XᵀX, a plain sum over tokens, undamped
+    loss(Ŵ)             ‖X(W - Ŵ)ᵀ‖² = tr((W - Ŵ) G (W - Ŵ)ᵀ); the relative loss divides by tr(W G Wᵀ)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+
+class Statistics(IntEnum):
+    """What a solver must know of a layer's inputs; each level includes those below it."""
+
+    NONE = 0
+    DIAGONAL = 1
+    MOMENTS = 2
+    GRAM = 3
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """A layer's weight and the statistics of its calibration inputs.
+
+    Attributes:
+        weight: (out, in) float32 or float64.
+        gram: (in, in) sum over tokens of x xᵀ, undamped; None when not collected.
+        diagonal: (in,) sum over tokens of x²; taken from `gram` when not given.
+        mean: (in,) mean over tokens of x.
+        var: (in,) variance of x over the tokens within each sequence, averaged over sequences.
+        tokens: number of tokens that the statistics are sums over.
+        sequences: number of sequences that these tokens form.
+        name: the layer's name, for messages.
+
+    Raises:
+        UserError: shapes that do not fit each other, or values that are not finite.
+    """
+
+    weight: Tensor
+    gram: Tensor | None = None
+    diagonal: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    tokens: int | None = None
+    sequences: int | None = None
+    name: str = "the layer"
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            raise UserError(f"{self.name}: weight must be a non-empty matrix (out, in), got {tuple(self.weight.shape)}")
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            object.__setattr__(self, "weight", self.weight.float())
+        if self.diagonal is None and self.gram is not None:
+            object.__setattr__(self, "diagonal", self.gram.diagonal().clone())
+        width = self.weight.shape[1]
+        for label, shape in (("gram", (width, width)), ("diagonal", (width,)), ("mean", (width,)), ("var", (width,))):
+            value = getattr(self, label)
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
+                raise UserError(f"{self.name}: {label} must have shape {shape}, got {tuple(value.shape)}")
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"{self.name}: {label} of the inputs has NaN or infinite entries")
+            object.__setattr__(self, label, value.to(self.weight))
+        if not bool(torch.isfinite(self.weight).all()):
+            bad = int((~torch.isfinite(self.weight)).sum())
+            raise UserError(f"{self.name}: the weight has {bad} NaN or infinite entries")
+        if self.diagonal is not None and bool((self.diagonal < 0).any()):
+            raise UserError(f"{self.name}: the Gram matrix has negative diagonal entries; it must be a sum of x xᵀ")
+
+    @classmethod
+    def from_inputs(
+        cls, weight: Tensor, inputs: Tensor, sequences: int | None = None, name: str = "the layer"
+    ) -> LayerProblem:
+        """The problem whose statistics are those of `inputs`.
+
+        Args:
+            weight: (out, in).
+            inputs: (tokens, in), or (sequences, length, in).
+            sequences: into how many sequences of equal length, in order, a (tokens, in) input divides; 1 if not given.
+        """
+        if inputs.ndim == 3:
+            sequences = inputs.shape[0]
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+        if inputs.ndim != 2 or inputs.shape[0] == 0 or weight.ndim != 2 or inputs.shape[1] != weight.shape[1]:
+            raise UserError(
+                f"{name}: inputs must be (tokens, in) or (sequences, length, in) with in = {weight.shape[-1]}, "
+                f"got {tuple(inputs.shape)}"
+            )
+        sequences = sequences or 1
+        if inputs.shape[0] % sequences:
+            raise UserError(f"{name}: {inputs.shape[0]} tokens do not divide into {sequences} sequences")
+        x = inputs.to(weight.device, weight.dtype if weight.dtype == torch.float64 else torch.float32)
+        by_sequence = x.reshape(sequences, -1, x.shape[1])
+        return cls(
+            weight=weight,
+            gram=x.T @ x,
+            mean=x.mean(0),
+            var=by_sequence.var(1, unbiased=False).mean(0),
+            tokens=x.shape[0],
+            sequences=sequences,
+            name=name,
+        )
+
+    @property
+    def available(self) -> Statistics:
+        """The highest level of statistics that this problem carries."""
+        if self.gram is not None:
+            return Statistics.GRAM
+        if self.diagonal is None:
+            return Statistics.NONE
+        return Statistics.DIAGONAL if self.mean is None or self.var is None else Statistics.MOMENTS
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """(in,) bool: inputs that were zero on every calibration token."""
+        if self.diagonal is None:
+            return torch.zeros(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
+        return self.diagonal == 0
+
+    @cached_property
+    def energy(self) -> float:
+        """tr(W G Wᵀ), the squared norm of the dense layer's output."""
+        return self._quadratic(self.weight)
+
+    def relative_loss(self, weight: Tensor) -> float:
+        """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², undamped; 0 when both vanish. Needs the Gram matrix.
+
+        Args:
+            weight: (out, in), the candidate Ŵ.
+        """
+        loss = self._quadratic(self.weight - weight.to(self.weight))
+        if self.energy > 0:
+            return loss / self.energy
+        return 0.0 if loss == 0 else float("inf")
+
+    def _quadratic(self, delta: Tensor) -> float:
+        if self.gram is None:
+            raise UserError(f"{self.name}: the loss needs the Gram matrix of the inputs; give inputs=X or gram=G")
+        return max(float(((delta @ self.gram) * delta).sum(dtype=torch.float64)), 0.0)
