@@ -1,0 +1,44 @@
+"""Names of runs: what makes two configurations the same, and the directory each writes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+# Where the run is logged and whether it is only planned change neither weights nor evaluations.
+_NOT_HASHED = ("hydra", "logger", "plan")
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """sha256 (hex) of the resolved configuration, without Hydra's own part, the logger and `plan`."""
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _NOT_HASHED])
+    content = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def model_name(cfg: DictConfig) -> str:
+    """The model's name; for a local folder that folder's name, so that two of them can be told apart."""
+    path = cfg.model.get("path")
+    return Path(str(path)).expanduser().resolve().name if path else str(cfg.model.name)
+
+
+def run_name(cfg: DictConfig) -> str:
+    """<model>-<method>-<sparsity>-s<seed>-<hash>: safe as a file name, unique to the configuration."""
+    from .overrides import pattern_of
+
+    words = f"{model_name(cfg)}-{cfg.method.name}-{pattern_of(cfg.sparsity).slug}-s{cfg.seed}"
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", words).lstrip(".-")[:120]
+    return f"{safe}-{config_hash(cfg)[:8]}"
+
+
+def register() -> None:
+    """Make `${run_name:}` known to OmegaConf; conf/config.yaml names the run's directory by it."""
+    OmegaConf.register_new_resolver("run_name", _resolve_run_name, replace=True)
+
+
+def _resolve_run_name(*, _root_: DictConfig) -> str:
+    return run_name(_root_)

@@ -1,0 +1,1 @@
+"""One yaml per table or figure: the grid of runs behind it."""
