@@ -1,2 +1,159 @@
-def prune_layer(): ...
-def prune_model(): ...
+"""alps_exp from Python: prune one layer, or a loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import one_of, parse_device, require
+from .errors import UserError
+from .patterns import Pattern, parse_sparsity
+from .problem import LayerProblem
+from .registry import solver as named_solver
+from .solver import Solution, Solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def prune_layer(
+    weight: Tensor,
+    inputs: Tensor | None = None,
+    gram: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    tokens: int | None = None,
+    sequences: int | None = None,
+    method: str | Solver = "alps",
+    sparsity: float | str | Pattern = 0.7,
+    **hyperparameters,
+) -> Solution:
+    """Prune one linear layer. Needs torch only.
+
+    Args:
+        weight: (out, in) dense weight, on any device.
+        inputs: (tokens, in) or (sequences, length, in) calibration inputs; all statistics are taken from them, or
+        gram: (in, in) their Gram matrix XᵀX, a plain sum over tokens, undamped.
+        mean: (in,) mean over tokens, for DSnoT.
+        var: (in,) variance over the tokens within each sequence, averaged over sequences, for DSnoT.
+        tokens: number of tokens behind `gram`.
+        sequences: number of sequences behind `gram`, or into which a (tokens, in) `inputs` divides.
+        method: a name in conf/method ("alps", "sparsegpt", "wanda", "dsnot", "magnitude", "dense"), or a solver.
+        sparsity: 0.7, "0.7", "2:4", or a pattern.
+        **hyperparameters: the method's, by name.
+
+    Returns:
+        The solution; `solution.weight` is (out, in) in the weight's dtype (float32 for half precision).
+
+    Raises:
+        UserError: an unknown name or a value that is not allowed (a ValueError; one line that says what is).
+    """
+    chosen = named_solver(method, **hyperparameters)
+    pattern = parse_sparsity(sparsity)
+    if inputs is not None:
+        given = [n for n, v in (("gram", gram), ("mean", mean), ("var", var), ("tokens", tokens)) if v is not None]
+        if given:
+            raise UserError(f"inputs and {', '.join(given)} are both given: give the inputs or their statistics")
+        problem = LayerProblem.from_inputs(weight.detach(), inputs.detach(), sequences)
+    else:
+        problem = LayerProblem(weight.detach(), gram=gram, mean=mean, var=var, tokens=tokens, sequences=sequences)
+    pattern.check(tuple(problem.weight.shape))
+    return chosen.solve(problem, pattern)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    method: str | Solver = "alps",
+    sparsity: float | str | Pattern = 0.7,
+    *,
+    device: str | torch.device | None = None,
+    batch_size: int = 1,
+    propagate: str = "pruned",
+    losses: bool = True,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
+    progress: bool = False,
+    **hyperparameters,
+) -> dict:
+    """Prune a loaded `transformers` causal language model in place.
+
+    Args:
+        model: the model, on any device, in any floating dtype.
+        tokens: (windows, seqlen) integer token ids to calibrate on.
+        method, sparsity, **hyperparameters: as in `prune_layer`.
+        device: where the blocks compute; by default where the model is.
+        batch_size: windows per forward.
+        propagate: "pruned" (each block sees what the pruned blocks before it produce) or "dense".
+        losses: measure every layer's relative loss (takes Gram matrices whatever the method needs).
+        include, exclude: globs on layer names.
+        layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
+        progress: show progress on standard error.
+
+    Returns:
+        The run record as plain values: `layers`, `summary`, `phases`, `environment` and the call's settings.
+
+    Raises:
+        UserError: as `prune_layer`; also a model without decoder blocks, a width that the pattern does not fit, tokens
+            of the wrong shape or outside the vocabulary, NaN or infinite weights or activations.
+    """
+    from .blocks import BlockModel
+    from .loop import PROPAGATE, PruneJob, linear_shapes, prune_blocks
+    from .record import RunRecord, environment, peak_memory
+    from .selection import Selection
+
+    require("prune_model", "batch_size", batch_size, int, 1, float("inf"))
+    one_of("propagate", propagate, PROPAGATE)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    integers = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32)
+    if not integers or tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UserError(f"tokens must be an integer tensor (windows, seqlen), got {shape}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise UserError(f"tokens must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+
+    chosen = named_solver(method, **hyperparameters)
+    pattern = parse_sparsity(sparsity)
+    method_name = method if isinstance(method, str) else type(method).__name__.lower()
+    home = next(model.parameters()).device
+    place = parse_device(str(device)) if device is not None else home
+    selection = Selection.parse(include, exclude, layer_sparsity)
+    patterns = selection.patterns_for(linear_shapes(model, selection), pattern) if chosen.prunes else {}
+    job = PruneJob(chosen, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
+    record = RunRecord(
+        status="complete",
+        config={
+            "method": {"name": method_name, **dataclasses.asdict(chosen)},
+            "sparsity": str(pattern),
+            "batch_size": batch_size,
+            "propagate": propagate,
+            "losses": losses,
+            "layers": {
+                "include": list(selection.include),
+                "exclude": list(selection.exclude),
+                "sparsity": {glob: str(own) for glob, own in selection.sparsity.items()},
+            },
+        },
+        config_hash="",
+        model=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        method=method_name,
+        sparsity=str(pattern) if chosen.prunes else "0",
+        seed=0,
+        calibration={"windows": tokens.shape[0], "seqlen": tokens.shape[1]},
+        environment={**environment(place), "dtype": str(model.dtype).removeprefix("torch.")},
+    )
+    training = model.training
+    model.eval()
+    try:
+        record.book(prune_blocks(BlockModel(model, place), job))
+    finally:
+        model.train(training)
+        model.to(home)
+    record.phases |= peak_memory(place)
+    return record.to_dict()

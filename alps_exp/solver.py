@@ -48,10 +48,12 @@ class Solver:
     Class attributes:
         statistics: what it must know of the inputs.
         selection: the set of weights among which scores compete, as the record states it (unstructured patterns).
+        prunes: False for the dense baseline, which leaves the model as it is and needs no loop.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
     selection: ClassVar[str] = "layer"
+    prunes: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         """Prune one layer."""

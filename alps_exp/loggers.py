@@ -1,0 +1,67 @@
+"""W&B as a sink beside the record: it reads a finished record, and a failure of it never fails a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def log_record(record: Mapping, node: Mapping, directory: Path) -> str | None:
+    """Send a record to the logger that the configuration names.
+
+    Args:
+        record: a run record as plain values.
+        node: the composed `logger` node.
+        directory: the run's directory, under which offline files go.
+
+    Returns:
+        None, or one line saying why nothing was logged.
+    """
+    if node["name"] == "none":
+        return None
+    try:
+        _log_wandb(record, node, directory)
+    except Exception as error:  # whatever W&B raises, the record on disk is the result
+        line = f"W&B logging failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        print(f"alps_exp: {line}; the record is complete without it", file=sys.stderr)
+        return line
+    return None
+
+
+def _log_wandb(record: Mapping, node: Mapping, directory: Path) -> None:
+    import wandb
+
+    name = f"{record['model']}-{record['method']}-{record['sparsity'].replace(':', 'of')}-s{record['seed']}"
+    with wandb.init(
+        project=node["project"],
+        entity=node["entity"],
+        mode=node["mode"],
+        group=node["group"],
+        tags=list(node["tags"]),
+        name=name,
+        id=record["config_hash"],  # the same configuration is the same W&B run
+        resume="allow",
+        dir=str(directory),
+        config=dict(record["config"]),
+        settings=wandb.Settings(silent=True),
+    ) as run:
+        run.define_metric("layer/index")
+        run.define_metric("layer/*", step_metric="layer/index")
+        for index, row in enumerate(record["layers"]):
+            run.log(
+                {
+                    "layer/index": index,
+                    "layer/name": row["name"],
+                    "layer/block": row["block"],
+                    "layer/relative_loss": row["relative_loss"],
+                    "layer/sparsity": row["sparsity"],
+                    "layer/iterations": row["iterations"],
+                    "layer/seconds": row["seconds"],
+                }
+            )
+        run.summary.update({"status": record["status"], **record["summary"]})
+        run.summary.update({f"phase/{name}": value for name, value in record["phases"].items()})
+        for evaluation in record["evaluations"]:
+            run.summary[f"eval/{evaluation['dataset']}/{evaluation['metric']}"] = evaluation["value"]
+        run.summary["environment"] = dict(record["environment"])

@@ -1,0 +1,232 @@
+"""The result of one run, as data: written first and atomically; everything else (tables, W&B) reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+SCHEMA = 1
+FILE = "record.json"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One pruned layer.
+
+    Attributes:
+        name: full name in the model.
+        block: index of its decoder block.
+        shape: (out, in).
+        pattern: what was asked, "0.7" or "2:4".
+        selection: the set of weights among which the method compared scores.
+        sparsity_target: fraction of zeros asked for.
+        sparsity: fraction of zeros in the written weight.
+        relative_loss: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of the written weight, None when not measured.
+        status: the solver's, "exact", "converged" or "max_iterations".
+        iterations: of the solver.
+        seconds: wall time of the solver; layers solved together share their time equally.
+        seconds_by_phase: the same by the solver's phases, as far as it reports them.
+        tokens: calibration tokens that the layer saw.
+        dead_inputs: inputs that were zero on all of them.
+        stats: what else the solver reports.
+    """
+
+    name: str
+    block: int
+    shape: list[int]
+    pattern: str
+    selection: str
+    sparsity_target: float
+    sparsity: float
+    relative_loss: float | None
+    status: str
+    iterations: int
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    tokens: int | None
+    dead_inputs: int
+    stats: dict
+
+
+@dataclass
+class PruneResult:
+    """What the loop did.
+
+    Attributes:
+        layers: one row per pruned layer, in the model's order.
+        seconds: wall time of calibrate, solve and propagate.
+    """
+
+    layers: list[LayerRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RunRecord:
+    """One run.
+
+    Attributes:
+        status: "running", "complete" or "failed".
+        config, config_hash: what was asked, resolved, and its hash (what cannot change the result left out).
+        model, method, sparsity, seed: the run's coordinates in a table.
+        calibration: where the tokens came from, and how they were drawn.
+        layers: one row per pruned layer.
+        summary: layers, sparsity over all pruned weights, mean relative loss, solver seconds.
+        phases: seconds of load, calibrate, solve, propagate, evaluate, save; peak device and host memory in bytes.
+        evaluations: dataset, metric, value, windows, seqlen, protocol, …
+        sample: prompt and what the dense and the pruned model make of it.
+        warnings: what was unusual and was handled.
+        environment: versions, device, git commit.
+        error: type and message, of a failed run.
+    """
+
+    status: str
+    config: dict
+    config_hash: str
+    model: str
+    method: str
+    sparsity: str
+    seed: int
+    calibration: dict = field(default_factory=dict)
+    layers: list[LayerRow] = field(default_factory=list)
+    summary: dict = field(default_factory=dict)
+    phases: dict = field(default_factory=dict)
+    evaluations: list[dict] = field(default_factory=list)
+    sample: dict | None = None
+    warnings: list[str] = field(default_factory=list)
+    environment: dict = field(default_factory=dict)
+    error: dict | None = None
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def book(self, result: PruneResult) -> None:
+        """Take over what the block loop did."""
+        self.layers = result.layers
+        self.summary = summarise(result.layers)
+        self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
+        self.warnings = warnings_of(result.layers)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+    def write(self, directory: Path) -> Path:
+        """Write `record.json` into the directory, whole or not at all."""
+        path = directory / FILE
+        write_json(path, self.to_dict())
+        return path
+
+
+def summarise(rows: list[LayerRow]) -> dict:
+    """Figures over all pruned layers: weights weigh in the sparsity, layers equally in the mean relative loss."""
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    losses = [row.relative_loss for row in rows if row.relative_loss is not None]
+    return {
+        "layers": len(rows),
+        "weights": weights,
+        "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
+        "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
+        "solver_seconds": math.fsum(row.seconds for row in rows),
+    }
+
+
+def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
+    """What was unusual about the layers' inputs and was handled, one line per kind."""
+    found = []
+    dead = [row for row in rows if row.dead_inputs]
+    if dead:
+        found.append(
+            f"{len(dead)} layers have inputs that are zero on every calibration token ({dead[0].name}: "
+            f"{dead[0].dead_inputs} of {dead[0].shape[1]}); their weights are pruned first or ignored"
+        )
+    few = [row for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
+    if few:
+        found.append(
+            f"{len(few)} layers have more inputs than calibration tokens ({few[0].name}: {few[0].shape[1]} inputs, "
+            f"{few[0].tokens} tokens); their losses say little about other text: use more windows (nsamples)"
+        )
+    return found
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and git commit that a result depends on."""
+    versions = {}
+    for name in ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "lm-eval", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    from . import __version__
+
+    return {
+        "alps_exp": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with "-dirty" when it has uncommitted changes."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory(device: torch.device) -> dict:
+    """Peak bytes allocated on the device since the last reset, and of the process in host memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+def _plain(value):
+    """JSON has no NaN or infinity: they become strings, so that a reader notices instead of failing to parse."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

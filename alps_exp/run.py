@@ -1,0 +1,238 @@
+"""One run: configuration → model and tokens → block loop → evaluation → record."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from . import evaluate
+from .blocks import BlockModel
+from .checks import one_of, parse_device, require
+from .errors import UserError
+from .loggers import log_record
+from .loop import PROPAGATE, PruneJob, linear_shapes, prune_blocks
+from .naming import config_hash
+from .overrides import pattern_of
+from .patterns import Pattern
+from .record import FILE, RunRecord, environment, peak_memory
+from .registry import build
+from .selection import Selection
+from .solver import Solver, Stopwatch
+from .workspace import Workspace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def validate(cfg: Mapping) -> dict[str, Pattern]:
+    """Check all that can be known without the weights and the texts.
+
+    Args:
+        cfg: the composed configuration.
+
+    Returns:
+        layer name → pattern, for every layer that the run prunes.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    from . import models
+
+    solver, selection = build(cfg["method"]), selection_of(cfg)
+    pattern = pattern_of(cfg["sparsity"])
+    for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
+        require("config", key, cfg[key], int, low, float("inf"))
+    for key in ("seqlen", "batch_size", "windows"):
+        if not (key == "windows" and cfg["eval"]["windows"] is None):
+            require("eval", key, cfg["eval"][key], int, 2 if key == "seqlen" else 1, float("inf"))
+    require("eval", "sample_tokens", cfg["eval"]["sample_tokens"], int, 0, float("inf"))
+    one_of("propagate", cfg["propagate"], PROPAGATE)
+    one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
+    for key in ("losses", "save", "plan"):
+        one_of(key, cfg[key], (True, False))
+    parse_device(cfg["device"])
+    for owner, path in (("data.path", cfg["data"].get("path")), ("eval.path", cfg["eval"].get("path"))):
+        if path is not None and not Path(path).expanduser().is_file():
+            raise UserError(f"{owner}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file")
+
+    config = models.load_config(cfg["model"])
+    context = models.context_length(config)
+    for owner, seqlen in (("seqlen", cfg["seqlen"]), ("eval.seqlen", cfg["eval"]["seqlen"])):
+        if context is not None and seqlen > context:
+            raise UserError(f"{owner}={seqlen} is beyond the model's context of {context} tokens: give at most that")
+    shapes = linear_shapes(models.skeleton(config), selection)
+    return selection.patterns_for(shapes, pattern) if solver.prunes else {}
+
+
+def selection_of(cfg: Mapping) -> Selection:
+    """The configuration's choice of layers."""
+    layers = cfg["layers"]
+    return Selection.parse(layers["include"], layers["exclude"], dict(layers["sparsity"]))
+
+
+def run(cfg: Mapping, directory: Path, workspace: Workspace | None = None) -> dict:
+    """Run one configuration and write its record into `directory`.
+
+    Args:
+        cfg: the composed configuration.
+        directory: the run's own directory; a complete record of an earlier run there is kept as record.previous.json.
+        workspace: loads the model and the texts; give one to share them between runs.
+
+    Returns:
+        The record as plain values.
+
+    Raises:
+        UserError and others: after a record with status "failed" and the error was written.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
+    solver = build(plain["method"])
+    record = RunRecord(
+        status="running",
+        config=plain,
+        config_hash=config_hash(cfg),
+        model=plain["model"]["name"],
+        method=plain["method"]["name"],
+        sparsity=str(pattern_of(plain["sparsity"])) if solver.prunes else "0",
+        seed=plain["seed"],
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / FILE).exists():
+        (directory / FILE).replace(directory / "record.previous.json")
+    record.write(directory)
+    try:
+        with _disk_errors(directory):
+            _execute(plain, solver, record, directory, workspace or Workspace())
+        record.status = "complete"
+    except BaseException as error:
+        record.status = "failed"
+        record.error = {"type": type(error).__name__, "message": str(error)}
+        record.write(directory)
+        raise
+    record.write(directory)
+    log_record(record.to_dict(), plain["logger"], directory)
+    print(describe(record, directory), flush=True)
+    return record.to_dict()
+
+
+def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, workspace: Workspace) -> None:
+    device = parse_device(cfg["device"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    record.environment = environment(device)
+    torch.manual_seed(cfg["seed"])
+    watch = Stopwatch(device)
+    patterns = validate(cfg)
+
+    tokens, evaluations = None, []
+    if solver.prunes:
+        tokens, record.calibration = workspace.calibration(cfg)
+    for name in cfg["eval"]["datasets"]:
+        evaluations.append((name, *workspace.evaluation(cfg, name)))
+    network = workspace.network(cfg, _dtype(cfg, device))
+    record.environment["dtype"] = str(network.dtype).removeprefix("torch.")
+    model = BlockModel(network, device)
+    watch.lap("load")
+
+    sampling = cfg["eval"]["sample_tokens"] > 0
+    if sampling:
+        record.sample = {"prompt": cfg["eval"]["prompt"], "dense": workspace.dense_sample(cfg, model)}
+        watch.lap("evaluate")
+    if solver.prunes:
+        job = PruneJob(
+            solver=solver,
+            patterns=patterns,
+            selection=selection_of(cfg),
+            tokens=tokens,
+            batch_size=cfg["batch_size"],
+            propagate=cfg["propagate"],
+            losses=cfg["losses"],
+        )
+        record.book(prune_blocks(model, job))
+        watch.lap("prune")
+        for line in record.warnings:
+            print(f"alps_exp: warning: {line}", file=sys.stderr)
+    for name, windows, description in evaluations:
+        value = evaluate.perplexity(model, windows, cfg["eval"]["batch_size"], name)
+        record.evaluations.append({**description, "dataset": name, "metric": "perplexity", "value": value})
+    if sampling and solver.prunes:
+        text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])
+        record.sample["pruned"] = text
+    watch.lap("evaluate")
+    if cfg["save"]:
+        save(network, workspace.tokenizer(cfg), record, directory)
+        watch.lap("save")
+    record.phases |= {f"{phase}_seconds": seconds for phase, seconds in watch.seconds.items() if phase != "prune"}
+    record.phases |= peak_memory(device)
+
+
+def _dtype(cfg: Mapping, device: torch.device) -> torch.dtype | str:
+    """auto is the checkpoint's own on a GPU; CPUs compute half precision slowly, so there it is float32."""
+    if cfg["dtype"] != "auto":
+        return DTYPES[cfg["dtype"]]
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def save(network: torch.nn.Module, tokenizer, record: RunRecord, directory: Path) -> Path:
+    """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
+
+    The folder appears whole or not at all; an earlier one is replaced.
+    """
+    target = directory / "model"
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise UserError(f"saving needs {size / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free: make space")
+    temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
+    try:
+        network.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        dataclasses.replace(record, status="complete").write(temporary)
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, however deep the library that met it."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise UserError(f"the disk is full while writing to {directory}: make space and run again") from error
+        raise
+
+
+def describe(record: RunRecord, directory: Path) -> str:
+    """A short summary for the terminal."""
+    title = f"{record.model}, {record.method}" + (f", sparsity {record.sparsity}" if record.layers else "")
+    lines = [title]
+    if record.layers:
+        loss = record.summary["mean_relative_loss"]
+        lines.append(
+            f"  {record.summary['layers']} layers, {record.summary['sparsity']:.4f} zeros, mean relative loss "
+            + (f"{loss:.4g}" if loss is not None else "not measured")
+        )
+    for item in record.evaluations:
+        partial = f" of {item['total_windows']}, partial" if item.get("partial") else ""
+        lines.append(
+            f"  {item['metric']} {item['value']:.4g} on {item['dataset']} "
+            f"({item['windows']}{partial} windows of {item['seqlen']} tokens)"
+        )
+    seconds = {k.removesuffix("_seconds"): v for k, v in record.phases.items() if k.endswith("_seconds")}
+    lines.append(f"  {sum(seconds.values()):.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    lines.append(f"  {directory / FILE}")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Statistics of linear layers' inputs, accumulated in float32 by hooks while the block runs.
+
+Layers that are fed the same tensor (q/k/v, gate/up) share one accumulator, and so one Gram matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .problem import Statistics
+
+
+class Accumulator:
+    """Sums over tokens of one input, as far as a `Statistics` level asks for them.
+
+    Args:
+        width: number of inputs.
+        level: which statistics to collect.
+        device: where they live.
+    """
+
+    def __init__(self, width: int, level: Statistics, device: torch.device) -> None:
+        self.level = level
+        self.tokens = 0
+        self.sequences = 0
+        shape = (width, width) if level == Statistics.GRAM else (width,)
+        self._squares = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._variances = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Account for `inputs` (sequences, length, in)."""
+        sequences, length, width = inputs.shape
+        x = inputs.reshape(-1, width)
+        self.tokens += x.shape[0]
+        self.sequences += sequences
+        if self.level == Statistics.GRAM:
+            self._add_gram(x)
+        else:
+            self._squares += x.float().square().sum(0)
+        means = inputs.float().mean(1)
+        self._sum += means.sum(0, dtype=torch.float64) * length
+        self._variances += inputs.float().var(1, unbiased=False).sum(0, dtype=torch.float64)
+
+    def _add_gram(self, x: Tensor) -> None:
+        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            # Products of half-precision numbers are exact in float32, so this equals a float32 product of the upcast
+            # inputs but for the order of summation, at the matrix units' rate.
+            self._squares += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self._squares.addmm_(x.T, x)
+
+    def problem_fields(self) -> dict:
+        """The fields of a `LayerProblem` that these sums determine."""
+        fields = {"tokens": self.tokens, "sequences": self.sequences}
+        if self.level >= Statistics.DIAGONAL:
+            fields["mean"] = (self._sum / self.tokens).float()
+            fields["var"] = (self._variances / self.sequences).float()
+            fields["gram" if self.level == Statistics.GRAM else "diagonal"] = self._squares
+        return fields
+
+
+class Collector:
+    """Hooks on a block's linear layers that feed one accumulator per distinct input.
+
+    Which layers share an input is seen in the first forward: those that receive the very same tensor.
+
+    Args:
+        linears: layers by name.
+        level: which statistics to collect.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], level: Statistics) -> None:
+        self._linears = linears
+        self._level = level
+        self._leader: dict[str, str] = {}
+        self._accumulators: dict[str, Accumulator] = {}
+        self._seen: dict[str, Tensor] = {}
+        self._shape: tuple[int, int] = (0, 0)
+        self._handles = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in linears.items()
+        ]
+
+    def _hook(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            if name not in self._leader:
+                same = [other for other, tensor in self._seen.items() if tensor is inputs]
+                self._leader[name] = same[0] if same else name
+                self._seen[name] = inputs
+            if self._leader[name] != name:
+                return
+            if name not in self._accumulators:
+                self._accumulators[name] = Accumulator(inputs.shape[-1], self._level, inputs.device)
+            self._accumulators[name].add(self._by_sequence(inputs))
+
+        return hook
+
+    def _by_sequence(self, inputs: Tensor) -> Tensor:
+        """(sequences, length, in), also where the model flattened its tokens before the layer."""
+        if inputs.ndim == 2 and inputs.shape[0] == self._shape[0] * self._shape[1]:
+            return inputs.reshape(*self._shape, -1)
+        return inputs if inputs.ndim == 3 else inputs.reshape(1, -1, inputs.shape[-1])
+
+    def begin(self, hidden: Tensor) -> None:
+        """Announce a forward on `hidden` (sequences, length, width)."""
+        self._shape = (hidden.shape[0], hidden.shape[1])
+        self._seen.clear()
+
+    def finish(self) -> list[tuple[list[str], Accumulator]]:
+        """Remove the hooks and return the groups of layers that share an input, with its statistics.
+
+        Raises:
+            UserError: a layer was never called.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+        groups: dict[str, list[str]] = {}
+        for name in self._linears:
+            if name not in self._leader:
+                raise UserError(
+                    f"{name} received no calibration tokens: use more windows (nsamples), or exclude it "
+                    "(layers.exclude=[...])"
+                )
+            groups.setdefault(self._leader[name], []).append(name)
+        return [(names, self._accumulators[leader]) for leader, names in groups.items()]

@@ -1,0 +1,112 @@
+"""Loads what runs need; a kept workspace serves several runs of the same model and texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from . import data, evaluate, models
+from .blocks import BlockModel, block_linears, find_blocks
+from .errors import UserError, nearest
+from .registry import resource_root
+
+
+class Workspace:
+    """Tokenizer, windows and network of a configuration.
+
+    Args:
+        keep: keep the network in memory, with a copy of the weights that a run may change, and hand it out restored.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self._keep = keep
+        self._texts: dict[str, tuple[Tensor, dict]] = {}
+        self._tokenizers: dict[str, object] = {}
+        self._samples: dict[str, str | None] = {}
+        self._network: tuple[str, torch.nn.Module, dict[str, Tensor]] | None = None
+
+    def tokenizer(self, cfg: Mapping):
+        """The model's tokenizer."""
+        key = _key(cfg["model"])
+        if key not in self._tokenizers:
+            self._tokenizers[key] = models.load_tokenizer(cfg["model"])
+        return self._tokenizers[key]
+
+    def calibration(self, cfg: Mapping) -> tuple[Tensor, dict]:
+        """Calibration windows (nsamples, seqlen) and where they came from."""
+        key = _key(cfg["model"], cfg["data"], cfg["nsamples"], cfg["seqlen"], cfg["seed"])
+        if key not in self._texts:
+            self._texts[key] = data.calibration_tokens(
+                cfg["data"],
+                self.tokenizer(cfg),
+                nsamples=cfg["nsamples"],
+                seqlen=cfg["seqlen"],
+                seed=cfg["seed"],
+                bos=cfg["model"]["bos"],
+            )
+        return self._texts[key]
+
+    def evaluation(self, cfg: Mapping, name: str) -> tuple[Tensor, dict]:
+        """Evaluation windows (windows, seqlen) of the data set `name`, and where they came from."""
+        options = cfg["eval"]
+        if options["path"] is not None and len(options["datasets"]) != 1:
+            raise UserError("eval.path stands in for one data set: name that one alone, eval.datasets=[NAME]")
+        node = cfg["data"] if name == cfg["data"]["name"] else _data_node(name)
+        key = _key(cfg["model"], node, options)
+        if key not in self._texts:
+            self._texts[key] = data.evaluation_tokens(
+                node,
+                self.tokenizer(cfg),
+                seqlen=options["seqlen"],
+                windows=options["windows"],
+                bos=cfg["model"]["bos"],
+                path=options["path"],
+            )
+        return self._texts[key]
+
+    def network(self, cfg: Mapping, dtype: torch.dtype | str) -> torch.nn.Module:
+        """The dense model on the host, in evaluation mode."""
+        key = _key(cfg["model"], str(dtype))
+        if self._network is None or self._network[0] != key:
+            self._network = None
+            network = models.load_model(cfg["model"], dtype)
+            if not self._keep:
+                return network
+            prefix, blocks = find_blocks(network)
+            pristine = {
+                name: module.weight.detach().cpu().clone()
+                for index, block in enumerate(blocks)
+                for name, module in block_linears(block, f"{prefix}.{index}", lambda name: True).items()
+            }
+            self._network = (key, network, pristine)
+        _, network, pristine = self._network
+        for name, weight in pristine.items():
+            network.get_submodule(name).weight.data.copy_(weight)
+        return network
+
+    def dense_sample(self, cfg: Mapping, model: BlockModel) -> str | None:
+        """The dense model's continuation of the prompt."""
+        key = _key(cfg["model"], cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"], str(model.model.dtype))
+        if key not in self._samples:
+            options = cfg["eval"]
+            self._samples[key] = evaluate.sample(
+                model, self.tokenizer(cfg), options["prompt"], options["sample_tokens"]
+            )
+        return self._samples[key]
+
+
+def _data_node(name: str) -> dict:
+    folder = resource_root() / "conf" / "data"
+    path = folder / f"{name}.yaml"
+    known = [file.stem for file in folder.glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"eval.datasets: unknown data set {name!r}; {nearest(name, known)}")
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+
+
+def _key(*parts) -> str:
+    return json.dumps(parts, sort_keys=True, default=str)
