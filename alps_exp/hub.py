@@ -1,0 +1,118 @@
+"""The Hugging Face hub: is a repository there, fetch one file of it, and say in one line what went wrong.
+
+One short request with a time limit decides whether the hub can be reached, before any download is tried: the libraries'
+own retries wait 23 s for each missing file of a machine without network.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from .errors import UserError
+
+PROBE_SECONDS = 10
+
+
+def offline_only(repo: str, revision: str | None, kind: str, remedy: str) -> bool:
+    """Whether only cached copies of the repository can be used: True when the hub is switched off or not reachable.
+
+    Args:
+        repo: "owner/name" on the hub.
+        revision: branch, tag or commit; None is the default branch.
+        kind: "model" or "dataset".
+        remedy: what the user can do instead; ends the messages.
+
+    Raises:
+        UserError: the hub answers that the repository or the revision does not exist or is not open to this user.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return True
+    found = _probe(repo, revision, kind, constants.ENDPOINT)
+    if isinstance(found, Exception):
+        raise UserError(explain(found, f"{kind} {repo!r}", revision, remedy)) from None
+    return not found
+
+
+@cache
+def _probe(repo: str, revision: str | None, kind: str, endpoint: str) -> bool | Exception:
+    """True: there; False: the hub cannot be reached; an exception: what the hub refused. Asked once per process."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi(endpoint=endpoint).repo_info(repo, revision=revision, repo_type=kind, timeout=PROBE_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        return error
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
+
+
+def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[Path, str]:
+    """One file of a data set on the hub, downloaded once into the hub's cache: its path and the commit it came from.
+
+    Raises:
+        UserError: hub not reachable and file not cached, no such repository, revision or file, or access refused.
+    """
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        local = offline_only(repo, revision, "dataset", remedy)
+        path = hf_hub_download(repo, filename, repo_type="dataset", revision=revision, local_files_only=local)
+    except (httpx.HTTPError, OSError) as error:
+        raise UserError(explain(error, f"data set {repo!r} ({filename})", revision, remedy)) from None
+    # The cache's layout is …/snapshots/COMMIT/FILENAME.
+    return Path(path), Path(path).parents[filename.count("/")].name
+
+
+def explain(error: BaseException, what: str, revision: str | None, remedy: str) -> str:
+    """One line: why the hub did not give `what`, and what to do.
+
+    Libraries wrap the hub's errors in their own, so the chain of causes is searched for the telling one.
+    """
+    import httpx
+    from huggingface_hub import constants, errors
+
+    chain = _causes(error)
+
+    def some(*kinds: type) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if some(errors.GatedRepoError):
+        return (
+            f"{what} is gated and no token with access was given: accept its licence on {constants.ENDPOINT}, "
+            f"then set HF_TOKEN or run `hf auth login`"
+        )
+    if some(errors.RevisionNotFoundError):
+        return f"{what} has no revision {revision!r} on {constants.ENDPOINT}; give a branch, a tag or a commit of it"
+    if some(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return (
+            f"{what} is not on {constants.ENDPOINT}, or is private: check the spelling (owner/name), set HF_TOKEN if "
+            f"it is private, or {remedy}"
+        )
+    if some(errors.LocalEntryNotFoundError, httpx.TransportError, errors.OfflineModeIsEnabled):
+        return f"{what} is not in the cache and the hub at {constants.ENDPOINT} cannot be reached: connect, or {remedy}"
+    if some(errors.RemoteEntryNotFoundError):
+        return f"{what}: the repository has no such file on {constants.ENDPOINT}; check the name, or {remedy}"
+    return f"{what} cannot be loaded ({first_line(chain[-1])}); {remedy}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, outermost first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message, at most 300 characters, or the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0][:300] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,225 @@
+"""Language models from the hub, from a local folder, from a GGUF file, or from a pip package.
+
+A model node has `path` (hub id, folder, or GGUF file), `revision`, `gguf_file` (a file inside `path`), `package` (pip
+package that carries the file) and `trust_remote_code`; conf/model/*.yaml has one node per model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import hub
+from .errors import UserError
+from .gguf_files import converted_folder
+from .packages import package_folder
+
+_REMEDY = "give a folder with model=local model.path=DIR"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where `from_pretrained` finds the model: a hub id or a folder, and how to speak of it."""
+
+    path: str
+    what: str
+    revision: str | None
+    trust_remote_code: bool
+    local_files_only: bool
+
+    def arguments(self) -> dict:
+        return {
+            "pretrained_model_name_or_path": self.path,
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.local_files_only,
+        }
+
+
+def load_config(model: Mapping) -> PreTrainedConfig:
+    """The configuration of a model, without its weights, with the key-value cache switched off.
+
+    Raises:
+        UserError: the model cannot be found or read (see `load_model`), or its weights are stored quantised.
+    """
+    return _config(_locate(model))
+
+
+def load_tokenizer(model: Mapping) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        UserError: the model cannot be found, or has no tokenizer that can be read.
+    """
+    source = _locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(**source.arguments())
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - tokenizers are parsed by several libraries, each with its own errors
+        raise UserError(_why(source, error, "tokenizer")) from None
+
+
+def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model with its weights on the CPU, in eval mode, frozen, with the key-value cache switched off.
+
+    Args:
+        model: a model node.
+        dtype: of the weights; "auto" is the checkpoint's own.
+
+    Raises:
+        UserError: no such folder, no config.json in it, weights that are missing, damaged or of other shapes, hub not
+            reachable, gated model without a token, unknown architecture, model code of its own, package not installed.
+    """
+    source = _locate(model)
+    config = _config(source)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            **source.arguments(), config=config, dtype=dtype, output_loading_info=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - safetensors, torch.load, the hub and transformers raise their own errors
+        raise UserError(_why(source, error, "weights")) from None
+    # transformers would leave such weights random, with a warning only: every number after that would be wrong.
+    for key, problem in (("missing_keys", "lacks the weights"), ("mismatched_keys", "has other shapes for")):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{source.what} {problem} {', '.join(names[:3])}{more} of {type(loaded).__name__}; "
+                f"copy or download the checkpoint again"
+            )
+    return _freeze(loaded)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights: parameters on the meta device, buffers (rotary frequencies) real, frozen, eval mode.
+
+    Raises:
+        UserError: the configuration is not one of a causal language model.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return _freeze(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except ValueError as error:
+        raise UserError(f"{config.model_type} is not a causal language model ({hub.first_line(error)})") from None
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The longest sequence in tokens that the model was made for; None where its configuration names none."""
+    text = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def _freeze(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _config(source: _Source) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(**source.arguments())
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the hub, the JSON reader and model code raise their own errors
+        raise UserError(_why(source, error, "config.json")) from None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
+        raise UserError(
+            f"{source.what} stores its weights quantised ({method or 'unknown method'}), which cannot be pruned; "
+            f"give the unquantised checkpoint"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
+        raise UserError(
+            f"{source.what} is of type {config.model_type!r}, which is no causal language model of transformers; "
+            f"give another model"
+        )
+    config.use_cache = False
+    return config
+
+
+def _locate(model: Mapping) -> _Source:
+    """Where a model node's files are; local ones are looked at, the hub is asked whether it can be reached."""
+    name, path = model.get("name"), model.get("path")
+    gguf_file, package = model.get("gguf_file"), model.get("package")
+    revision, trust = model.get("revision"), bool(model.get("trust_remote_code", False))
+    if package:
+        folder = package_folder(package, f"model={name}")
+        return _Source(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust, True)
+    if not path:
+        raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
+    path = str(path)
+    local = Path(path).expanduser()
+    if local.exists() or name == "local" or _looks_local(path):
+        return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust, True)
+    if gguf_file:
+        raise UserError(
+            f"model.gguf_file={gguf_file} needs a local folder and model.path={path} is none: download the file, "
+            f"then give model=local model.path=FILE.gguf"
+        )
+    offline = hub.offline_only(path, revision, "model", _REMEDY)
+    return _Source(path, f"model {path!r}", revision, trust, offline)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a folder: hub ids are "name" or "owner/name"."""
+    return path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
+
+
+def _local(path: Path, gguf_file: str | None, what: str) -> Path:
+    """The folder to load from: `path` itself, or the converted copy of the GGUF file that it is or holds."""
+    if path.is_file() and path.suffix == ".gguf":
+        return converted_folder(path)
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{what} {state}; give a folder with config.json and the weights, or a .gguf file")
+    if gguf_file:
+        if not (path / gguf_file).is_file():
+            raise UserError(f"{what} has no file {gguf_file!r}; {_listing(path, '*.gguf')}")
+        return converted_folder(path / gguf_file)
+    if not (path / "config.json").is_file():
+        if any(path.glob("*.gguf")):
+            raise UserError(f"{what} has no config.json; {_listing(path, '*.gguf')}: choose one with model.gguf_file=")
+        raise UserError(f"{what} has no config.json; give a folder that `save_pretrained` wrote or a hub download")
+    return path
+
+
+def _listing(folder: Path, pattern: str) -> str:
+    names = sorted(file.name for file in folder.glob(pattern))
+    return f"its {pattern} files: {', '.join(names[:5])}" if names else f"it has no {pattern} file"
+
+
+def _why(source: _Source, error: Exception, part: str) -> str:
+    """One line for a failure of transformers to load `part` of a model."""
+    text = str(error)
+    if "trust_remote_code" in text and not source.trust_remote_code:
+        return (
+            f"{source.what} needs model code of its own, which is not run unless you trust it: "
+            f"model.trust_remote_code=true, or another model"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return f"{source.what} is of an architecture that the installed transformers does not know; update it, or " + (
+            "check model_type in config.json"
+        )
+    if not Path(source.path).is_dir():
+        return hub.explain(error, source.what, source.revision, _REMEDY)
+    return f"{part} of {source.what} cannot be read ({hub.first_line(error)}); copy or download it again"
