@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["NM", "LayerProblem", "Pattern", "Solution", "Solver", "Unstructured", "prune_layer", "prune_model"]
@@ -13,7 +15,30 @@ __all__ = ["NM", "LayerProblem", "Pattern", "Solution", "Solver", "Unstructured"
 if not (Path(__file__).parent / "conf").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from .api import prune_layer, prune_model  # noqa: E402
-from .patterns import NM, Pattern, Unstructured  # noqa: E402
-from .problem import LayerProblem  # noqa: E402
-from .solver import Solution, Solver  # noqa: E402
+if TYPE_CHECKING:
+    from .api import prune_layer, prune_model
+    from .patterns import NM, Pattern, Unstructured
+    from .problem import LayerProblem
+    from .solver import Solution, Solver
+
+_HOMES = {
+    "prune_layer": "api",
+    "prune_model": "api",
+    "NM": "patterns",
+    "Pattern": "patterns",
+    "Unstructured": "patterns",
+    "LayerProblem": "problem",
+    "Solution": "solver",
+    "Solver": "solver",
+}
+
+
+def __getattr__(name: str):
+    # All of these need torch, whose import takes seconds: the command line answers most questions without it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -22,8 +22,9 @@ def config_hash(cfg: DictConfig) -> str:
 
 def model_name(cfg: DictConfig) -> str:
     """The model's name; for a local folder that folder's name, so that two of them can be told apart."""
-    path = cfg.model.get("path")
-    return Path(str(path)).expanduser().resolve().name if path else str(cfg.model.name)
+    if cfg.model.name == "local" and cfg.model.get("path"):
+        return Path(str(cfg.model.path)).expanduser().resolve().name
+    return str(cfg.model.name)
 
 
 def run_name(cfg: DictConfig) -> str:

@@ -2,7 +2,7 @@
 
 Hydra refuses a number as the choice of a group. So before Hydra sees them, overrides such as `sparsity=0.7,2:4` are
 read with Hydra's own parser, each value becomes a choice registered in the ConfigStore, and the override is rewritten
-with the values quoted: `sparsity='0.7','2:4'`. Launchers ship the ConfigStore to their workers, so this holds there too.
+with the values quoted: `sparsity='0.7','2:4'`. Launchers ship the ConfigStore to their workers: it holds there too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString, RangeSweep
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from . import naming
 from .errors import UserError, nearest
@@ -64,34 +63,56 @@ def prepare(words: Sequence[str]) -> list[str]:
         UserError: a sparsity that is not allowed, or one given twice in different terms.
         OverrideParseException: not in Hydra's syntax.
     """
-    overrides = OverridesParser.create().parse_overrides(list(words))
+    overrides = OverridesParser.create().parse_overrides([_with_plain_keys(word) for word in words])
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
         if values and override.key_or_group.startswith("sparsity."):
             raise _inconsistent(values[0].input_line, override.input_line)
-    return [_quoted(override) if override in values else override.input_line for override in overrides]
+    return [_quoted(override) if override in values else _open(override) for override in overrides]
 
 
-def expand(words: Sequence[str], parameters: Mapping[str, Any] | None = None) -> list[list[str]]:
-    """The overrides of each job of a sweep, in the order in which Hydra's own sweeper runs them.
+def prepared(words: Sequence[str]) -> list[str]:
+    """`prepare`, with Hydra's errors in the project's form. Needs Hydra to be `initialized`."""
+    return _explained(prepare, list(words))
 
-    Args:
-        words: prepared overrides.
-        parameters: `hydra.sweeper.params`; a word with the same key replaces one.
+
+def expand(words: Sequence[str], config_name: str = "config") -> tuple[list[str], list[list[str]]]:
+    """A sweep's prepared overrides with those of its file, and the overrides of each job in the order of the sweep.
+
+    Levels of sparsity that only a sweep file names (`hydra.sweeper.params`) are prepared like those of the command
+    line, which replace them. Another sweeper than Hydra's own decides about its jobs as it goes: no job is known then.
     """
-    lines = [f"{key}={value}" for key, value in (parameters or {}).items()] + list(words)
-    choices: dict[str, list[str]] = {}
-    for override in OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(lines):
-        if override.is_hydra_override():
-            continue
+    return _explained(_expand, list(words), config_name)
+
+
+def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[str]]]:
+    app: Any = GlobalHydra.instance().hydra
+    sweeper = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN).hydra.sweeper
+    if not str(sweeper._target_).endswith(".BasicSweeper"):
+        return words, []
+    parameters = dict(sweeper.params or {})
+    if "sparsity" in parameters:
+        value = parameters.pop("sparsity")
+        text = ",".join(map(str, value)) if OmegaConf.is_list(value) else str(value)
+        words = _merged(prepare([f"sparsity={text}"]), words)
+    parser = OverridesParser.create(app.config_loader)
+    shared, choices = [], {}
+    for override in parser.parse_overrides([f"{key}={value}" for key, value in parameters.items()] + words):
         key = override.get_key_element()
-        if override.is_discrete_sweep():
+        if override.is_hydra_override():
+            shared.append(str(override.input_line))
+        elif override.is_discrete_sweep():
             choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         elif override.is_sweep_override():
-            raise UserError(f"{override.input_line}: an interval has no end of values; list them, as in {key}=0.1,0.2")
+            raise UserError(f"{override.input_line}: an interval has no list of values; give one, as in {key}=0.1,0.2")
         else:
-            choices[key] = [override.input_line]
-    return [list(job) for job in itertools.product(*choices.values())]
+            choices[key] = [str(override.input_line)]
+    return words, [shared + list(job) for job in itertools.product(*choices.values())]
+
+
+def _merged(from_file: list[str], words: list[str]) -> list[str]:
+    given = {override.get_key_element() for override in OverridesParser.create().parse_overrides(words)}
+    return words if "sparsity" in given else from_file + words
 
 
 @contextmanager
@@ -114,15 +135,53 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> DictC
     Raises:
         UserError: whatever the command line would refuse while composing.
     """
+    with initialized():
+        return compose_prepared(prepared(overrides), config_name)
+
+
+def compose_prepared(
+    words: Sequence[str], config_name: str = "config", with_hydra: bool = False, complete: bool = True
+) -> DictConfig:
+    """The configuration of prepared overrides. Needs Hydra to be `initialized`.
+
+    Args:
+        words: what `prepare` returned.
+        config_name: the root file.
+        with_hydra: with Hydra's own node.
+        complete: refuse a configuration with missing keys, or with references that lead nowhere.
+
+    Raises:
+        UserError: an unknown name, a value that is not allowed, a missing one.
+    """
+    return _explained(_composed, list(words), config_name, with_hydra, complete)
+
+
+def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bool) -> DictConfig:
+    cfg = hydra.compose(config_name, overrides=words, return_hydra_config=with_hydra)
+    if not complete:
+        return cfg
+    if missing := sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra.")):
+        raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
+    for group in ("model", "data", "method", "sparsity", "eval", "logger"):
+        if not isinstance(cfg.get(group), DictConfig):
+            raise UserError(f"{group} is not set: choose one, as in {group}=NAME (--help lists them)")
+    for key in cfg:
+        value = cfg[key]  # raises where an interpolation leads nowhere
+        if key != "hydra" and OmegaConf.is_config(value):
+            OmegaConf.to_container(value, resolve=True)
+    return cfg
+
+
+def _explained(function, words: list[str], *rest):
     from .explain import explain
 
-    overrides = list(overrides)
     try:
-        prepared = prepare(overrides)
-        with initialized():
-            return hydra.compose(config_name, overrides=prepared)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, overrides)) from error
+        return function(words, *rest)
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever fails here follows from what was given: nothing has been run yet.
+        raise UserError(explain(error, words)) from error
 
 
 def _register_sweeps() -> None:
@@ -132,6 +191,25 @@ def _register_sweeps() -> None:
         if suffix == "yaml":
             node = OmegaConf.create(resource.read_text(encoding="utf-8"))
             ConfigStore.instance().store(name, node, group="sweeps", package="_global_", provider="alps_exp")
+
+
+def _with_plain_keys(word: str) -> str:
+    """JSON's form of a dictionary in Hydra's grammar, which takes no quotes around keys."""
+    key, equals, value = word.partition("=")
+    if not value.lstrip().startswith("{"):
+        return word
+
+    def plain(match: re.Match) -> str:
+        return match[1] + re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", match[3]) + ":"
+
+    return key + equals + re.sub(r"""([{,]\s*)(["'])(.*?)\2\s*:""", plain, value)
+
+
+def _open(override: Override) -> str:
+    # layers.sparsity maps patterns that only the user knows; everywhere else an unknown key is a mistake.
+    if override.key_or_group.split(".sparsity")[0] == "layers" and override.type is OverrideType.CHANGE:
+        return f"++{override.input_line}"
+    return str(override.input_line)
 
 
 def _names_values(override: Override) -> bool:
@@ -145,7 +223,11 @@ def _values(override: Override) -> list[Any]:
         return [override.value()]
     if isinstance(override._value, Glob) or not override.is_discrete_sweep():
         return []
-    return [value.text if isinstance(value, QuotedString) else value for value in override.sweep_iterator()]
+    values = [value.text if isinstance(value, QuotedString) else value for value in override.sweep_iterator()]
+    if isinstance(override._value, RangeSweep):
+        # Hydra 1.3 adds steps in binary: range(0.5,0.8,step=0.1) ends in 0.7999999999999998 rather than before 0.8.
+        values = [value for value in values if round(value, 10) != override._value.stop]
+    return values
 
 
 def _quoted(override: Override) -> str:
