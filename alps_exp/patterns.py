@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-Scope = Literal["layer", "row"]
+Scope = Literal["layer", "row", "block"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Pattern:
 
         Args:
             score: (out, in), any real dtype, no NaN. A block of columns of a layer is passed as its own matrix.
-            scope: the selection group where the pattern leaves it open: "layer" compares all entries of `score`,
-                "row" those of one output row.
+            scope: the selection group where the pattern leaves it open: "layer" and "block" compare all entries of
+                `score` (they round differently), "row" those of one output row.
             level: another sparsity in place of the pattern's own, for schedules.
 
         Returns:
@@ -67,7 +67,8 @@ class Pattern:
 class Unstructured(Pattern):
     """A fraction `level` of zeros anywhere in the selection group.
 
-    A layer keeps round((1 - s) * size) entries (ALPS's rule), a row loses floor(s * in) (Wanda's).
+    A layer keeps round((1 - s) * size) entries (ALPS's rule), a row loses floor(s * in) (Wanda's), a block of columns
+    floor(s * size) (SparseGPT's).
     """
 
     level: float
@@ -98,6 +99,8 @@ class Unstructured(Pattern):
         sparsity = self.sparsity if level is None else level
         if scope == "row":
             return _keep_per_row(score, score.shape[1] - _floor(sparsity * score.shape[1]))
+        if scope == "block":
+            return _keep_largest(score, score.numel() - _floor(sparsity * score.numel()))
         return _keep_largest(score, round((1 - sparsity) * score.numel()))
 
 
@@ -178,11 +181,13 @@ def _keep_largest(score: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if count >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_largest(score.reshape(-1), count)
-    mask = score > threshold
-    missing = count - int(mask.sum())
-    ties = (score == threshold).reshape(-1).nonzero().squeeze(1)
-    mask.view(-1)[ties[:missing]] = True
+    score = score.contiguous()
+    threshold = _kth_largest(score.view(-1), count)
+    mask = score >= threshold
+    surplus = int(mask.count_nonzero()) - count
+    if surplus:
+        ties = (score == threshold).view(-1).nonzero().squeeze(1)
+        mask.view(-1)[ties[len(ties) - surplus :]] = False
     return mask
 
 
@@ -191,33 +196,41 @@ def _kth_largest(values: Tensor, count: int) -> Tensor:
 
     Large inputs are first narrowed by the quantiles of a sample to the few entries near the threshold; the bracket is
     verified by counting, so the sample decides the time and never the result.
+
+    Args:
+        values: (n,) contiguous.
     """
     size = values.numel()
-    if size > 1 << 16:
-        sample = values[:: size // 8192].sort().values
-        center = (1 - count / size) * (sample.numel() - 1)
-        margin = 0.03 * sample.numel()
-        low = sample[max(math.floor(center - margin), 0)]
-        high = sample[min(math.ceil(center + margin), sample.numel() - 1)]
-        near = values[(values >= low) & (values <= high)]
-        above = int((values > high).sum())
-        if above < count <= above + near.numel():
-            values, count = near, count - above
-    return values.sort(descending=True).values[count - 1]
+    if size > 1 << 15:
+        # An odd stride, or the sample would hold a few columns only where the width is a power of two.
+        sample = values[:: size // 8192 | 1].sort().values
+        last = len(sample) - 1
+        rank = (1 - count / size) * last
+        margin = 5 * math.sqrt(count / size * (1 - count / size) * last) + 2  # five standard errors of a quantile
+        low, high = sample[max(math.floor(rank - margin), 0)], sample[min(math.ceil(rank + margin), last)]
+        above = values > high
+        skipped = int(above.count_nonzero())
+        near = values.masked_select((values >= low).logical_xor_(above))
+        if skipped < count <= skipped + len(near):
+            values, count = near, count - skipped
+    if values.is_cuda:  # where selection is far slower than sorting
+        return values.sort(descending=True).values[count - 1]
+    return values.kthvalue(len(values) - count + 1).values
 
 
 def _keep_per_row(score: Tensor, count: int) -> Tensor:
     """Mask of exactly `count` largest entries of each row, first entries first among equals."""
     width = score.shape[1]
     if width <= 8:
-        # Rank by comparing every pair of columns: far cheaper than sorting millions of tiny rows.
+        # Rank by comparing every pair of columns: far cheaper than sorting millions of tiny rows. An entry's rank is
+        # how many beat it; entry i starts from the i before it, which win all ties.
         columns = score.unbind(1)
-        ranks = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
+        ranks = [torch.full(column.shape, i, dtype=torch.int8, device=score.device) for i, column in enumerate(columns)]
         for i in range(width):
             for j in range(i + 1, width):
-                later_wins = columns[j] > columns[i]
+                later_wins = (columns[j] > columns[i]).view(torch.int8)
                 ranks[i] += later_wins
-                ranks[j] += ~later_wins
+                ranks[j] -= later_wins
         return torch.stack([rank < count for rank in ranks], dim=1)
     order = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)

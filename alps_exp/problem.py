@@ -120,6 +120,24 @@ class LayerProblem:
             return Statistics.NONE
         return Statistics.DIAGONAL if self.mean is None or self.var is None else Statistics.MOMENTS
 
+    def require(self, level: Statistics) -> None:
+        """Raise UserError, naming what to give, unless the statistics of `level` are here.
+
+        MOMENTS also needs the counts of tokens and sequences, which turn means into sums.
+        """
+        needed = {
+            Statistics.NONE: (),
+            Statistics.DIAGONAL: ("diagonal",),
+            Statistics.MOMENTS: ("diagonal", "mean", "var", "tokens", "sequences"),
+            Statistics.GRAM: ("gram",),
+        }[level]
+        missing = ["gram" if name == "diagonal" else name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise UserError(
+                f"{self.name}: this method needs statistics of the layer's inputs that are missing; give inputs=X"
+                f"{', sequences=N' if level is Statistics.MOMENTS else ''}, or {', '.join(f'{n}=' for n in missing)}"
+            )
+
     @cached_property
     def dead(self) -> Tensor:
         """(in,) bool: inputs that were zero on every calibration token."""

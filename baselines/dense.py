@@ -1,0 +1,25 @@
+"""Dense: no pruning, the reference that every other run is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from alps_exp.patterns import Pattern
+from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.solver import Solution, Solver
+
+
+@dataclass(frozen=True)
+class Dense(Solver):
+    """Returns the weight as it is, whatever the pattern."""
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+    selection: ClassVar[str] = "none"
+    prunes: ClassVar[bool] = False
+
+
+    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        return Solution(weight=problem.weight, support=torch.ones_like(problem.weight, dtype=torch.bool))

@@ -1,0 +1,26 @@
+"""Magnitude pruning: keep the weights of largest |W|, compared over the whole layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from alps_exp.patterns import Pattern
+from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.solver import Solution, Solver, Stopwatch
+
+
+@dataclass(frozen=True)
+class Magnitude(Solver):
+    """Needs no data. Kept weights keep their values."""
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+    selection: ClassVar[str] = "layer"
+
+    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        watch = Stopwatch(problem.weight.device)
+        pattern.check(problem.weight.shape, problem.name)
+        support = pattern.keep(problem.weight.abs(), "layer")
+        weight = problem.weight.masked_fill(~support, 0)
+        watch.lap("selection")
+        return Solution(weight=weight, support=support, seconds=watch.seconds)

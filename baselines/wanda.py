@@ -1,0 +1,38 @@
+"""Wanda: keep the weights of largest |W_ij| ‖X_:j‖, compared within each output row (Sun, Liu, Bair, Kolter, ICLR 2024).
+
+X (tokens, in) is the calibration input, so ‖X_:j‖ = √G_jj. An input that was always zero scores 0 and goes first. Kept
+weights keep their values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from alps_exp.patterns import Pattern
+from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.solver import Solution, Solver, Stopwatch
+
+
+@dataclass(frozen=True)
+class Wanda(Solver):
+    """One pass, no weight update, no hyperparameters."""
+
+    statistics: ClassVar[Statistics] = Statistics.DIAGONAL
+    selection: ClassVar[str] = "row"
+
+    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        watch = Stopwatch(problem.weight.device)
+        problem.require(Statistics.DIAGONAL)
+        pattern.check(problem.weight.shape, problem.name)
+        support = pattern.keep(wanda_score(problem), "row")
+        weight = problem.weight.masked_fill(~support, 0)
+        watch.lap("selection")
+        return Solution(weight=weight, support=support, seconds=watch.seconds)
+
+
+def wanda_score(problem: LayerProblem) -> Tensor:
+    """(out, in) |W_ij| ‖X_:j‖₂."""
+    return problem.weight.abs() * problem.diagonal.sqrt()
