@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 
-from .checks import require  # noqa: F401
 from .errors import UserError, nearest
 from .solver import Solver
 

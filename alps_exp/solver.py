@@ -55,6 +55,11 @@ class Solver:
     selection: ClassVar[str] = "layer"
     prunes: ClassVar[bool] = True
 
+    def flops(self, rows: int, width: int) -> float:
+        """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
+        bandwidth decides."""
+        return 0.0
+
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         """Prune one layer."""
         return self.solve_group([problem], [pattern])[0]

@@ -1,0 +1,155 @@
+"""plan=true: what a run would do and need, without running it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from . import models
+from .blocks import find_blocks
+from .checks import parse_device
+from .loop import linear_shapes
+from .naming import run_name
+from .problem import Statistics
+from .registry import build
+from .run import DTYPES, selection_of, validate
+
+# What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
+_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 4)}
+
+
+def plan(cfg: Mapping) -> str:
+    """A text: layers with their patterns, estimated time, device, host and disk memory.
+
+    Everything is derived from the model's configuration; the time is the work in floating-point operations over the rate
+    of a matrix product measured on the device just now, and good to a factor of about two.
+
+    Raises:
+        UserError: as `validate`.
+    """
+    patterns = validate(cfg)
+    device = parse_device(cfg["device"])
+    config = models.load_config(cfg["model"])
+    skeleton = models.skeleton(config)
+    shapes = linear_shapes(skeleton, selection_of(cfg))
+    solver = build(cfg["method"])
+    level = max(solver.statistics, Statistics.GRAM if cfg["losses"] else Statistics.NONE) if patterns else None
+
+    lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({cfg['model'].get('path') or 'package'})"]
+    kinds = Counter(
+        (name.rsplit(".", 1)[-1], shapes[name], str(patterns[name]) if name in patterns else "dense") for name in shapes
+    )
+    lines.append(f"layers     {len(patterns)} of {len(shapes)} linear layers in the decoder blocks are pruned")
+    lines += [
+        f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
+        for (suffix, shape, pattern), count in kinds.items()
+    ]
+    lines += _time_lines(cfg, skeleton, shapes, patterns, solver, level, device)
+    lines += _memory_lines(cfg, config, skeleton, shapes, patterns, level, device)
+    return "\n".join(lines)
+
+
+def _time_lines(cfg, skeleton, shapes, patterns, solver, level, device) -> list[str]:
+    _, blocks = find_blocks(skeleton)
+    block_weights = sum(p.numel() for p in blocks.parameters())
+    tokens = cfg["nsamples"] * cfg["seqlen"]
+    passes = 0 if level in (None, Statistics.NONE) else 1 if cfg["propagate"] == "dense" else 2
+    forward = 2 * block_weights * tokens * passes
+    inputs = _distinct_inputs(patterns, shapes)
+    gram = sum(2 * tokens * width**2 for width in inputs) if level == Statistics.GRAM else 0
+    solving = sum(solver.flops(*shapes[name]) for name in patterns)
+    windows = cfg["eval"]["windows"]
+    everything = sum(p.numel() for p in skeleton.parameters())
+    evaluation = 2 * everything * (windows or 0) * cfg["eval"]["seqlen"] * len(cfg["eval"]["datasets"])
+    rate = _measured_rate(device)
+    parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
+    text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
+    unknown = "" if windows or not cfg["eval"]["datasets"] else "; evaluation on whole texts is not in it (eval.windows)"
+    return [
+        f"tokens     {cfg['nsamples']} windows of {cfg['seqlen']}",
+        f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
+        f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
+    ]
+
+
+def _memory_lines(cfg, config, skeleton, shapes, patterns, level, device) -> list[str]:
+    _, blocks = find_blocks(skeleton)
+    size = _element_size(cfg, config, device)
+    weights = sum(p.numel() for p in skeleton.parameters())
+    block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
+    outside = weights - sum(p.numel() for p in blocks.parameters())
+    hidden = cfg["nsamples"] * cfg["seqlen"] * getattr(config, "hidden_size", 0) * size
+    statistics = workspace = 0
+    if patterns:
+        first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
+        if level == Statistics.GRAM:
+            statistics = 4 * sum(width**2 for width in _distinct_inputs(first, shapes))
+        copies = _WORKSPACE[level]
+        workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
+    model_bytes = weights * size
+    step = statistics + workspace + (0 if level in (None, Statistics.NONE) else hidden)
+    lines = []
+    if device.type == "cuda":
+        lines.append(
+            f"device     about {_bytes((block + outside) * size + step)} with one block at a time, "
+            f"{_bytes(torch.cuda.mem_get_info(device)[0])} free"
+        )
+        lines.append(f"host       about {_bytes(model_bytes)} for the model")
+    else:
+        lines.append(f"device     the CPU: host memory only, no CUDA device in use")
+        lines.append(f"host       about {_bytes(model_bytes + step)}: model {_bytes(model_bytes)}, the rest {_bytes(step)}")
+    local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().is_dir()
+    disk = [("the saved model", model_bytes)] if cfg["save"] else []
+    disk += [] if local else [("the download", model_bytes)]
+    parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
+    lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
+    return lines
+
+
+def _distinct_inputs(names, shapes) -> list[int]:
+    """Widths of the distinct inputs: q/k/v, and gate/up, are fed by the same tensor."""
+    groups = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        role = "in" if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") else leaf
+        groups[(parent, role)] = shapes[name][1]
+    return list(groups.values())
+
+
+def _block_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def _element_size(cfg, config, device) -> int:
+    if cfg["dtype"] != "auto":
+        return DTYPES[cfg["dtype"]].itemsize
+    dtype = getattr(config, "dtype", None)
+    return 4 if device.type == "cpu" or not isinstance(dtype, torch.dtype) else dtype.itemsize
+
+
+def _measured_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 matrix product."""
+    size = 4096 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, device=device)
+    matrix @ matrix
+    repeats, start = 5, time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    float(product[0, 0])
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _seconds(value: float) -> str:
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
