@@ -76,7 +76,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"reading {file.name} needs the package gguf: pip install gguf ({first_line(error)})") from None
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - gguf and transformers raise whatever their parsers stumble on
+    except Exception as error:  # gguf and transformers raise whatever their parsers stumble on
         raise UserError(
             f"{file.name} is not a GGUF checkpoint that transformers can read ({first_line(error)}); "
             f"give a folder with config.json and safetensors files"

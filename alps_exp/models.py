@@ -67,7 +67,7 @@ def load_tokenizer(model: Mapping) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**source.arguments())
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - tokenizers are parsed by several libraries, each with its own errors
+    except Exception as error:  # tokenizers are parsed by several libraries, each with its own errors
         raise UserError(_why(source, error, "tokenizer")) from None
 
 
@@ -90,7 +90,7 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
         )
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - safetensors, torch.load, the hub and transformers raise their own errors
+    except Exception as error:  # safetensors, torch.load, the hub and transformers raise their own errors
         raise UserError(_why(source, error, "weights")) from None
     # transformers would leave such weights random, with a warning only: every number after that would be wrong.
     for key, problem in (("missing_keys", "lacks the weights"), ("mismatched_keys", "has other shapes for")):
@@ -139,7 +139,7 @@ def _config(source: _Source) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(**source.arguments())
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - the hub, the JSON reader and model code raise their own errors
+    except Exception as error:  # the hub, the JSON reader and model code raise their own errors
         raise UserError(_why(source, error, "config.json")) from None
     stored = getattr(config, "quantization_config", None)
     if stored is not None:

@@ -1,0 +1,279 @@
+"""Token windows for calibration and evaluation, by the protocols of the published codes.
+
+Calibration follows SparseGPT's and Wanda's loaders: windows at random offsets in documents longer than a window; with
+the C4 shard that they use and the same seed, the same windows. Where too few documents are that long, the windows are
+pieces of the joined documents, and the description that goes into the record says so. Evaluation cuts the joined text
+into consecutive windows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UserError, nearest
+from .registry import resource_root
+from .texts import Text, calibration_text, evaluation_text
+
+SAMPLINGS = ("auto", "documents", "concatenated")
+BOS_RULES = ("auto", "window", "true", "false")
+
+# Joining a whole C4 shard would hold tens of GB of token offsets; a run of documents of this many characters is joined.
+_MOST_CHARACTERS = 64_000_000
+
+
+def data_node(name: str) -> dict:
+    """The data node that conf/data/NAME.yaml describes, for evaluation on another data set than the calibrating one.
+
+    Raises:
+        UserError: no such data set.
+    """
+    folder = resource_root() / "conf" / "data"
+    known = [path.stem for path in folder.glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"unknown data set {name!r}; {nearest(name, known)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def calibration_tokens(
+    data: Mapping,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: str | bool = "auto",
+) -> tuple[torch.LongTensor, dict]:
+    """Random windows of a data node's calibration text.
+
+    Args:
+        data: a data node; its `sampling` is "documents", "concatenated", or "auto" (documents, if at least `nsamples`
+            of them are longer than a window).
+        tokenizer: the model's.
+        nsamples: windows.
+        seqlen: tokens in a window.
+        seed: same seed, same windows; no global generator is used or changed.
+        bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
+            as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
+
+    Returns:
+        Tokens (nsamples, seqlen), and their description for the record.
+
+    Raises:
+        UserError: no such file or hub, or too little text (says how many windows there are).
+    """
+    encoder = _Encoder(tokenizer, bos, seqlen)
+    sampling = str(data.get("sampling") or "auto")
+    if sampling not in SAMPLINGS:
+        raise UserError(f"data.sampling={sampling} is not allowed; {nearest(sampling, SAMPLINGS)}")
+    _at_least_one("nsamples", nsamples)
+    text = calibration_text(data)
+    generator = random.Random(seed)
+    long = encoder.longer_than_window(text.documents, nsamples) if sampling != "concatenated" else 0
+    if sampling == "documents" and not long:
+        raise UserError(
+            f"data={data['name']}: no document is longer than seqlen={seqlen} tokens; lower seqlen, or "
+            f"data.sampling=concatenated"
+        )
+    if sampling == "documents" or (sampling == "auto" and long >= nsamples):
+        rows, used = _from_documents(text, encoder, nsamples, generator)
+        facts = {
+            "sampling": "documents",
+            "documents": used,
+            "total_windows": None,
+            "protocol": "random offsets in random documents longer than a window",
+        }
+    else:
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"])
+        facts = {
+            "sampling": "concatenated",
+            "documents": used,
+            "total_windows": available,
+            "protocol": f"random distinct windows of the documents joined by {text.join!r}",
+        }
+    description = _description(data, text, encoder, nsamples) | facts
+    description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
+    return torch.tensor(rows, dtype=torch.long), description
+
+
+def evaluation_tokens(
+    data: Mapping,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    windows: int | None = None,
+    bos: str | bool = "auto",
+    path: str | None = None,
+) -> tuple[torch.LongTensor, dict]:
+    """Consecutive windows of a data node's evaluation text, from its start.
+
+    Args:
+        data: a data node.
+        tokenizer: the model's.
+        seqlen: tokens in a window; a last, shorter piece is dropped.
+        windows: how many; None is all that the protocol has.
+        bos: as in `calibration_tokens`.
+        path: a local file in place of the node's evaluation text, read by the same rules.
+
+    Returns:
+        Tokens (windows, seqlen), and their description for the record.
+
+    Raises:
+        UserError: no such file or hub, or too little text (says how many windows there are).
+    """
+    encoder = _Encoder(tokenizer, bos, seqlen)
+    if windows is not None:
+        _at_least_one("windows", windows)
+    text = evaluation_text(data, path)
+    ids = encoder.encode([text.joined])[0]
+    limit = data.get("evaluation_windows")
+    available = len(ids) // encoder.payload
+    available = available if limit is None else min(available, limit)
+    count = available if windows is None else windows
+    if count > available or not available:
+        raise _too_short(data["name"], "evaluation", available, max(count, 1), seqlen, "windows")
+    rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
+    description = _description(data, text, encoder, count) | {
+        "protocol": f"documents joined by {text.join!r}, consecutive windows"
+        + ("" if limit is None else f", at most {limit}")
+        + f", {'all' if count == available else f'the first {count}'} of {available}",
+        "total_windows": available,
+        "partial": count < available,
+    }
+    return torch.tensor(rows, dtype=torch.long), description
+
+
+class _Encoder:
+    """A tokenizer under one rule for BOS, and windows of one length made of its tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | bool, seqlen: int):
+        self.tokenizer, self.rule, self.seqlen = tokenizer, str(bos).lower(), seqlen
+        if self.rule not in BOS_RULES:
+            raise UserError(f"model.bos={bos} is not allowed; {nearest(self.rule, BOS_RULES)}")
+        if seqlen < 2:
+            raise UserError(f"seqlen={seqlen} is not allowed: give a whole number from 2")
+        if self.rule in ("true", "window") and tokenizer.bos_token_id is None:
+            raise UserError(
+                f"model.bos={self.rule} needs a tokenizer with a BOS token, and this one has none; bos=auto"
+            )
+        self.payload = seqlen - (self.rule == "window")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, of any length."""
+        # verbose=False: a text longer than the model's context is what is wanted here, not a mistake to warn of.
+        ids = self.tokenizer(
+            texts,
+            add_special_tokens=self.rule == "auto",
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [[self.tokenizer.bos_token_id, *row] for row in ids] if self.rule == "true" else ids
+
+    def window(self, ids: list[int], start: int) -> list[int]:
+        """The window of `seqlen` tokens that begins at token `start` of a text."""
+        first = [self.tokenizer.bos_token_id] if self.rule == "window" else []
+        return first + ids[start : start + self.payload]
+
+    def may_be_longer(self, document: str) -> bool:
+        """False for a document that cannot fill a window: tokens are at least one byte each, but for a few at the ends.
+
+        Spares tokenising three of four documents of C4.
+        """
+        return len(document) > self.payload or len(document.encode()) + 8 > self.payload
+
+    def longer_than_window(self, documents: list[str], enough: int) -> int:
+        """How many documents are longer than a window, counted until there are enough of them."""
+        candidates = [document for document in documents if self.may_be_longer(document)]
+        found = 0
+        for start in range(0, len(candidates), 64):
+            found += sum(len(ids) > self.payload for ids in self.encode(candidates[start : start + 64]))
+            if found >= enough:
+                break
+        return found
+
+    def describe(self) -> str:
+        """What happened to BOS, for the record."""
+        if self.rule == "window":
+            return "every window starts with BOS"
+        if self.rule != "auto":
+            return "BOS before each text" if self.rule == "true" else "none"
+        plain = len(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        added = self.tokenizer("a")["input_ids"]
+        names = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(added[: len(added) - plain])))
+        return f"auto: the tokenizer adds {names} to each text" if names else "auto: the tokenizer adds none"
+
+
+def _from_documents(text: Text, encoder: _Encoder, nsamples: int, generator: random.Random) -> tuple[list, int]:
+    """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
+
+    A document may be drawn twice, as there. At least one document must be longer than a window.
+    """
+    rows: list[list[int]] = []
+    used: set[int] = set()
+    tokens: dict[int, list[int] | None] = {}
+    while len(rows) < nsamples:
+        index = generator.randint(0, len(text.documents) - 1)
+        if index not in tokens:
+            document = text.documents[index]
+            ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
+            tokens[index] = ids if len(ids) > encoder.payload else None
+        ids = tokens[index]
+        if ids is not None:
+            rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
+            used.add(index)
+    return rows, len(used)
+
+
+def _from_stream(
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str
+) -> tuple[list, int, int]:
+    """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there."""
+    documents = _run_of(text.documents, generator)
+    ids = encoder.encode([text.join.join(documents)])[0]
+    available = len(ids) // encoder.payload
+    if available < nsamples:
+        raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
+    picks = generator.sample(range(available), nsamples)
+    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), available
+
+
+def _run_of(documents: list[str], generator: random.Random) -> list[str]:
+    """All documents, or a run of consecutive ones from a random start where they are too many to join."""
+    if sum(map(len, documents)) <= _MOST_CHARACTERS:
+        return documents
+    start, run, characters = generator.randrange(len(documents)), [], 0
+    for document in documents[start:] + documents[:start]:
+        run.append(document)
+        characters += len(document)
+        if characters > _MOST_CHARACTERS:
+            break
+    return run
+
+
+def _description(data: Mapping, text: Text, encoder: _Encoder, windows: int) -> dict:
+    return {
+        "dataset": data["name"],
+        "source": text.source,
+        "split": text.split,
+        "revision": text.revision,
+        "windows": windows,
+        "seqlen": encoder.seqlen,
+        "bos": encoder.describe(),
+    }
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{key}={value} is not allowed: give a whole number from 1")
+
+
+def _too_short(name: str, purpose: str, available: int, asked: int, seqlen: int, key: str) -> UserError:
+    return UserError(
+        f"data={name}: the {purpose} text has only {available} windows of seqlen={seqlen} tokens, {asked} were asked; "
+        f"lower {key} or seqlen, or give a longer text"
+    )
