@@ -101,9 +101,7 @@ class SparseGPT(Solver):
         return [(weight.T.contiguous(), support.T.contiguous()) for weight, support in layers]
 
 
-def _sweep_block(
-    work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pattern: Pattern, step: int
-) -> Tensor:
+def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pattern: Pattern, step: int) -> Tensor:
     """Prune one block of columns, compensated for all columns to its left already.
 
     Args:
@@ -156,7 +154,7 @@ def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
 
 
 def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
-    """L (in, in), lower triangular, LLᵀ = H with the order of its rows and columns reversed; U_jj = 1 / L_(in-1-j, in-1-j).
+    """L (in, in), lower triangular, LLᵀ = H with the order of its inputs reversed; so U_jj = 1 / L_kk, k = in - 1 - j.
 
     Raises:
         UserError: no Gram matrix, or H is not positive definite.

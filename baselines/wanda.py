@@ -1,4 +1,4 @@
-"""Wanda: keep the weights of largest |W_ij| ‖X_:j‖, compared within each output row (Sun, Liu, Bair, Kolter, ICLR 2024).
+"""Wanda: keep the weights of largest |W_ij| ‖X_:j‖, compared within each output row (Sun et al., ICLR 2024).
 
 X (tokens, in) is the calibration input, so ‖X_:j‖ = √G_jj. An input that was always zero scores 0 and goes first. Kept
 weights keep their values.
