@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from . import __version__, naming, overrides
 from .errors import UserError
@@ -153,21 +154,15 @@ def _single(app: Any, name: str, words: list[str]) -> int:
 
 def _sweep(app: Any, name: str, words: list[str]) -> int:
     words, jobs = overrides.expand(words, name)
-    seen: dict[str, list[str]] = {}
-    configs = []
-    for number, line in enumerate(jobs, start=1):
-        try:
-            cfg = overrides.compose_prepared(line, name, with_hydra=True)
+    configs: list[DictConfig] = []
+    # All are composed before the first is validated: names are wrong more often than values, and cost no import.
+    for number, line in enumerate(jobs):
+        with _naming_the_run(jobs, number):
+            configs.append(overrides.compose_prepared(line, name, with_hydra=True))
+    for number, cfg in enumerate(configs):
+        with _naming_the_run(jobs, number):
             _validate(cfg)
-            if twin := seen.get(run := naming.run_name(cfg)):
-                raise UserError(f"the same configuration as {' '.join(twin)}; name every run once")
-        except UserError as error:
-            if len(jobs) == 1:
-                raise
-            shown = " ".join(word for word in line if not word.startswith("hydra"))
-            raise UserError(f"{error} (run {number} of {len(jobs)}: {shown}; none was started)") from error
-        seen[run] = line
-        configs.append(cfg)
+    _refuse_twins(configs, jobs)
     if configs and all(cfg.plan for cfg in configs):
         _print_plans(configs)
         return 0
@@ -177,20 +172,39 @@ def _sweep(app: Any, name: str, words: list[str]) -> int:
     return _exit_status(outcomes, total=len(jobs))
 
 
+@contextmanager
+def _naming_the_run(jobs: list[list[str]], number: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        place = f"run {number + 1} of {len(jobs)}: {_shown(jobs[number])}; none was started"
+        raise UserError(f"{error} ({place})") from error
+
+
+def _refuse_twins(configs: list[DictConfig], jobs: list[list[str]]) -> None:
+    """Two runs of one configuration would write to one directory, perhaps at once."""
+    seen: dict[str, list[str]] = {}
+    for cfg, line in zip(configs, jobs, strict=True):
+        run = naming.run_name(cfg)
+        if run in seen:
+            raise UserError(f"{_shown(seen[run])} and {_shown(line)} are the same configuration: name every run once")
+        seen[run] = line
+
+
+def _shown(line: list[str]) -> str:
+    return " ".join(word.replace("'", "") for word in line if not word.startswith("hydra")) or "no overrides"
+
+
 def _validate(cfg: DictConfig) -> None:
     from . import run
 
-    run.validate(_without_hydra(cfg))
+    run.validate(overrides.without_hydra(cfg))
 
 
 def _print_plans(configs: list[DictConfig]) -> None:
     from .plan import plan
 
-    print("\n\n".join(plan(_without_hydra(cfg)) for cfg in configs))
-
-
-def _without_hydra(cfg: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    print("\n\n".join(plan(overrides.without_hydra(cfg)) for cfg in configs))
 
 
 def job(cfg: DictConfig) -> Outcome:

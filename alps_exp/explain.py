@@ -32,7 +32,7 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
         key, _, value = match[1].replace("'", "").partition("=")
-        return f"{key}={value} names several values: add -m to run each of them, or write {key}=[{value}] for a list"
+        return f"{key}={value} names several values: add -m to run each of them (a list is written {key}=[a,b])"
     if match := re.search(r"Could not override '(.*?)'", text):
         return _unknown_key(match[1], words, config_name)
     if match := re.search(r"An item is already at '(.*?)'", text):

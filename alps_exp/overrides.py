@@ -156,11 +156,16 @@ def compose_prepared(
     return _explained(_composed, list(words), config_name, with_hydra, complete)
 
 
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """The project's own part of a configuration."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
 def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bool) -> DictConfig:
     cfg = hydra.compose(config_name, overrides=words, return_hydra_config=with_hydra)
     if not complete:
         return cfg
-    if missing := sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra.")):
+    if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
         raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
     for group in ("model", "data", "method", "sparsity", "eval", "logger"):
         if not isinstance(cfg.get(group), DictConfig):
