@@ -1,0 +1,46 @@
+"""Fixtures shared by the tests: tiny models, a text, and the folder of real data where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _tiny(kind: str, steps: int):
+    @pytest.fixture(scope="session", name=f"tiny_{kind}")
+    def folder(tmp_path_factory) -> Path:
+        return tiny_models.build(kind, tmp_path_factory.mktemp("models") / f"tiny_{kind}", steps=steps)
+
+    return folder
+
+
+# The trained ones are for tests in which a perplexity must make sense; the others have random weights.
+tiny_opt = _tiny("opt", steps=80)
+tiny_llama = _tiny("llama", steps=80)
+tiny_gpt2 = _tiny("gpt2", steps=0)
+tiny_gemma3 = _tiny("gemma3", steps=0)
+tiny_qwen3 = _tiny("qwen3", steps=0)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text of 200 lines (documents), about 200 kB, in the grammar that the tiny models have learned."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("\n".join(tiny_models.documents(200, seed=3)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and recorded results, beside the checkout or named by ALPS_EXP_SHARED."""
+    beside = Path(__file__).parents[2] / "shared"
+    path = Path(os.environ.get("ALPS_EXP_SHARED", beside))
+    if not path.is_dir():
+        pytest.skip("needs the folder of real data: put it beside the checkout as `shared`, or set ALPS_EXP_SHARED")
+    return path
