@@ -20,6 +20,5 @@ class Dense(Solver):
     selection: ClassVar[str] = "none"
     prunes: ClassVar[bool] = False
 
-
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         return Solution(weight=problem.weight, support=torch.ones_like(problem.weight, dtype=torch.bool))

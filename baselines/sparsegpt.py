@@ -60,6 +60,10 @@ class SparseGPT(Solver):
     def selection(self) -> str:
         return f"block of {self.block_size} columns"
 
+    def flops(self, rows: int, width: int) -> float:
+        # Cholesky and triangular inverse, n³/3 each; then every pair of columns meets once in every row.
+        return 2 / 3 * width**3 + rows * width**2
+
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         watch = Stopwatch(problems[0].weight.device)
         for problem, pattern in zip(problems, patterns, strict=True):

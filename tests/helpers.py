@@ -1,0 +1,76 @@
+"""What several test files share: planted layers, independent counting rules, a stable reference selection."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alps_exp.patterns import NM, Pattern
+from alps_exp.problem import LayerProblem
+
+PATTERNS = ("0.29", "0.5", "0.7", "0.9", "2:4", "4:8", "1:4", "2:3")
+
+
+def planted_inputs(tokens: int, width: int, seed: int, sequences: int = 4) -> Tensor:
+    """(tokens, width) float64 inputs as layers see them: correlated, of unequal scale, off zero, with a level that
+    differs between sequences."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rank = max(width // 3, 1)
+    scale = torch.exp(0.7 * normal(width))
+    x = normal(tokens, rank) @ normal(rank, width) / rank**0.5 + 0.5 * normal(tokens, width)
+    level = normal(sequences, width).repeat_interleave(tokens // sequences, 0)
+    return (x + 0.3 * level + 0.4 * normal(width)) * scale
+
+
+def planted(
+    rows: int = 24, width: int = 48, tokens: int = 400, seed: int = 0, dtype=torch.float64, dead: tuple[int, ...] = ()
+) -> LayerProblem:
+    """A layer with planted inputs of 4 sequences; the inputs numbered in `dead` are always zero."""
+    x = planted_inputs(tokens, width, seed)
+    x[:, list(dead)] = 0
+    generator = torch.Generator().manual_seed(seed + 1)
+    weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return LayerProblem.from_inputs(weight.to(dtype), x, sequences=4, name="planted")
+
+
+def selection_blocks(selection: str, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """The selection groups of an unstructured pattern as slices of a weight of this shape."""
+    rows, width = shape
+    if selection == "row":
+        return [(slice(row, row + 1), slice(0, width)) for row in range(rows)]
+    if match := re.fullmatch(r"block of (\d+) columns", selection):
+        step = int(match[1])
+        return [(slice(0, rows), slice(begin, min(begin + step, width))) for begin in range(0, width, step)]
+    assert selection == "layer", f"a selection that no test knows: {selection}"
+    return [(slice(0, rows), slice(0, width))]
+
+
+def assert_exact(support: Tensor, pattern: Pattern, written: str, selection: str) -> None:
+    """Every selection group of the support has exactly its count, by exact arithmetic on the pattern as written."""
+    if isinstance(pattern, NM):
+        kept, width = map(int, written.split(":"))
+        assert (support.reshape(-1, width).sum(1) == kept).all()
+        return
+    level = Fraction(written)
+    for rows, columns in selection_blocks(selection, tuple(support.shape)):
+        part = support[rows, columns]
+        if selection == "layer":
+            assert abs(int(part.sum()) - (1 - level) * part.numel()) <= Fraction(1, 2)
+        else:
+            assert int((~part).sum()) == math.floor(level * part.numel())
+
+
+def stable_top(score: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` largest entries of a vector, first entries first among equals, by a stable sort."""
+    mask = np.zeros(score.shape, dtype=bool)
+    mask[np.argsort(-score, kind="stable")[:count]] = True
+    return mask
