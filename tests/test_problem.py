@@ -89,7 +89,7 @@ def test_missing_statistics_are_named(level, dropped, named):
     fields[dropped] = None
     if dropped == "diagonal":
         fields["gram"] = None
-    with pytest.raises(UserError, match="planted: .*give inputs=X") as error:
+    with pytest.raises(UserError, match=r"planted: .*give inputs=X") as error:
         LayerProblem(**fields).require(level)
     assert str(error.value).rpartition(", or ")[2] == named
 
