@@ -1,0 +1,134 @@
+"""The model cut into blocks does what the whole model does, for every family."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from alps_exp.blocks import BlockModel, HiddenStates, block_linears, find_blocks
+from alps_exp.errors import UserError
+from alps_exp.evaluate import perplexity
+
+FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
+CPU = torch.device("cpu")
+
+
+def load(folder) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def network(request) -> nn.Module:
+    return load(request.getfixturevalue(f"tiny_{request.param}"))
+
+
+def bloom() -> nn.Module:
+    config = transformers.BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)
+    return transformers.BloomForCausalLM(config).eval()
+
+
+def tokens(windows: int = 5, seqlen: int = 40) -> torch.Tensor:
+    return torch.randint(3, 384, (windows, seqlen), generator=torch.Generator().manual_seed(0))
+
+
+def whole(network: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(ids).logits
+
+
+def blockwise(model: BlockModel, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    hidden = HiddenStates(model, ids, batch_size)
+    for index in range(len(model)):
+        with model.block(index) as block:
+            hidden.advance(model, index, block)
+    return torch.cat([model.head(c, h) for c, h in zip(ids.split(batch_size), hidden, strict=True)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_block_by_block_equals_the_whole_model(network, batch_size):
+    ids = tokens()
+    expected = whole(network, ids)
+    torch.testing.assert_close(blockwise(BlockModel(network, CPU), ids, batch_size), expected, rtol=1e-4, atol=1e-4)
+    # The stubs are gone afterwards.
+    torch.testing.assert_close(whole(network, ids), expected)
+
+
+def test_blocks_that_return_tuples_and_take_batch_sized_arguments():
+    network, ids = bloom(), tokens()
+    torch.testing.assert_close(
+        blockwise(BlockModel(network, CPU), ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_perplexity_is_that_of_a_plain_loop(network):
+    ids = tokens()
+    losses = []
+    for window in ids:
+        logits = whole(network, window[None]).double()
+        losses.append(nn.functional.cross_entropy(logits[0, :-1], window[1:]))
+    expected = float(torch.stack(losses).mean().exp())
+    assert perplexity(BlockModel(network, CPU), ids, 2, quiet=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_offloaded_blocks_visit_the_device_and_go_home(tiny_llama):
+    network, ids = load(tiny_llama), tokens()
+    expected = whole(network, ids)
+    model = BlockModel(network, CPU, offload=True)
+    assert find_blocks(network)[1] is model.blocks
+    torch.testing.assert_close(blockwise(model, ids, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_not_a_number_names_the_block(tiny_llama):
+    network = load(tiny_llama)
+    network.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"model\.layers\.1 produces NaN or infinite activations"):
+        perplexity(BlockModel(network, CPU), tokens(), quiet=True)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="Sequential has no decoder blocks"):
+        find_blocks(nn.Sequential(nn.Linear(3, 3)))
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def test_fused_experts_are_refused_by_name_unless_excluded():
+    prefix, blocks = find_blocks(mixtral())
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj is a fused weight"):
+        block_linears(blocks[0], f"{prefix}.0")
+    linears = block_linears(blocks[0], f"{prefix}.0", lambda name: "experts" in name)
+    assert {name.rsplit(".", 1)[-1] for name in linears} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_quantised_weights_are_refused_by_name(tiny_llama):
+    network = load(tiny_llama)
+    layer = network.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"mlp\.up_proj holds quantised weights"):
+        block_linears(network.model.layers[0], "model.layers.0")
+
+
+def test_arguments_that_depend_on_the_tokens_are_refused(tiny_llama):
+    network = load(tiny_llama)
+    model = BlockModel(network, CPU)
+    inner = network.model.forward
+
+    def forward(input_ids, **kwargs):
+        return inner(input_ids, extra=input_ids.float(), **kwargs)
+
+    network.model.forward = forward
+    with pytest.raises(UserError, match="arguments that depend on the tokens"):
+        HiddenStates(model, tokens(), 1)

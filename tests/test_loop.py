@@ -1,0 +1,204 @@
+"""The block loop against a plain one: whole-model forwards, inputs kept, one `prune_layer` a layer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import alps_exp
+from alps_exp.blocks import block_linears, find_blocks
+from alps_exp.errors import UserError
+from alps_exp.loop import out_major
+
+FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
+
+
+def load(folder) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def tokens(windows: int = 6, seqlen: int = 64) -> torch.Tensor:
+    return torch.randint(3, 384, (windows, seqlen), generator=torch.Generator().manual_seed(0))
+
+
+def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str, propagate: str) -> dict[str, float]:
+    """Prune in place; returns each layer's relative loss in float64."""
+    dense = copy.deepcopy(network)
+    prefix, blocks = find_blocks(network)
+    losses = {}
+    for index, block in enumerate(blocks):
+        linears = block_linears(block, f"{prefix}.{index}")
+        inputs: dict[str, torch.Tensor] = {}
+        source = dense if propagate == "dense" else network
+        handles = [
+            source.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: inputs.__setitem__(name, args[0].detach().clone())
+            )
+            for name in linears
+        ]
+        with torch.no_grad():
+            source(ids)
+        for handle in handles:
+            handle.remove()
+        for name, module in linears.items():
+            weight = out_major(module).clone()
+            x = inputs[name]
+            solution = alps_exp.prune_layer(weight, inputs=x, method=method, sparsity=sparsity)
+            out_major(module).copy_(solution.weight)
+            flat, delta = x.reshape(-1, x.shape[-1]).double(), weight.double() - solution.weight.double()
+            losses[name] = float((flat @ delta.T).square().sum() / (flat @ weight.double().T).square().sum())
+    return losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("method", "sparsity"), [("wanda", "0.5"), ("sparsegpt", "2:4"), ("dsnot", "0.6")])
+def test_weights_and_losses_are_those_of_a_plain_loop(request, family, method, sparsity):
+    folder, ids = request.getfixturevalue(f"tiny_{family}"), tokens()
+    network, expected = load(folder), load(folder)
+    record = alps_exp.prune_model(network, ids, method=method, sparsity=sparsity, batch_size=4)
+    losses = plain_loop(expected, ids, method, sparsity, "pruned")
+    assert [row["name"] for row in record["layers"]] == list(losses)
+    for row in record["layers"]:
+        # Rounding may swap nearly equal scores, which moves a loss a little and a model's output hardly.
+        assert row["relative_loss"] == pytest.approx(losses[row["name"]], rel=0.02), row["name"]
+    with torch.no_grad():
+        one, other = network(ids).logits, expected(ids).logits
+    assert float((one - other).norm() / other.norm()) < 0.02
+
+
+def test_alps_losses_are_those_of_a_plain_loop(tiny_llama):
+    # ADMM turns rounding into other supports of equal quality, so only the losses can agree.
+    ids, network = tokens(), load(tiny_llama)
+    record = alps_exp.prune_model(network, ids, sparsity=0.6, batch_size=4)
+    losses = plain_loop(load(tiny_llama), ids, "alps", "0.6", "pruned")
+    assert record["summary"]["mean_relative_loss"] == pytest.approx(sum(losses.values()) / len(losses), rel=0.03)
+
+
+def test_dense_propagation_calibrates_on_the_dense_model(tiny_llama):
+    ids, network, expected = tokens(), load(tiny_llama), load(tiny_llama)
+    record = alps_exp.prune_model(network, ids, method="sparsegpt", sparsity=0.5, propagate="dense")
+    losses = plain_loop(expected, ids, "sparsegpt", "0.5", "dense")
+    for row in record["layers"]:
+        assert row["relative_loss"] == pytest.approx(losses[row["name"]], rel=0.02), row["name"]
+    pruned = plain_loop(load(tiny_llama), ids, "sparsegpt", "0.5", "pruned")
+    assert any(abs(pruned[name] / loss - 1) > 0.05 for name, loss in losses.items())
+
+
+def test_the_same_call_gives_the_same_weights(tiny_opt):
+    one, other = load(tiny_opt), load(tiny_opt)
+    for network in (one, other):
+        alps_exp.prune_model(network, tokens(), sparsity=0.6)
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_only_linear_layers_of_blocks_change(tiny_llama):
+    network, before = load(tiny_llama), load(tiny_llama).state_dict()
+    record = alps_exp.prune_model(network, tokens(), method="magnitude", sparsity=0.5)
+    pruned = {f"{row['name']}.weight" for row in record["layers"]}
+    assert len(pruned) == 14
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, before[name]) == (name not in pruned), name
+
+
+def test_tied_head_stays_tied_and_untouched(tiny_gemma3):
+    network = load(tiny_gemma3)
+    before = network.lm_head.weight.clone()
+    alps_exp.prune_model(network, tokens(), method="wanda", sparsity=0.5)
+    assert network.lm_head.weight is network.get_input_embeddings().weight
+    assert torch.equal(network.lm_head.weight, before)
+
+
+def test_half_precision_model_keeps_its_dtype(tiny_llama):
+    network = load(tiny_llama).to(torch.bfloat16)
+    record = alps_exp.prune_model(network, tokens(), sparsity=0.5)
+    assert network.dtype == torch.bfloat16
+    assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-3) for row in record["layers"])
+    reference = alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.5)
+    assert record["summary"]["mean_relative_loss"] == pytest.approx(
+        reference["summary"]["mean_relative_loss"], rel=0.1
+    )
+
+
+def test_layers_by_pattern(tiny_llama):
+    network = load(tiny_llama)
+    record = alps_exp.prune_model(
+        network,
+        tokens(),
+        method="wanda",
+        sparsity=0.5,
+        exclude=["layers.0.*"],
+        layer_sparsity={"mlp.*": "2:4"},
+    )
+    assert all(row["block"] == 1 for row in record["layers"])
+    patterns = {row["name"].split(".")[-1]: row["pattern"] for row in record["layers"]}
+    assert patterns["q_proj"] == "0.5" and patterns["down_proj"] == "2:4"
+    selections = {row["name"].split(".")[-1]: row["selection"] for row in record["layers"]}
+    assert selections["q_proj"] == "row" and selections["down_proj"] == "group of 4"
+    first = network.model.layers[0].mlp.down_proj.weight
+    assert first.count_nonzero() == first.numel()
+
+
+def test_magnitude_without_losses_needs_no_forward(tiny_llama, monkeypatch):
+    network = load(tiny_llama)
+    monkeypatch.setattr(network.model, "forward", lambda *args, **kwargs: pytest.fail("a forward pass ran"))
+    record = alps_exp.prune_model(network, tokens(), method="magnitude", sparsity=0.5, losses=False)
+    assert record["summary"]["mean_relative_loss"] is None
+    assert record["summary"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_wanda_without_losses_collects_no_matrix(tiny_llama):
+    with_losses, without = load(tiny_llama), load(tiny_llama)
+    alps_exp.prune_model(with_losses, tokens(), method="wanda", sparsity=0.5)
+    record = alps_exp.prune_model(without, tokens(), method="wanda", sparsity=0.5, losses=False)
+    assert all(row["relative_loss"] is None for row in record["layers"])
+    one, other = with_losses.state_dict(), without.state_dict()
+    equal = [float(((one[name] == 0) == (other[name] == 0)).float().mean()) for name in one]
+    assert min(equal) > 0.999
+
+
+def test_dense_changes_nothing(tiny_llama):
+    network, before = load(tiny_llama), load(tiny_llama).state_dict()
+    record = alps_exp.prune_model(network, tokens(), method="dense")
+    assert record["layers"] == [] and record["sparsity"] == "0"
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+
+
+def test_dead_inputs_and_few_tokens_are_counted_and_named(tiny_llama):
+    network = load(tiny_llama)
+    network.model.layers[0].post_attention_layernorm.weight.data[:3] = 0
+    record = alps_exp.prune_model(network, tokens(1, 16), sparsity=0.5)
+    rows = {row["name"]: row for row in record["layers"]}
+    assert rows["model.layers.0.mlp.up_proj"]["dead_inputs"] == 3
+    assert len(record["warnings"]) == 2
+    assert (network.model.layers[0].mlp.up_proj.weight[:, :3] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_weights_name_the_layer(tiny_llama, value):
+    network = load(tiny_llama)
+    network.model.layers[1].self_attn.k_proj.weight.data[1, 2] = value
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.k_proj: the weight has 1 NaN"):
+        alps_exp.prune_model(network, tokens(), method="magnitude", sparsity=0.5, losses=False)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), "windows, seqlen"),
+        (torch.zeros(2, 8), "integer tensor"),
+        (torch.full((2, 8), 384), "from 0 to 383"),
+        (torch.full((2, 8), -1), "from 0 to 383"),
+    ],
+)
+def test_bad_tokens(tiny_llama, ids, message):
+    with pytest.raises(UserError, match=message):
+        alps_exp.prune_model(load(tiny_llama), ids)
+
+
+def test_a_width_that_the_pattern_does_not_fit_is_named_before_work(tiny_llama):
+    network = load(tiny_llama)
+    with pytest.raises(UserError, match=r"sparsity 1:3 does not fit model\.layers\.0\.self_attn\.q_proj"):
+        alps_exp.prune_model(network, tokens(), sparsity="1:3")
