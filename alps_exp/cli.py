@@ -73,7 +73,10 @@ def command(words: list[str]) -> int:
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
             _prepare_completion()
-            app.shell_completion(config_name=name, overrides=args.overrides)
+            try:
+                app.shell_completion(config_name=name, overrides=args.overrides)
+            except ValueError as error:
+                raise UserError(f'{error}; as in: eval "$(alps-exp -sc install=bash)"') from error
             return 0
         args.overrides = overrides.prepared(args.overrides)
         if args.config_dir:

@@ -34,7 +34,7 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
         key, _, value = match[1].replace("'", "").partition("=")
         return f"{key}={value} names several values: add -m to run each of them (a list is written {key}=[a,b])"
     if match := re.search(r"Could not override '(.*?)'", text):
-        return _unknown_key(match[1], words, config_name)
+        return unknown_key(match[1], words, config_name)
     if match := re.search(r"An item is already at '(.*?)'", text):
         return f"{match[1]} exists already: write {match[1]}=VALUE, without the +"
     if match := re.search(r"Error merging override (.*)", text):
@@ -64,7 +64,8 @@ def _unknown_choice(path: str, options: Sequence[str]) -> str:
     return f"unknown {what} {name!r}; {nearest(name, options)}"
 
 
-def _unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
+def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
+    """The line for a key that the configuration composed from `words` does not have."""
     group = key.split("@")[0]
     if "/" in group:
         parent = group.rpartition("/")[0]
@@ -92,7 +93,7 @@ def _unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
 
 def _without_keys(words: Sequence[str], config_name: str) -> DictConfig:
     """The configuration that the choices of groups alone describe."""
-    choices = [override for override in _parsed(words) if _is_choice(override)]
+    choices = [override for override in _parsed(words) if is_choice(override)]
     paths = [override for override in _parsed(words) if override.key_or_group == "hydra.searchpath"]
     for attempt in (paths + choices, paths):
         try:
@@ -107,7 +108,7 @@ def _without_keys(words: Sequence[str], config_name: str) -> DictConfig:
 def _not_a_name(words: Sequence[str]) -> str | None:
     for override in _parsed(words):
         group = override.key_or_group
-        if _is_choice(override) and not isinstance(override.value(), (str, list)):
+        if is_choice(override) and not isinstance(override.value(), (str, list)):
             if group == "sparsity":
                 return f"{override.input_line} is not allowed: {_SPARSITY}"
             return f"unknown {group} {override.value()!r}; {nearest(str(override.value()), _options(group))}"
@@ -138,7 +139,8 @@ def _parsed(words: Sequence[str]) -> list[Override]:
         return []
 
 
-def _is_choice(override: Override) -> bool:
+def is_choice(override: Override) -> bool:
+    """Whether the override chooses from a group, rather than sets a key."""
     group = override.key_or_group
     return bool(group) and "." not in group and not override.is_delete() and bool(_options(group))
 

@@ -163,6 +163,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bool) -> DictConfig:
     cfg = hydra.compose(config_name, overrides=words, return_hydra_config=with_hydra)
+    _refuse_additions(words, config_name)
     if not complete:
         return cfg
     if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
@@ -175,6 +176,23 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
         if key != "hydra" and OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True)
     return cfg
+
+
+def _refuse_additions(words: list[str], config_name: str) -> None:
+    """Hydra takes any new key after a +; one that nothing reads would only hide a typing mistake."""
+    from .explain import is_choice, unknown_key
+
+    overrides = OverridesParser.create().parse_overrides(words)
+    added = [o for o in overrides if o.is_add() or o.is_force_add()]
+    added = [o for o in added if not (o.is_hydra_override() or is_choice(o) or _is_layer_sparsity(o))]
+    if added:
+        rest = [str(override.input_line) for override in overrides if override not in added]
+        known = hydra.compose(config_name, overrides=rest)
+        for override in added:
+            parent, _, name = override.key_or_group.rpartition(".")
+            node = OmegaConf.select(known, parent) if parent else known
+            if not isinstance(node, DictConfig) or name not in node:
+                raise UserError(unknown_key(override.key_or_group, rest, config_name))
 
 
 def _explained(function, words: list[str], *rest):
@@ -212,9 +230,13 @@ def _with_plain_keys(word: str) -> str:
 
 def _open(override: Override) -> str:
     # layers.sparsity maps patterns that only the user knows; everywhere else an unknown key is a mistake.
-    if override.key_or_group.split(".sparsity")[0] == "layers" and override.type is OverrideType.CHANGE:
+    if _is_layer_sparsity(override) and override.type is OverrideType.CHANGE:
         return f"++{override.input_line}"
     return str(override.input_line)
+
+
+def _is_layer_sparsity(override: Override) -> bool:
+    return override.key_or_group == "layers.sparsity" or override.key_or_group.startswith("layers.sparsity.")
 
 
 def _names_values(override: Override) -> bool:
