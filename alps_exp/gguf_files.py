@@ -13,6 +13,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import UserError
 from .hub import first_line
 
@@ -29,7 +31,7 @@ def converted_folder(file: Path) -> Path:
     try:
         stat = file.stat()
         return _converted(file, stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter when the disk is full
         raise UserError(
             f"cannot convert {file.name} ({first_line(error)}): make room, or set HF_ASSETS_CACHE to a writable folder"
         ) from None
@@ -39,9 +41,12 @@ def converted_folder(file: Path) -> Path:
 def _converted(file: Path, size: int, modified: int) -> Path:
     from huggingface_hub import cached_assets_path
 
+    try:
+        cache = cached_assets_path("alps_exp", namespace="gguf", subfolder="converted")
+    except ValueError as error:  # a file where the folder should be
+        raise OSError(first_line(error)) from None
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    cache = cached_assets_path("alps_exp", namespace="gguf", subfolder="converted")
     target = cache / f"{file.stem}-{digest}-{_CONVERSION}"
     if not target.is_dir():
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))

@@ -52,6 +52,20 @@ def _probe(repo: str, revision: str | None, kind: str, endpoint: str) -> bool | 
     return True
 
 
+def cached_model(repo: str, revision: str | None, remedy: str) -> Path:
+    """The folder in the hub's cache that holds what was downloaded of a model's repository.
+
+    Raises:
+        UserError: not even its config.json is there.
+    """
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    file = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(file, str):
+        raise UserError(explain(errors.LocalEntryNotFoundError(repo), f"model {repo!r}", revision, remedy))
+    return Path(file).parent
+
+
 def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[Path, str]:
     """One file of a data set on the hub, downloaded once into the hub's cache: its path and the commit it came from.
 

