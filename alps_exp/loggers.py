@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def _log_wandb(record: Mapping, node: Mapping, directory: Path) -> None:
     with wandb.init(
         project=node["project"],
         entity=node["entity"],
-        mode=node["mode"],
+        mode=node["mode"] or os.environ.get("WANDB_MODE"),  # W&B reads it once per process only
         group=node["group"],
         tags=list(node["tags"]),
         name=name,
@@ -44,7 +45,7 @@ def _log_wandb(record: Mapping, node: Mapping, directory: Path) -> None:
         resume="allow",
         dir=str(directory),
         config=dict(record["config"]),
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, login_timeout=30),  # a sweep must not wait for a key all night
     ) as run:
         run.define_metric("layer/index")
         run.define_metric("layer/*", step_metric="layer/index")

@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from . import data, evaluate, models
 from .blocks import BlockModel, block_linears, find_blocks
-from .errors import UserError, nearest
-from .registry import resource_root
+from .errors import UserError
 
 
 class Workspace:
@@ -55,7 +53,7 @@ class Workspace:
         options = cfg["eval"]
         if options["path"] is not None and len(options["datasets"]) != 1:
             raise UserError("eval.path stands in for one data set: name that one alone, eval.datasets=[NAME]")
-        node = cfg["data"] if name == cfg["data"]["name"] else _data_node(name)
+        node = cfg["data"] if name == cfg["data"]["name"] else data.data_node(name)
         key = _key(cfg["model"], node, options)
         if key not in self._texts:
             self._texts[key] = data.evaluation_tokens(
@@ -97,15 +95,6 @@ class Workspace:
                 model, self.tokenizer(cfg), options["prompt"], options["sample_tokens"]
             )
         return self._samples[key]
-
-
-def _data_node(name: str) -> dict:
-    folder = resource_root() / "conf" / "data"
-    path = folder / f"{name}.yaml"
-    known = [file.stem for file in folder.glob("*.yaml")]
-    if name not in known:
-        raise UserError(f"eval.datasets: unknown data set {name!r}; {nearest(name, known)}")
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
 
 
 def _key(*parts) -> str:

@@ -1,0 +1,115 @@
+"""What W&B receives, read back from an offline run, and that its failures never reach the result."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alps_exp.loggers import log_record
+from alps_exp.overrides import compose
+
+RECORD = {
+    "status": "complete",
+    "config": {"seed": 3, "method": {"name": "alps", "rho": 0.1}},
+    "config_hash": "0123abcd",
+    "model": "tiny",
+    "method": "alps",
+    "sparsity": "2:4",
+    "seed": 3,
+    "layers": [
+        {"name": "a.0.q", "block": 0, "relative_loss": 0.25, "sparsity": 0.5, "iterations": 7, "seconds": 1.5},
+        {"name": "a.1.q", "block": 1, "relative_loss": 0.125, "sparsity": 0.5, "iterations": 8, "seconds": 2.5},
+    ],
+    "summary": {"layers": 2, "mean_relative_loss": 0.1875},
+    "phases": {"solve_seconds": 4.0},
+    "evaluations": [{"dataset": "wikitext2", "metric": "perplexity", "value": 20.5}],
+    "environment": {"device": "CPU", "versions": {"torch": "2"}},
+}
+
+
+def node(*overrides: str) -> dict:
+    return compose(["logger=wandb", *overrides]).logger
+
+
+def entries(path: Path) -> Iterator[bytes]:
+    """Entries of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; each piece has a CRC, a
+    length and a type: 1 whole, 2 first, 3 middle, 4 last)."""
+    data, position, parts = path.read_bytes(), 7, []
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []
+
+
+def read_back(folder: Path) -> dict:
+    """History rows, summary and config of the one offline run below a folder."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("*.wandb")
+    found = {"history": [], "summary": {}, "config": {}}
+    for data in entries(path):
+        entry = wandb_internal_pb2.Record()
+        entry.ParseFromString(data)
+        kind = entry.WhichOneof("record_type")
+        if kind == "history":
+            found["history"].append(_items(entry.history.item))
+        elif kind == "summary":
+            found["summary"] |= _items(entry.summary.update)
+        elif kind == "run":
+            found["id"], found["project"] = entry.run.run_id, entry.run.project
+            found["config"] |= _items(entry.run.config.update)
+    return found
+
+
+def _items(items) -> dict:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_an_offline_run_holds_the_record(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert log_record(RECORD, node("logger.mode=offline", "logger.project=pruning"), tmp_path) is None
+    found = read_back(tmp_path)
+    assert found["id"] == "0123abcd" and found["project"] == "pruning"
+    assert found["config"]["method"] == {"name": "alps", "rho": 0.1}
+    assert [row["layer/relative_loss"] for row in found["history"]] == [0.25, 0.125]
+    assert [row["layer/index"] for row in found["history"]] == [0, 1]
+    assert [row["layer/seconds"] for row in found["history"]] == [1.5, 2.5]
+    assert found["summary"]["eval/wikitext2/perplexity"] == 20.5
+    assert found["summary"]["phase/solve_seconds"] == 4.0 and found["summary"]["mean_relative_loss"] == 0.1875
+
+
+def test_disabled_and_none_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert log_record(RECORD, node("logger.mode=disabled"), tmp_path) is None
+    assert log_record(RECORD, compose(["logger=none"]).logger, tmp_path) is None
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_failure_is_one_line_and_no_exception(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("api_key not configured\nmore lines")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    line = log_record(RECORD, node(), tmp_path)
+    assert "api_key not configured" in line and "\n" not in line
+    assert "record is complete without it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_environment_variable_works_without_an_account(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert log_record(RECORD, node(), tmp_path) is None
+    assert bool(list(tmp_path.rglob("*.wandb"))) == (mode == "offline")

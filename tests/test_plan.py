@@ -1,0 +1,32 @@
+import pytest
+
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose
+from alps_exp.plan import plan
+
+
+@pytest.fixture
+def settings(tiny_llama, text_file) -> list[str]:
+    local = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}"]
+    return [*local, "nsamples=8", "seqlen=64", "device=cpu", "eval.windows=2"]
+
+
+def test_a_plan_names_layers_time_and_memory(settings):
+    text = plan(compose([*settings, "sparsity=2:4", "layers.exclude=[k_proj]", "save=true"]))
+    assert "12 of 14 linear layers" in text
+    lines = {line.split()[2]: line.split() for line in text.splitlines() if " × " in line}
+    assert lines["k_proj"][-1] == "dense" and lines["down_proj"][-1] == "2:4"
+    assert lines["down_proj"][0] == "2" and lines["down_proj"][3:6] == ["64", "×", "160"]
+    for word in ("time", "device", "host", "disk"):
+        assert any(line.startswith(word) for line in text.splitlines()), word
+    assert "the saved model" in text and "8 windows of 64" in text
+
+
+def test_methods_that_need_less_are_planned_with_less(settings):
+    magnitude = plan(compose([*settings, "method=magnitude", "losses=false"]))
+    assert "forward passes 0 s" in magnitude and "Gram matrices 0 s" in magnitude
+
+
+def test_a_plan_is_validated(settings):
+    with pytest.raises(UserError, match="beyond the model's context"):
+        plan(compose([*settings, "seqlen=1000"]))

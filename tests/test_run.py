@@ -1,0 +1,183 @@
+"""One run from configuration to record, on tiny models and a local text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alps_exp import run as runs
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose
+from alps_exp.workspace import Workspace
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, text_file: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={tiny_llama}",
+        "data=local",
+        f"data.path={text_file}",
+        "nsamples=8",
+        "seqlen=64",
+        "eval.windows=6",
+        "eval.sample_tokens=4",
+        "device=cpu",
+    ]
+
+
+def execute(settings: list[str], folder: Path, *more: str) -> dict:
+    return runs.run(compose([*settings, *more]), folder)
+
+
+def test_record_of_a_run(settings, tmp_path, capsys):
+    record = execute(settings, tmp_path, "sparsity=0.6")
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "complete" and record["method"] == "alps" and record["sparsity"] == "0.6"
+    assert len(record["layers"]) == 14
+    for row in record["layers"]:
+        rows, width = row["shape"]
+        assert row["sparsity"] == pytest.approx(0.6, abs=1 / (rows * width))
+        assert 0 < row["relative_loss"] < 1 and row["iterations"] > 0 and row["seconds"] > 0
+        assert row["selection"] == "layer" and row["sparsity_target"] == 0.6
+    assert record["summary"]["mean_relative_loss"] == pytest.approx(
+        sum(row["relative_loss"] for row in record["layers"]) / 14
+    )
+    (evaluation,) = record["evaluations"]
+    assert evaluation["metric"] == "perplexity" and evaluation["windows"] == 6 and evaluation["seqlen"] == 64
+    assert evaluation["partial"] and evaluation["protocol"]
+    assert {"load_seconds", "calibrate_seconds", "solve_seconds", "propagate_seconds", "evaluate_seconds"} <= set(
+        record["phases"]
+    )
+    assert record["phases"]["peak_host_bytes"] > 1e6
+    assert record["sample"]["dense"] and record["sample"]["pruned"]
+    assert record["environment"]["versions"]["torch"] and record["environment"]["dtype"] == "float32"
+    assert "mean relative loss" in capsys.readouterr().out
+
+
+def test_methods_rank_as_they_should(settings, tmp_path):
+    workspace, losses, perplexities = Workspace(keep=True), {}, {}
+    for method in ("dense", "magnitude", "sparsegpt", "alps"):
+        cfg = compose([*settings, "sparsity=0.7", f"method={method}"])
+        record = runs.run(cfg, tmp_path / method, workspace)
+        losses[method] = record["summary"].get("mean_relative_loss")
+        perplexities[method] = record["evaluations"][0]["value"]
+    assert losses["alps"] < losses["sparsegpt"] < losses["magnitude"]
+    assert perplexities["dense"] < perplexities["alps"] < perplexities["magnitude"]
+
+
+def test_a_kept_workspace_changes_no_result(settings, tmp_path):
+    workspace = Workspace(keep=True)
+    runs.run(compose([*settings, "method=magnitude"]), tmp_path / "first", workspace)
+    shared = runs.run(compose(settings), tmp_path / "shared", workspace)
+    alone = execute(settings, tmp_path / "alone")
+    assert [row["relative_loss"] for row in shared["layers"]] == [row["relative_loss"] for row in alone["layers"]]
+    assert shared["evaluations"] == alone["evaluations"] and shared["sample"] == alone["sample"]
+
+
+def test_saved_model_reloads_with_its_zeros(settings, tmp_path):
+    record = execute(settings, tmp_path, "save=true", "sparsity=2:4", "method=sparsegpt")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for row in record["layers"]:
+        weight = network.get_submodule(row["name"]).weight
+        assert (weight.reshape(-1, 4).count_nonzero(1) <= 2).all()
+        assert 1 - int(weight.count_nonzero()) / weight.numel() == row["sparsity"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("hello").input_ids
+    assert json.loads((tmp_path / "model" / "record.json").read_text())["status"] == "complete"
+    # The saved folder is a model like any other: evaluated as dense it has the recorded perplexity.
+    again = execute([*settings, f"model.path={tmp_path / 'model'}"], tmp_path / "again", "method=dense")
+    assert again["evaluations"][0]["value"] == pytest.approx(record["evaluations"][0]["value"], rel=1e-6)
+
+
+def test_an_earlier_record_is_kept(settings, tmp_path):
+    first = execute(settings, tmp_path, "method=magnitude")
+    execute(settings, tmp_path, "method=magnitude")
+    assert json.loads((tmp_path / "record.previous.json").read_text()) == first
+
+
+def test_a_failed_run_leaves_a_record_with_its_error(settings, tmp_path, monkeypatch):
+    def explode(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(runs, "prune_blocks", explode)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        execute(settings, tmp_path)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "failed" and record["error"] == {"type": "RuntimeError", "message": "out of luck"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_model(settings, tmp_path, monkeypatch):
+    def full(self, folder, *arguments, **options):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping[_config(settings)], "save_pretrained", full)
+    with pytest.raises(UserError, match="the disk is full.*make space"):
+        execute(settings, tmp_path, "save=true", "method=magnitude")
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def _config(settings):
+    from transformers import AutoConfig
+
+    return type(AutoConfig.from_pretrained(compose(settings).model.path))
+
+
+def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="saving needs .* are free"):
+        execute(settings, tmp_path, "save=true", "method=magnitude")
+
+
+def test_seed_and_dtype_reach_the_run(settings, tmp_path):
+    one = execute(settings, tmp_path / "a", "method=wanda")
+    other = execute(settings, tmp_path / "b", "method=wanda", "seed=1")
+    half = execute(settings, tmp_path / "c", "method=wanda", "dtype=bfloat16")
+    assert one["layers"][0]["relative_loss"] != other["layers"][0]["relative_loss"]
+    assert half["environment"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nsamples=0", "nsamples=0 is not allowed"),
+        ("seqlen=300", "seqlen=300 is beyond the model's context of 256"),
+        ("eval.seqlen=300", "eval.seqlen=300 is beyond"),
+        ("batch_size=0", "batch_size=0"),
+        ("dtype=float15", "did you mean"),
+        ("propagate=sideways", "propagate='sideways' is not allowed"),
+        ("save=maybe", "save='maybe' is not allowed"),
+        ("device=cuda:99", "CUDA devices are available"),
+        ("device=abacus", "give auto, cpu, cuda"),
+        ("data.path=/nowhere.txt", "no such file"),
+        ("eval.windows=0", "windows=0"),
+        ("method.rho=-1", "rho=-1"),
+        ("method.schedule=papr", "did you mean paper"),
+        ("layers.include=[q_prj]", "did you mean q_proj"),
+        ("sparsity=1:3", r"does not fit model\.layers\.0\.self_attn\.q_proj"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(settings, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        runs.validate(compose([*settings, override]))
+    assert "\n" not in str(error.value)
+
+
+def test_float16_overflow_names_the_block(settings, tiny_llama, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    network.model.layers[0].mlp.down_proj.weight.data *= 1e38
+    network.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"model\.layers\.\d"):
+        execute(settings, tmp_path / "run", f"model.path={tmp_path / 'broken'}", "eval=none")
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
+
+
+def test_few_tokens_and_more_inputs_are_handled_and_warned_of(settings, tmp_path, capsys):
+    record = execute(settings, tmp_path, "nsamples=1", "seqlen=16", "eval=none")
+    assert any("more inputs than calibration tokens" in line for line in record["warnings"])
+    assert capsys.readouterr().err.count("more inputs than calibration tokens") == 1
+    assert all(torch.isfinite(torch.tensor(row["relative_loss"])) for row in record["layers"])
