@@ -1,0 +1,256 @@
+"""ALPS: its iteration against the equations, its fit against direct least squares, its support against all supports."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import PATTERNS, planted
+from torch import Tensor
+
+from alps_exp import registry
+from alps_exp.alps import SCHEDULES, ScaledGram, _paper_rho, fit_on_support
+from alps_exp.errors import UserError
+from alps_exp.patterns import parse_sparsity
+from alps_exp.problem import LayerProblem
+
+
+def damped_gram(problem: LayerProblem, damping: float = 0.01) -> Tensor:
+    """G + λ₂I."""
+    width = problem.gram.shape[0]
+    return problem.gram + damping * problem.gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+
+
+def damped_loss(problem: LayerProblem, weight: Tensor) -> float:
+    """tr((W - Ŵ)(G + λ₂I)(W - Ŵ)ᵀ), what ALPS minimises."""
+    delta = problem.weight - weight
+    return float(((delta @ damped_gram(problem)) * delta).sum())
+
+
+def direct_fit(gram: Tensor, dense: Tensor, support: Tensor) -> Tensor:
+    """The minimiser of tr((W - Ŵ) H (W - Ŵ)ᵀ) on a support, row by row by a dense solve."""
+    fitted = torch.zeros_like(dense)
+    for row in range(len(dense)):
+        kept = support[row].nonzero().view(-1)
+        if len(kept):
+            fitted[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ dense[row])
+    return fitted
+
+
+@pytest.mark.parametrize("written", PATTERNS)
+def test_fit_on_support_is_the_least_squares_solution(written):
+    problem = planted(seed=40)
+    gram = ScaledGram(problem, 0.01).gram
+    support = parse_sparsity(written).keep(problem.weight.abs())
+    support[3] = False  # a row may lose everything
+    support[4] = True  # or nothing
+    start = problem.weight * support
+    fitted, steps = fit_on_support(gram, problem.weight, support, start, 200, 1e-10)
+    assert 0 < steps < 200
+    assert not fitted[~support].any()
+    torch.testing.assert_close(fitted, direct_fit(gram, problem.weight, support), rtol=1e-7, atol=1e-8)
+    assert torch.equal(start, problem.weight * support), "the start is not changed"
+
+
+def test_fit_on_support_limits():
+    problem = planted(seed=41)
+    gram = ScaledGram(problem, 0.01).gram
+    support = parse_sparsity("0.6").keep(problem.weight.abs())
+    start = problem.weight * support
+
+    def excess(weight: Tensor) -> float:
+        delta = problem.weight - weight
+        best = problem.weight - direct_fit(gram, problem.weight, support)
+        return float(((delta @ gram) * delta).sum() / ((best @ gram) * best).sum()) - 1
+
+    assert torch.equal(fit_on_support(gram, problem.weight, support, start, 0, 1e-3)[0], start)
+    losses = [excess(fit_on_support(gram, problem.weight, support, start, steps, 0.0)[0]) for steps in (0, 1, 3, 10)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 0.1
+    loose, few = fit_on_support(gram, problem.weight, support, start, 200, 1e-1)
+    tight, many = fit_on_support(gram, problem.weight, support, start, 200, 1e-3)
+    assert few < many
+    assert -1e-12 < excess(tight) < 1e-5 < excess(loose)
+    again, steps = fit_on_support(gram, problem.weight, support, tight, 200, 1e-3)
+    assert steps == 0
+    assert torch.equal(again, tight)
+
+
+def reference_admm(problem: LayerProblem, kept: int, iterations: int, every: int, schedule: str) -> np.ndarray:
+    """B (in, out) after some iterations, by the equations in their in-major form."""
+    h = damped_gram(problem).numpy()
+    e = 1 / np.sqrt(np.diag(h))
+    h, dense = h * np.outer(e, e), problem.weight.numpy().T / e[:, None]
+    r = h @ dense
+
+    def top(matrix: np.ndarray) -> np.ndarray:
+        return np.abs(matrix) >= np.sort(np.abs(matrix), axis=None)[-kept]
+
+    rho, growing = 0.1, False
+    b, d, v = dense, dense * top(dense), np.zeros_like(dense)
+    remembered = support = top(dense)
+    for iteration in range(1, iterations + 1):
+        b = np.linalg.solve(h + rho * np.eye(len(h)), r - v + rho * d)
+        support = top(b + v / rho)
+        d = (b + v / rho) * support
+        v = v + rho * (b - d)
+        if iteration % every:
+            continue
+        change = (support ^ remembered).sum() / kept
+        remembered = support
+        growing = growing or change > 0.005
+        if schedule == "geometric":
+            rho *= 1.1
+        elif growing:
+            rho *= 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1
+        else:
+            rho /= 5
+            b, d, v = (dense, dense * top(dense), np.zeros_like(dense)) if change else (b, d, v)
+    return b
+
+
+@pytest.mark.parametrize(
+    ("schedule", "every", "iterations"), [("geometric", 6, 5), ("geometric", 6, 26), ("paper", 3, 8), ("paper", 3, 26)]
+)
+def test_iteration_equals_the_equations(schedule, every, iterations):
+    problem = planted(rows=40, width=64, tokens=500, seed=42)
+    kept = round(0.4 * 40 * 64)
+    solver = registry.solver(
+        "alps", schedule=schedule, growth=1.1, update_every=every, rho=0.1, damping=0.01,
+        max_iterations=iterations, pcg_iterations=0,
+    )  # fmt: skip
+    solution = solver.solve(problem, parse_sparsity("0.6"))
+    assert (solution.status, solution.iterations) == ("max_iterations", iterations)
+    b = reference_admm(problem, kept, iterations, every, schedule)
+    e = 1 / np.sqrt(np.diag(damped_gram(problem).numpy()))
+    support = np.abs(b) >= np.sort(np.abs(b), axis=None)[-kept]
+    assert np.array_equal(solution.support.numpy(), support.T)
+    np.testing.assert_allclose(solution.weight.numpy(), (b * support * e[:, None]).T, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("growing", "change", "factor", "restarts", "done"),
+    [
+        (True, 0.2, 1.3, False, False),
+        (True, 0.1, 1.2, False, False),
+        (True, 0.005, 1.1, False, False),
+        (True, 0.0, 1.0, False, True),
+        (False, 0.2, 1.3, False, False),
+        (False, 0.005, 0.2, True, False),
+        (False, 0.0, 0.2, False, False),
+    ],
+)
+def test_the_released_rule_for_rho(growing, change, factor, restarts, done):
+    calls = []
+    layer = SimpleNamespace(rho=0.5, shrinking=not growing, restart=lambda: calls.append("restart"))
+    assert _paper_rho(layer, change) is done
+    assert layer.rho == pytest.approx(0.5 * factor)
+    assert bool(calls) is restarts
+    assert layer.shrinking is not (growing or change > 0.005)
+
+
+def supports_of_a_row(written: str, width: int) -> list[tuple[int, ...]]:
+    """Every support that the pattern allows in one row."""
+    if ":" not in written:
+        return list(itertools.combinations(range(width), round((1 - float(written)) * width)))
+    kept, group = map(int, written.split(":"))
+    groups = [itertools.combinations(range(begin, begin + group), kept) for begin in range(0, width, group)]
+    return [sum(parts, ()) for parts in itertools.product(*groups)]
+
+
+def optimum(problem: LayerProblem, written: str) -> float:
+    """The least damped loss of all supports, each row by itself."""
+    gram, total = damped_gram(problem), 0.0
+    for row in problem.weight:
+        target = gram @ row
+        kept = torch.tensor(supports_of_a_row(written, len(row)))
+        blocks = gram[kept[:, :, None], kept[:, None, :]]
+        explained = (target[kept] * torch.linalg.solve(blocks, target[kept])).sum(1)
+        total += float(row @ target - explained.max())
+    return total
+
+
+# Geometric mean over 20 layers of the loss over the optimum's; SparseGPT's is 1.5 to 1.7 on these layers.
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("written", "rows", "width"), [("2:4", 3, 12), ("1:4", 3, 12), ("0.5", 1, 10), ("0.7", 1, 10)])
+def test_close_to_the_best_of_all_supports(schedule, written, rows, width):
+    ratios = []
+    for seed in range(20):
+        problem = planted(rows=rows, width=width, tokens=80, seed=100 + seed)
+        solution = registry.solver("alps", schedule=schedule).solve(problem, parse_sparsity(written))
+        ratios.append(damped_loss(problem, solution.weight) / optimum(problem, written))
+    assert min(ratios) > 1 - 1e-9, "nothing is below the optimum"
+    assert np.exp(np.mean(np.log(ratios))) < 1.4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("written", PATTERNS)
+def test_the_weights_are_optimal_on_their_support(schedule, written):
+    problem = planted(rows=24, width=96, tokens=800, seed=43)
+    solution = registry.solver("alps", schedule=schedule).solve(problem, parse_sparsity(written))
+    fitted = direct_fit(damped_gram(problem), problem.weight, solution.support)
+    best = damped_loss(problem, fitted)
+    assert best <= damped_loss(problem, solution.weight) < 1.001 * best
+    assert solution.stats["schedule"] == schedule
+    assert solution.stats["rho"] > 0
+    sparsegpt = registry.solver("sparsegpt").solve(problem, parse_sparsity(written))
+    assert problem.relative_loss(solution.weight) < problem.relative_loss(sparsegpt.weight)
+
+
+def test_dead_inputs_spend_no_budget():
+    dead = tuple(range(0, 48, 3))
+    problem = planted(dead=dead, seed=44)
+    solution = registry.solver("alps").solve(problem, parse_sparsity("0.6"))
+    assert not solution.support[:, list(dead)].any()
+    assert int(solution.support.sum()) == round(0.4 * 24 * 48)
+
+
+def test_fewer_tokens_than_inputs():
+    problem = planted(tokens=12, seed=45)
+    for schedule in SCHEDULES:
+        solution = registry.solver("alps", schedule=schedule).solve(problem, parse_sparsity("0.7"))
+        # 12 tokens cannot tell a layer with 14 weights a row from the dense one.
+        assert problem.relative_loss(solution.weight) < 0.02
+        magnitude = registry.solver("magnitude").solve(problem, parse_sparsity("0.7"))
+        assert problem.relative_loss(magnitude.weight) > 0.1
+
+
+def test_zero_weight_stays_zero():
+    problem = planted(seed=46)
+    zero = LayerProblem(torch.zeros_like(problem.weight), gram=problem.gram)
+    for schedule in SCHEDULES:
+        solution = registry.solver("alps", schedule=schedule).solve(zero, parse_sparsity("2:4"))
+        assert not solution.weight.any()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_inputs_and_weights_does_not_matter(scale):
+    problem = planted(seed=47)
+    usual = registry.solver("alps").solve(problem, parse_sparsity("0.6"))
+    wide = LayerProblem(problem.weight * scale, gram=problem.gram * scale)
+    scaled = registry.solver("alps").solve(wide, parse_sparsity("0.6"))
+    assert torch.equal(scaled.support, usual.support)
+    torch.testing.assert_close(scaled.weight / scale, usual.weight)
+
+
+def test_scaled_gram():
+    problem = planted(dead=(5,), seed=48)
+    scaled = ScaledGram(problem, 0.01)
+    eye = torch.eye(48, dtype=torch.float64)
+    assert torch.equal(scaled.gram.diagonal(), torch.ones(48, dtype=torch.float64))
+    for rho in (0.1, 3.0):
+        torch.testing.assert_close(scaled.inverse(rho) @ (scaled.gram + rho * eye), eye, rtol=0, atol=1e-10)
+    expected = problem.weight.clone()
+    expected[:, 5] = 0
+    torch.testing.assert_close(scaled.unscale(scaled.scale(problem.weight)), expected)
+    delta = problem.weight[:2] * (torch.arange(48) != 5)
+    direct = ((delta @ damped_gram(problem)) * delta).sum()
+    torch.testing.assert_close(((scaled.scale(delta) @ scaled.gram) * scaled.scale(delta)).sum(), direct)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match="did you mean geometric"):
+        registry.solver("alps", schedule="geometrc")

@@ -1,0 +1,126 @@
+"""All methods on real layers against what the authors' own code made of them (the folder `golden` of the real data)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_exact
+
+from alps_exp import registry
+from alps_exp.patterns import parse_sparsity
+from alps_exp.problem import LayerProblem
+
+LAYERS = ("block00_k_proj", "block12_down_proj", "block20_gate_proj")
+PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8", "1:4")
+# ALPS takes seconds a cell: one layer whole, of the others what covers every pattern once more.
+ALPS_FAST = [
+    *(("block00_k_proj", written) for written in PATTERNS),
+    *(("block20_gate_proj", written) for written in ("0.5", "0.8", "4:8", "1:4")),
+    ("block12_down_proj", "0.7"),
+]
+ALPS_SLOW = [(layer, written) for layer in LAYERS for written in PATTERNS if (layer, written) not in ALPS_FAST]
+
+every_cell = pytest.mark.parametrize(
+    ("layer", "written"), [(layer, written) for layer in LAYERS for written in PATTERNS]
+)
+
+
+@cache
+def load(path: Path) -> LayerProblem:
+    """The layer of one file. Where it holds the inputs, the variance is taken within each sequence, else over all."""
+    data = np.load(path)
+    width = data["weight"].shape[1]
+    gram = torch.zeros(width, width)
+    upper = torch.triu_indices(width, width)
+    gram[upper[0], upper[1]] = torch.from_numpy(data["gram_triu"])
+    gram += gram.triu(1).T.clone()
+    var = torch.from_numpy(data["var"])
+    if "inputs" in data:
+        inputs = torch.from_numpy(data["inputs"]).float()
+        var = inputs.view(int(data["sequences"]), int(data["seqlen"]), width).var(1, unbiased=False).mean(0)
+    return LayerProblem(
+        torch.from_numpy(data["weight"]).float(),
+        gram=gram,
+        mean=torch.from_numpy(data["mean"]),
+        var=var,
+        tokens=int(data["tokens"]),
+        sequences=int(data["sequences"]),
+        name=path.stem,
+    )
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    """Function (layer, written) → problem and the recorded relative losses by method."""
+    if not (shared / "golden").is_dir():
+        pytest.skip("the folder of real data has no golden/")
+    recorded = json.loads((shared / "golden" / "official.json").read_text(encoding="utf-8"))
+    return lambda layer, written: (
+        load(shared / "golden" / f"{layer}.npz"),
+        {method: cell["relative_loss"] for method, cell in recorded[layer][written].items()},
+    )
+
+
+def ratio(method: str, golden, layer: str, written: str, **hyperparameters) -> float:
+    """Our relative loss over the recorded one; checks the counts on the way."""
+    problem, recorded = golden(layer, written)
+    solver = registry.solver(method, **hyperparameters)
+    solution = solver.solve(problem, parse_sparsity(written))
+    assert_exact(solution.support, parse_sparsity(written), written, solver.selection)
+    assert not solution.weight[~solution.support].any()
+    return problem.relative_loss(solution.weight) / recorded[method]
+
+
+@every_cell
+def test_magnitude(golden, layer, written):
+    # N:M: up to 30 % of the groups tie in these 4-bit weights, and the recorded order of ties is a sort's accident.
+    tolerance = 0.1 if ":" in written else 0.005
+    assert ratio("magnitude", golden, layer, written) == pytest.approx(1, abs=tolerance)
+
+
+@every_cell
+def test_wanda(golden, layer, written):
+    assert ratio("wanda", golden, layer, written) == pytest.approx(1, abs=1e-4)
+
+
+@every_cell
+def test_sparsegpt(golden, layer, written):
+    assert ratio("sparsegpt", golden, layer, written) == pytest.approx(1, abs=0.002)
+
+
+@every_cell
+def test_dsnot(golden, layer, written):
+    found = ratio("dsnot", golden, layer, written, same_sign=True)
+    if written in ("2:4", "4:8"):
+        assert found == pytest.approx(1, abs=0.001)
+    elif written != "1:4":  # where the released code leaves groups of 2 and 3, its loss is that of another pattern
+        assert found <= 0.95
+
+
+@pytest.mark.parametrize(
+    ("layer", "written"),
+    [
+        ("block00_k_proj", "0.5"),
+        *(("block12_down_proj", written) for written in PATTERNS[:5]),
+        *(("block20_gate_proj", written) for written in PATTERNS[:4]),
+    ],
+)
+def test_dsnot_without_the_sign_test_is_the_released_default(golden, layer, written):
+    # In the other unstructured cells the released code runs out of candidates and goes on.
+    assert ratio("dsnot", golden, layer, written, same_sign=False) == pytest.approx(1, abs=0.005)
+
+
+@pytest.mark.parametrize(("layer", "written"), ALPS_FAST)
+def test_alps(golden, layer, written):
+    assert ratio("alps", golden, layer, written) <= 1.002
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layer", "written"), ALPS_SLOW)
+def test_alps_in_the_remaining_cells(golden, layer, written):
+    assert ratio("alps", golden, layer, written) <= 1.002
