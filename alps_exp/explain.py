@@ -78,7 +78,8 @@ def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
         path = path[1:]
     names = [str(name) for name in node if str(name) not in ("name", "hydra") and not str(name).startswith("_")]
     if known == "method.":
-        return f"method {node.get('name')} has no hyperparameter {path[0]!r}; {nearest(path[0], names)}"
+        hint = nearest(path[0], names) if names else "it has none"
+        return f"method {node.get('name')} has no hyperparameter {path[0]!r}; {hint}"
     if known == "sparsity.":
         keys = ", ".join(name for name in names if name != "kind")
         return (

@@ -1,0 +1,282 @@
+"""The command line, as a process where the process matters and in this one where it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alps_exp import cli, run
+from alps_exp.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny(tiny_opt, text_file) -> list[str]:
+    words = ["model=local", f"model.path='{tiny_opt}'", "data=local", f"data.path='{text_file}'"]
+    return [*words, "nsamples=2", "seqlen=32", "eval=none", "device=cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return tmp_path
+
+
+def call(*words: str) -> int:
+    """The exit status of the command line, in this process."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words))
+    return end.value.code
+
+
+def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((directory / "results" / "runs").glob("*/record.json"))]
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("alps_exp: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+# What the user gives: (words, what the line must contain).
+MISTAKES = [
+    (["method=alsp"], ["unknown method 'alsp'", "did you mean alps?"]),
+    (["method=3"], ["unknown method 3", "magnitude"]),
+    (["model=opt-13"], ["unknown model 'opt-13'", "opt-13b"]),
+    (["data=wikitxt2"], ["unknown data", "wikitext2"]),
+    (["eval=perplexty"], ["unknown eval", "perplexity"]),
+    (["logger=wandbb"], ["unknown logger", "wandb"]),
+    (["sparsity=foo"], ["sparsity=foo is not allowed", "2:4"]),
+    (["+sweeps=dmo"], ["unknown sweep 'dmo'", "demo"]),
+    (["+sweeps=demo"], ["add -m"]),
+    (["metod=alps"], ["unknown key 'metod'", "method"]),
+    (["method.rhoo=0.3"], ["method alps has no hyperparameter 'rhoo'", "did you mean rho?"]),
+    (["+method.rhoo=0.3"], ["method alps has no hyperparameter 'rhoo'", "did you mean rho?"]),
+    (["method=wanda", "method.rho=0.3"], ["method wanda has no hyperparameter 'rho'"]),
+    (["eval.widows=3"], ["unknown key 'eval.widows'", "eval.windows"]),
+    (["+foo=3"], ["unknown key 'foo'"]),
+    (["seed.x=3"], ["seed is a value"]),
+    (["+seed=3"], ["seed exists already"]),
+    (["hydra/laucher=joblib"], ["hydra/launcher"]),
+    (["hydra.job.chdir=perhaps"], ["hydra.job.chdir=perhaps is not allowed"]),
+    (["method=alps,wanda"], ["method=alps,wanda names several values", "-m"]),
+    (["sparsity=0.5,0.7"], ["sparsity=0.5,0.7 names several values", "-m"]),
+    (["sparsity=2:4", "sparsity.level=0.6"], ["inconsistent"]),
+    (["~method"], ["method is not set"]),
+    (["nsamples=${model.nothing}"], ["nsamples", "model.nothing"]),
+    (["method=[alps"], ["cannot read 'method=[alps'", "key=value"]),
+    (["nsamples"], ["cannot read 'nsamples'"]),
+    (["--nonsense"], ["unrecognized arguments: --nonsense", "--help"]),
+    (["--cfg", "nothing"], ["invalid choice", "job"]),
+    (["--cfg", "job", "-m"], ["give one of"]),
+    (["--config-dir", "/no/such/folder"], ["no such folder"]),
+    (["--config-name", "other"], ["no configuration 'other'"]),
+    (["-sc", "nothing=bash"], ["install"]),
+    (
+        ["-m", "method=alps,alsp", "sparsity=0.5,0.6"],
+        ["'alsp'", "run 3 of 4: method=alsp sparsity=0.5; none was started"],
+    ),
+    (["-m", "sparsity=0.5,1.5"], ["sparsity 1.5 is not allowed"]),
+    (["-m", "seed=interval(0,1)"], ["interval"]),
+    (["-m", "model=opt-125m", "hydra.job.name=a,b"], ["hydra.job.name"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_a_mistake_costs_one_line_and_status_2(here, capsys, words, parts):
+    assert call(*words) == 2
+    line = one_line(capsys)
+    for part in parts:
+        assert part in line
+    assert not list(here.iterdir()), "nothing may be written for a mistake"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["device=tpu"], "device"),
+        (["seed="], "seed"),
+        (["method.damping=-1"], "damping"),
+        (["model.path=/no/such/folder"], "/no/such/folder"),
+        (["data.path=/no/such/file.txt"], "/no/such/file.txt"),
+        (["layers.include=[nothing*]"], "nothing*"),
+        (["sparsity=2:5"], "not a multiple of 5"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_a_model_is_loaded(here, capsys, tiny, words, part, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("the run was started"))
+    assert call(*tiny, *words) == 2
+    assert part in one_line(capsys)
+    assert call("-m", *tiny, *words, "method=alps,sparsegpt") == 2
+    assert "run 1 of 2" in one_line(capsys)
+    assert not list(here.iterdir())
+
+
+def test_mistakes_are_answered_without_importing_torch(tmp_path):
+    code = (
+        "import sys, alps_exp.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    for words in (["method=alsp", "sparsity=0.7"], ["--help"], ["--version"]):
+        end = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert end.stdout.splitlines()[-1] == "False False", end
+
+
+def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert call("method=alsp") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps?"
+
+
+def test_questions_about_the_configuration(here, capsys):
+    assert call("--help") == 0
+    text = capsys.readouterr().out
+    for part in ("Groups", "magnitude", "opt-13b", "Examples", 'eval "$(alps-exp -sc install=bash)"', "seqlen:"):
+        assert part in text
+    assert call("--version") == 0
+    assert capsys.readouterr().out == "alps_exp 0.1.0\n"
+    assert call("--cfg", "job", "sparsity=4:8", "model=opt-13b") == 0
+    text = capsys.readouterr().out
+    assert "kept: 4" in text
+    assert "hydra" not in text
+    assert call("method=wanda", "--info", "defaults") == 0
+    assert "method/wanda" in capsys.readouterr().out
+    assert call("--cfg", "job", "--resolve", "--package", "eval") == 0
+    assert "seqlen: 1024" in capsys.readouterr().out
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "suggestion"),
+    [
+        ("alps-exp method=", "method=sparsegpt"),
+        ("alps-exp method=al", "method=alps"),
+        ("alps-exp sparsity=0.7 model=opt-1", "model=opt-13b"),
+        ("alps-exp sparsity=2:4 sparsity.", "sparsity.kept="),
+        ("alps-exp -m +sweeps=", "+sweeps=demo"),
+        ("alps-exp method.r", "method.rho="),
+    ],
+)
+def test_completion_suggests(here, capsys, monkeypatch, line, suggestion):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert call("-sc", "query=bash") == 0
+    assert suggestion in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_installs(here, capsys, monkeypatch, shell):
+    monkeypatch.setattr(sys, "argv", ["alps-exp"])
+    assert call("-sc", f"install={shell}") == 0
+    assert "alps-exp" in capsys.readouterr().out
+
+
+def test_a_plan_writes_nothing(here, capsys, tiny):
+    assert call(*tiny, "plan=true") == 0
+    assert capsys.readouterr().out.strip()
+    assert call("-m", *tiny, "plan=true", "method=wanda,magnitude") == 0
+    assert not list(here.iterdir())
+
+
+def test_a_run_as_a_process(tmp_path, tiny):
+    end = process(*tiny, "sparsity=0.6", "method=magnitude", cwd=tmp_path)
+    assert end.returncode == 0, end.stderr
+    (record,) = records(tmp_path)
+    assert record["status"] == "complete"
+    (directory,) = (tmp_path / "results" / "runs").iterdir()
+    assert directory.name == f"tiny_opt-magnitude-u0.6-s0-{record['config_hash'][:8]}"
+    assert (directory / ".hydra" / "overrides.yaml").is_file()
+
+
+def test_all_forms_of_sparsity_in_one_sweep(tmp_path, tiny):
+    end = process("method=magnitude", "sparsity=0.5,'0.65',2:4,\"4:8\",1:4", *tiny, "-m", cwd=tmp_path)
+    assert end.returncode == 0, end.stderr
+    slugs = sorted(path.name.split("-")[2] for path in (tmp_path / "results" / "runs").glob("tiny_opt-*"))
+    assert slugs == ["1of4", "2of4", "4of8", "u0.5", "u0.65"]
+    assert all(record["status"] == "complete" for record in records(tmp_path))
+
+
+def test_a_sweep_in_other_processes_ends_in_the_same_records(tmp_path, tiny):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", *tiny, "method=magnitude,wanda", "sparsity=0.55,2:4"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert process(*words, cwd=tmp_path / "one").returncode == 0
+    end = process(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path / "two")
+    assert end.returncode == 0, end.stderr
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(one) == 4
+    for left, right in zip(one, two, strict=True):
+        assert left["config_hash"] == right["config_hash"]
+        assert [row["relative_loss"] for row in left["layers"]] == [row["relative_loss"] for row in right["layers"]]
+
+
+def test_a_failing_run_does_not_stop_a_sweep(here, capsys, tiny, monkeypatch):
+    started = []
+
+    def fail(cfg, directory):
+        started.append(cfg.method.name)
+        if cfg.method.name == "wanda":
+            raise UserError("the text is too short")
+        if cfg.method.name == "dense" and cfg.seed == 1:
+            raise RuntimeError("out of luck\nand more")
+
+    monkeypatch.setattr(run, "run", fail)
+    assert call("-m", *tiny, "method=wanda,alps") == 2
+    error = capsys.readouterr().err
+    assert "tiny_opt-wanda-u0.7-s0-" in error
+    assert "the text is too short" in error
+    assert error.splitlines()[-1] == "alps_exp: 1 of 2 runs did not complete"
+
+    assert call("-m", *tiny, "method=wanda,dense,alps", "seed=0,1") == 1
+    error = capsys.readouterr().err
+    assert started == ["wanda", "alps", "wanda", "wanda", "dense", "dense", "alps", "alps"]
+    assert "RuntimeError: out of luck; the trace is in" in error
+    assert "3 of 6 runs did not complete" in error
+
+    assert call(*tiny, "method=dense", "seed=1") == 1
+    line = one_line(capsys)
+    log = Path(line.strip().rpartition(" ")[2])
+    assert "Traceback" in log.read_text()
+    assert call(*tiny, "method=wanda") == 2
+    assert one_line(capsys) == "alps_exp: the text is too short\n"
+
+
+def test_an_interrupt_ends_in_one_line(here, capsys, tiny, monkeypatch):
+    def interrupt(cfg, directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupt)
+    assert call(*tiny) == 130
+    assert one_line(capsys) == "alps_exp: interrupted\n"
+
+
+def test_one_configuration_is_not_run_twice_in_a_sweep(here, capsys, tiny):
+    assert call("-m", *tiny, "sparsity=0.5,0.50") == 2
+    assert "the same configuration" in one_line(capsys)
+
+
+def test_a_directory_of_the_users_own(here, tiny, monkeypatch):
+    directories = []
+    monkeypatch.setattr(run, "run", lambda cfg, directory: directories.append(directory))
+    assert call(*tiny, "hydra.run.dir=elsewhere") == 0
+    assert call("-m", *tiny, "seed=1,2", "hydra.sweep.dir=grid") == 0
+    assert directories[0] == here / "elsewhere"
+    assert {path.parent for path in directories[1:]} == {here / "grid"}

@@ -1,0 +1,84 @@
+"""Every file of the configuration composes, says how it is used, and offers what its group offers."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alps_exp import overrides
+from alps_exp.overrides import compose
+from alps_exp.registry import resource_root
+
+CONF = resource_root() / "conf"
+GROUPS = ("model", "data", "method", "sparsity", "eval", "logger")
+CHOICES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+SWEEPS = sorted((resource_root() / "sweeps").glob("*.yaml"))
+# Values that only the user can know.
+NEEDED = {"model/local": ["model.path=folder"], "data/local": ["data.path=text.txt"]}
+
+
+def label(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_no_file_is_overlooked():
+    known = {*CHOICES, CONF / "config.yaml", *(CONF / "hydra").rglob("*.yaml")}
+    assert set(CONF.rglob("*.yaml")) == known
+    assert len(CHOICES) >= 30
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=label)
+def test_every_choice_composes_and_resolves(path):
+    group, name = path.parent.name, path.stem
+    cfg = compose([f"{group}={name}", *NEEDED.get(label(path), [])])
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(cfg[group]) == set(content) - {"defaults"}
+    assert "name" in cfg[group] or group == "sparsity"
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=label)
+def test_every_choice_opens_with_a_command_that_works(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# python -m alps_exp ")
+    compose(shlex.split(first.split("  ")[0].removeprefix("# python -m alps_exp ")))
+
+
+@pytest.mark.parametrize("group", ["model", "data", "eval"])
+def test_choices_of_a_group_have_the_same_keys(group):
+    files = [path for path in CHOICES if path.parent.name == group]
+    keys = {path.stem: set(yaml.safe_load(path.read_text(encoding="utf-8"))) - {"defaults"} for path in files}
+    assert len(set(map(frozenset, keys.values()))) == 1, keys
+
+
+def test_the_demo_model_brings_its_data_unless_told_otherwise():
+    assert compose([]).data.name == "demo"
+    assert compose(["data=wikitext2"]).data.name == "wikitext2"
+    assert compose(["model=opt-125m"]).data.name == "c4"
+
+
+def test_the_default_is_alps_at_07():
+    cfg = compose([])
+    assert (cfg.method.name, cfg.sparsity.level, cfg.model.name) == ("alps", 0.7, "demo")
+    assert (cfg.seed, cfg.device, cfg.dtype, cfg.propagate) == (0, "auto", "auto", "pruned")
+    assert cfg.nsamples == cfg.model.nsamples
+    assert cfg.eval.seqlen == cfg.seqlen == cfg.model.seqlen
+
+
+def test_large_models_calibrate_on_128_windows_of_2048():
+    cfg = compose(["model=opt-13b"])
+    assert (cfg.nsamples, cfg.seqlen) == (128, 2048)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=label)
+def test_every_sweep_expands_into_runs_that_compose(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n#")
+    assert f"python -m alps_exp -m +sweeps={path.stem}" in text
+    with overrides.initialized():
+        jobs = overrides.expand(overrides.prepared([f"+sweeps={path.stem}"]))[1]
+        assert len(jobs) > 1
+        for job in jobs:
+            overrides.compose_prepared(job)

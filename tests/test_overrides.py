@@ -1,0 +1,182 @@
+"""Sparsity as a value, dictionaries as people write them, sweeps expanded, and the names of runs."""
+
+from __future__ import annotations
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from alps_exp import naming, overrides
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose, pattern_of, prepare
+from alps_exp.patterns import NM, Unstructured
+
+SMALL = ["model=opt-125m", "data=wikitext2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ([], Unstructured(0.7)),
+        (["sparsity=0.7"], Unstructured(0.7)),
+        (["sparsity=.65"], Unstructured(0.65)),
+        (["sparsity=5e-1"], Unstructured(0.5)),
+        (["sparsity='0.6'"], Unstructured(0.6)),
+        (['sparsity="0.6"'], Unstructured(0.6)),
+        (["sparsity=2:4"], NM(2, 4)),
+        (["sparsity='4:8'"], NM(4, 8)),
+        (["sparsity=1:4"], NM(1, 4)),
+        (["sparsity=nm"], NM(2, 4)),
+        (["sparsity=nm", "sparsity.kept=3", "sparsity.width=8"], NM(3, 8)),
+        (["sparsity=unstructured", "sparsity.level=0.6"], Unstructured(0.6)),
+        (["sparsity.level=0.6"], Unstructured(0.6)),
+    ],
+)
+def test_forms_of_sparsity(words, pattern):
+    assert pattern_of(compose(SMALL + words).sparsity) == pattern
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0", "0.0", "1", "1.0", "1.5", "-0.5", "nan", "inf", "124", "4:4", "4:2", "0:4", "2:0", "true", "null", "x"],
+)
+def test_sparsities_that_are_refused_say_what_is_allowed(value):
+    with pytest.raises(UserError, match=r"not allowed.*(above 0 and below 1|0 < N < M)") as error:
+        compose([*SMALL, f"sparsity={value}"])
+    assert "\n" not in str(error.value)
+
+
+def test_zero_refers_to_the_dense_run():
+    with pytest.raises(UserError, match="method=dense"):
+        compose([*SMALL, "sparsity=0"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sparsity=2:4", "sparsity.level=0.6"],
+        ["sparsity=0.7", "sparsity.level=0.6"],
+        ["sparsity=nm", "sparsity.level=0.6"],
+        ["sparsity=unstructured", "sparsity.kept=2"],
+        ["sparsity=0.5", "sparsity.width=4"],
+    ],
+)
+def test_a_value_and_a_foreign_key_are_inconsistent(words):
+    with pytest.raises(UserError, match="inconsistent"):
+        compose(SMALL + words)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"kind": "unstructured"}, "needs sparsity.level"),
+        ({"kind": "nm", "kept": 2}, "needs sparsity.width"),
+        ({"kind": "nm", "kept": 2, "width": 4, "level": 0.5}, "inconsistent"),
+        ({"kind": "nm", "kept": 2.0, "width": 4}, "whole number"),
+        ({"kind": "blocky"}, "known: nm, unstructured"),
+        ({"kind": "unstructured", "level": "2:4"}, "not allowed"),
+    ],
+)
+def test_nodes_that_are_no_pattern(node, message):
+    with pytest.raises(UserError, match=message):
+        pattern_of(OmegaConf.create(node))
+
+
+def test_lists_are_quoted_value_by_value():
+    assert prepare(["sparsity=0.5,'0.6',2:4,nm"]) == ["sparsity='0.5','0.6','2:4','nm'"]
+
+
+def test_a_range_ends_before_its_end():
+    assert prepare(["sparsity=range(0.5,0.8,step=0.1)"]) == ["sparsity='0.5','0.6','0.7'"]
+
+
+def test_what_is_not_sparsity_is_left_alone():
+    words = ["method=alps", "seed=1,2", "hydra.run.dir=x", "layers.exclude=[a,b]", "~logger", "sparsity=nm"]
+    assert prepare(words) == words
+
+
+@pytest.mark.parametrize(
+    ("word", "content"),
+    [
+        ('layers.sparsity={"*.down_proj":0.5,"*.k_proj":"2:4"}', {"*.down_proj": 0.5, "*.k_proj": "2:4"}),
+        ("layers.sparsity={*.down_proj: 0.5, *.k_proj: 2:4}", {"*.down_proj": 0.5, "*.k_proj": "2:4"}),
+        ("layers.sparsity={'model.layers.[01].*': 0.5}", {"model.layers.[01].*": 0.5}),
+    ],
+)
+def test_sparsity_by_layer(word, content):
+    assert compose([*SMALL, word]).layers.sparsity == content
+
+
+def test_layers_by_pattern():
+    cfg = compose([*SMALL, 'layers.exclude=["*.k_proj","*.fc1"]', "layers.include=[*.layers.0.*]"])
+    assert cfg.layers == {"include": ["*.layers.0.*"], "exclude": ["*.k_proj", "*.fc1"], "sparsity": {}}
+
+
+def jobs_of(words: list[str]) -> list[list[str]]:
+    with overrides.initialized():
+        return overrides.expand(overrides.prepared(words))[1]
+
+
+def test_a_sweep_is_expanded_in_order():
+    assert jobs_of(["method=alps,wanda", "sparsity=0.5,2:4", "seed=1"]) == [
+        ["method=alps", "sparsity='0.5'", "seed=1"],
+        ["method=alps", "sparsity='2:4'", "seed=1"],
+        ["method=wanda", "sparsity='0.5'", "seed=1"],
+        ["method=wanda", "sparsity='2:4'", "seed=1"],
+    ]
+
+
+def test_levels_named_only_in_a_sweep_file_are_registered():
+    jobs = jobs_of([*SMALL, "+sweeps=demo"])
+    levels = {word for job in jobs for word in job if word.startswith("sparsity=")}
+    assert levels >= {"sparsity='0.5'", "sparsity='2:4'"}
+    with overrides.initialized():
+        assert pattern_of(overrides.compose_prepared(jobs[-1]).sparsity) == NM(2, 4)
+
+
+def test_the_command_line_replaces_what_a_sweep_file_says():
+    jobs = jobs_of(["+sweeps=demo", "sparsity=0.33", "method=wanda,dense"])
+    assert [[word for word in job if "=" in word and not word.startswith("+")] for job in jobs] == [
+        ["method=wanda", "sparsity='0.33'"],
+        ["method=dense", "sparsity='0.33'"],
+    ]
+
+
+@pytest.mark.parametrize("written", ["0.41,2:4", "\"'0.41','2:4'\"", '[0.41, "2:4"]'])
+def test_a_users_own_sweep_file(tmp_path, written):
+    (tmp_path / "sweeps").mkdir()
+    content = f"# @package _global_\nhydra:\n  sweeper:\n    params:\n      sparsity: {written}\n      seed: 1,2\n"
+    (tmp_path / "sweeps" / "own.yaml").write_text(content)
+    jobs = jobs_of([f"hydra.searchpath=[file://{tmp_path}]", "+sweeps=own"])
+    assert len(jobs) == 4
+    assert {word for job in jobs for word in job} >= {"sparsity='0.41'", "sparsity='2:4'", "seed=1", "seed=2"}
+
+
+def test_compose_leaves_another_use_of_hydra_in_place():
+    with hydra.initialize_config_module("alps_exp.conf", version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        compose(SMALL)
+        assert GlobalHydra.instance().hydra is outer
+        with pytest.raises(UserError):
+            compose(["method=none_such"])
+        assert GlobalHydra.instance().hydra is outer
+    compose(SMALL)
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_the_hash_is_that_of_what_would_be_computed():
+    default = naming.config_hash(compose(SMALL))
+    for same in (["sparsity=0.7"], ["logger=wandb"], ["plan=true"], ["sparsity=unstructured"], ["sparsity='0.70'"]):
+        assert naming.config_hash(compose(SMALL + same)) == default
+    others = [["sparsity=0.71"], ["seed=1"], ["save=true"], ["method.rho=0.2"], ["eval=none"], ["nsamples=64"]]
+    hashes = {naming.config_hash(compose(SMALL + other)) for other in others}
+    assert len(hashes) == len(others)
+    assert default not in hashes
+
+
+def test_the_name_of_a_run_is_safe_and_tells_what_it_is(tmp_path):
+    cfg = compose([*SMALL, "sparsity=2:4", "seed=3", "method=wanda"])
+    assert naming.run_name(cfg) == f"opt-125m-wanda-2of4-s3-{naming.config_hash(cfg)[:8]}"
+    local = compose(["model=local", f"model.path='{tmp_path}/my model: v2'", "data=local", "data.path=x.txt"])
+    assert naming.run_name(local).startswith("my_model_v2-alps-u0.7-s0-")
