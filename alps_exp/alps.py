@@ -34,10 +34,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .checks import require
 from .errors import UserError, nearest
 from .patterns import Pattern
 from .problem import LayerProblem, Statistics
-from .checks import require
 from .solver import Solution, Solver, Stopwatch
 
 SCHEDULES = ("geometric", "paper")

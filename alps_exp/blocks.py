@@ -1,14 +1,14 @@
 """A causal language model as embedding → decoder blocks → head, one block on the device at a time.
 
 Any `AutoModelForCausalLM` works by finding its list of decoder blocks. The model's own forward does everything outside
-the blocks: the blocks' forwards are replaced by stubs that record how the model calls them (masks, rotary embeddings and
-positions differ between layer types) or that hand in finished hidden states, so no family needs its own code here.
+the blocks: the blocks' forwards are replaced by stubs that record how the model calls them (masks, rotary embeddings
+and positions differ between layer types) or hand in finished hidden states, so no family needs its own code here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -195,11 +195,8 @@ class BlockModel:
                 raise _Stop
             return self._wrap(hidden)
 
-        with self._stubs(stub):
-            try:
-                self.model(tokens.to(self.device), use_cache=False)
-            except _Stop:
-                pass
+        with self._stubs(stub), suppress(_Stop):
+            self.model(tokens.to(self.device), use_cache=False)
         if not known:
             self._calls[size] = calls
         return first[0]

@@ -26,8 +26,8 @@ _WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.M
 def plan(cfg: Mapping) -> str:
     """A text: layers with their patterns, estimated time, device, host and disk memory.
 
-    Everything is derived from the model's configuration; the time is the work in floating-point operations over the rate
-    of a matrix product measured on the device just now, and good to a factor of about two.
+    Everything is derived from the model's configuration; the time is the work in floating-point operations over the
+    rate of a matrix product measured on the device just now, and good to a factor of about two.
 
     Raises:
         UserError: as `validate`.
@@ -40,7 +40,8 @@ def plan(cfg: Mapping) -> str:
     solver = build(cfg["method"])
     level = max(solver.statistics, Statistics.GRAM if cfg["losses"] else Statistics.NONE) if patterns else None
 
-    lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({cfg['model'].get('path') or 'package'})"]
+    source = cfg["model"].get("path") or cfg["model"].get("package")
+    lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({source})"]
     kinds = Counter(
         (name.rsplit(".", 1)[-1], shapes[name], str(patterns[name]) if name in patterns else "dense") for name in shapes
     )
@@ -69,7 +70,8 @@ def _time_lines(cfg, skeleton, shapes, patterns, solver, level, device) -> list[
     rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
-    unknown = "" if windows or not cfg["eval"]["datasets"] else "; evaluation on whole texts is not in it (eval.windows)"
+    whole = not windows and cfg["eval"]["datasets"]
+    unknown = "; evaluation on whole texts is not in it (eval.windows)" if whole else ""
     return [
         f"tokens     {cfg['nsamples']} windows of {cfg['seqlen']}",
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
@@ -101,8 +103,9 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, level, device) -> lis
         )
         lines.append(f"host       about {_bytes(model_bytes)} for the model")
     else:
-        lines.append(f"device     the CPU: host memory only, no CUDA device in use")
-        lines.append(f"host       about {_bytes(model_bytes + step)}: model {_bytes(model_bytes)}, the rest {_bytes(step)}")
+        lines.append("device     none beside the CPU")
+        total = _bytes(model_bytes + step)
+        lines.append(f"host       about {total}: model {_bytes(model_bytes)}, the rest {_bytes(step)}")
     local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().is_dir()
     disk = [("the saved model", model_bytes)] if cfg["save"] else []
     disk += [] if local else [("the download", model_bytes)]

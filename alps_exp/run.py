@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from . import evaluate
 from .blocks import BlockModel
@@ -20,7 +20,7 @@ from .checks import one_of, parse_device, require
 from .errors import UserError
 from .loggers import log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, prune_blocks
-from .naming import config_hash
+from .naming import config_hash, model_name
 from .overrides import pattern_of
 from .patterns import Pattern
 from .record import FILE, RunRecord, environment, peak_memory
@@ -78,7 +78,7 @@ def selection_of(cfg: Mapping) -> Selection:
     return Selection.parse(layers["include"], layers["exclude"], dict(layers["sparsity"]))
 
 
-def run(cfg: Mapping, directory: Path, workspace: Workspace | None = None) -> dict:
+def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) -> dict:
     """Run one configuration and write its record into `directory`.
 
     Args:
@@ -92,13 +92,13 @@ def run(cfg: Mapping, directory: Path, workspace: Workspace | None = None) -> di
     Raises:
         UserError and others: after a record with status "failed" and the error was written.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     solver = build(plain["method"])
     record = RunRecord(
         status="running",
         config=plain,
         config_hash=config_hash(cfg),
-        model=plain["model"]["name"],
+        model=model_name(cfg),
         method=plain["method"]["name"],
         sparsity=str(pattern_of(plain["sparsity"])) if solver.prunes else "0",
         seed=plain["seed"],

@@ -56,9 +56,7 @@ def test_block_by_block_equals_the_whole_model(network, batch_size):
 
 def test_blocks_that_return_tuples_and_take_batch_sized_arguments():
     network, ids = bloom(), tokens()
-    torch.testing.assert_close(
-        blockwise(BlockModel(network, CPU), ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(blockwise(BlockModel(network, CPU), ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_perplexity_is_that_of_a_plain_loop(network):

@@ -34,7 +34,7 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
         source = dense if propagate == "dense" else network
         handles = [
             source.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: inputs.__setitem__(name, args[0].detach().clone())
+                lambda module, args, name=name, kept=inputs: kept.__setitem__(name, args[0].detach().clone())
             )
             for name in linears
         ]
@@ -117,9 +117,7 @@ def test_half_precision_model_keeps_its_dtype(tiny_llama):
     assert network.dtype == torch.bfloat16
     assert all(row["sparsity"] == pytest.approx(0.5, abs=1e-3) for row in record["layers"])
     reference = alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.5)
-    assert record["summary"]["mean_relative_loss"] == pytest.approx(
-        reference["summary"]["mean_relative_loss"], rel=0.1
-    )
+    assert record["summary"]["mean_relative_loss"] == pytest.approx(reference["summary"]["mean_relative_loss"], rel=0.1)
 
 
 def test_layers_by_pattern(tiny_llama):

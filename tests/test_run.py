@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_model(settings, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(AutoModelForCausalLM._model_mapping[_config(settings)], "save_pretrained", full)
-    with pytest.raises(UserError, match="the disk is full.*make space"):
+    with pytest.raises(UserError, match=r"the disk is full.*make space"):
         execute(settings, tmp_path, "save=true", "method=magnitude")
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
@@ -128,7 +128,7 @@ def _config(settings):
 def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="saving needs .* are free"):
+    with pytest.raises(UserError, match=r"saving needs .* are free"):
         execute(settings, tmp_path, "save=true", "method=magnitude")
 
 

@@ -100,5 +100,5 @@ def test_a_layer_without_tokens_is_named():
     collector = Collector({"q": module.q, "block.unused": module.unused}, Statistics.GRAM)
     collector.begin(x)
     module(x)
-    with pytest.raises(UserError, match="block.unused received no calibration tokens"):
+    with pytest.raises(UserError, match=r"block\.unused received no calibration tokens"):
         collector.finish()
