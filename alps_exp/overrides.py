@@ -28,6 +28,9 @@ from .errors import UserError, nearest
 if TYPE_CHECKING:  # patterns needs torch, whose import takes longer than everything else here
     from .patterns import Pattern
 
+# Hydra 1.3 falls back to the behaviour of 1.1 unless told; 1.4 warns when told.
+_BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
 _KINDS = {"unstructured": ("level",), "nm": ("kept", "width")}
 
 
@@ -123,7 +126,7 @@ def initialized() -> Iterator[None]:
     instance = GlobalHydra.instance()
     outer, instance.hydra = instance.hydra, None
     try:
-        hydra.initialize_config_module("alps_exp.conf", job_name="alps_exp", version_base="1.3")
+        hydra.initialize_config_module("alps_exp.conf", job_name="alps_exp", **_BEHAVIOUR)
         yield
     finally:
         GlobalHydra.instance().hydra = outer
