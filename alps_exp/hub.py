@@ -110,6 +110,8 @@ def explain(error: BaseException, what: str, revision: str | None, remedy: str) 
             f"it is private, or {remedy}"
         )
     if some(errors.LocalEntryNotFoundError, httpx.TransportError, errors.OfflineModeIsEnabled):
+        if constants.is_offline_mode():
+            return f"{what} is not in the cache and HF_HUB_OFFLINE switches the hub off: unset it, or {remedy}"
         return f"{what} is not in the cache and the hub at {constants.ENDPOINT} cannot be reached: connect, or {remedy}"
     if some(errors.RemoteEntryNotFoundError):
         return f"{what}: the repository has no such file on {constants.ENDPOINT}; check the name, or {remedy}"

@@ -345,7 +345,7 @@ def test_wikitext2_has_148_windows_for_the_demo_tokenizer(shared):
     assert tokens.shape == (148, 2048) and not description["partial"]
 
 
-def test_real_web_text(shared, tiny_llama):
+def test_real_web_text(shared):
     tokenizer = models.load_tokenizer({"name": "local", "path": str(shared / "data/stories260K")})
     file = shared / "data/webtext/c4_sample.jsonl.gz"
     tokens, description = data.calibration_tokens(node("c4", path=file), tokenizer, nsamples=8, seqlen=512, seed=0)

@@ -178,11 +178,15 @@ def test_configurations_that_cannot_be_used(copy, tmp_path, tiny_qwen3):
     refused(lambda: models.load_tokenizer(local(copy)), "tokenizer of model.path=", "cannot be read")
 
 
-def test_hub_unreachable_says_so_at_once(no_network):
+def test_hub_unreachable_says_so_at_once(no_network, monkeypatch):
+    from huggingface_hub import constants
+
     start = time.perf_counter()
     for call in (models.load_config, models.load_tokenizer, models.load_model):
         refused(lambda call=call: call(node("opt-125m")), "facebook/opt-125m", "cannot be reached", "model.path=DIR")
     assert time.perf_counter() - start < 3
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(lambda: models.load_config(node("opt-125m")), "facebook/opt-125m", "HF_HUB_OFFLINE", "model.path=DIR")
 
 
 def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
