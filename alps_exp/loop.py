@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from .problem import LayerProblem, Statistics
 from .progress import Progress
 from .record import LayerRow, PruneResult
 from .selection import Selection
-from .solver import Solution, Solver, Stopwatch
+from .solver import Solution, Solver, Stopwatch, full_precision
 from .statistics import Collector
 
 PROPAGATE = ("pruned", "dense")
@@ -185,14 +184,3 @@ def _row(
         dead_inputs=int(problem.dead.sum()),
         stats=dict(solution.stats),
     )
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the process allows elsewhere (TF32 is a process-wide switch)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
