@@ -77,15 +77,15 @@ class Alps(Solver):
 
     def __post_init__(self) -> None:
         inf = float("inf")
-        require("method", "rho", self.rho, float, 0, 1e6, open_low=True)
-        require("method", "growth", self.growth, float, 1, 10, open_low=True)
-        require("method", "update_every", self.update_every, int, 1, inf)
-        require("method", "max_iterations", self.max_iterations, int, 1, inf)
-        require("method", "min_iterations", self.min_iterations, int, 0, inf)
-        require("method", "support_tolerance", self.support_tolerance, float, 0, 1)
-        require("method", "damping", self.damping, float, 0, 10, open_low=True)
-        require("method", "pcg_iterations", self.pcg_iterations, int, 0, inf)
-        require("method", "pcg_tolerance", self.pcg_tolerance, float, 0, 1)
+        require("method.rho", self.rho, float, 0, 1e6, open_low=True)
+        require("method.growth", self.growth, float, 1, 10, open_low=True)
+        require("method.update_every", self.update_every, int, 1, inf)
+        require("method.max_iterations", self.max_iterations, int, 1, inf)
+        require("method.min_iterations", self.min_iterations, int, 0, inf)
+        require("method.support_tolerance", self.support_tolerance, float, 0, 1)
+        require("method.damping", self.damping, float, 0, 10, open_low=True)
+        require("method.pcg_iterations", self.pcg_iterations, int, 0, inf)
+        require("method.pcg_tolerance", self.pcg_tolerance, float, 0, 1)
         if self.schedule not in SCHEDULES:
             raise UserError(f"method.schedule={self.schedule!r} is not allowed; {nearest(self.schedule, SCHEDULES)}")
 
@@ -155,8 +155,7 @@ class ScaledGram:
     """
 
     def __init__(self, problem: LayerProblem, damping: float) -> None:
-        if problem.gram is None:
-            raise UserError(f"{problem.name}: this method needs the Gram matrix of the inputs; give inputs=X or gram=G")
+        problem.require(Statistics.GRAM)
         self.dead = problem.dead
         ridge = damping * float(problem.diagonal.mean())
         diagonal = problem.diagonal + (ridge if ridge > 0 else 1.0)

@@ -108,7 +108,7 @@ def prune_model(
     from .record import RunRecord, environment, peak_memory
     from .selection import Selection
 
-    require("prune_model", "batch_size", batch_size, int, 1, float("inf"))
+    require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     one_of("propagate", propagate, PROPAGATE)
     vocabulary = model.get_input_embeddings().num_embeddings
     integers = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32)

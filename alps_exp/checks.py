@@ -9,14 +9,14 @@ import torch
 from .errors import UserError, nearest
 
 
-def require(owner: str, name: str, value, kind: type, low: float, high: float, open_low: bool = False) -> None:
+def require(key: str, value, kind: type, low: float, high: float, open_low: bool = False) -> None:
     """Raise UserError unless `value` is an int (or, for kind=float, a number) within [low, high] ((low, high])."""
     number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if number and (low < value if open_low else low <= value) and value <= high:
         return
     what = "a whole number" if kind is int else "a number"
     raise UserError(
-        f"{owner}.{name}={value!r} is not allowed: give {what} {'above' if open_low else 'from'} {low:g}"
+        f"{key}={value!r} is not allowed: give {what} {'above' if open_low else 'from'} {low:g}"
         + (f" up to {high:g}" if high != float("inf") else "")
     )
 

@@ -1,5 +1,7 @@
 """One layer to prune, as numbers: no model, no device moves, no method.
 
+Glossary:
+
     W    (out, in)      dense weight
     X    (tokens, in)   calibration input
     G    (in, in)       Gram matrix XᵀX, a plain sum over tokens, undamped

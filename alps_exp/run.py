@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers.utils import logging as transformers_logging
 
 from . import evaluate
 from .blocks import BlockModel
@@ -49,19 +50,22 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     solver, selection = build(cfg["method"]), selection_of(cfg)
     pattern = pattern_of(cfg["sparsity"])
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
-        require("config", key, cfg[key], int, low, float("inf"))
+        require(key, cfg[key], int, low, float("inf"))
     for key in ("seqlen", "batch_size", "windows"):
         if not (key == "windows" and cfg["eval"]["windows"] is None):
-            require("eval", key, cfg["eval"][key], int, 2 if key == "seqlen" else 1, float("inf"))
-    require("eval", "sample_tokens", cfg["eval"]["sample_tokens"], int, 0, float("inf"))
+            require(f"eval.{key}", cfg["eval"][key], int, 2 if key == "seqlen" else 1, float("inf"))
+    require("eval.sample_tokens", cfg["eval"]["sample_tokens"], int, 0, float("inf"))
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
     for key in ("losses", "save", "plan"):
         one_of(key, cfg[key], (True, False))
     parse_device(cfg["device"])
-    for owner, path in (("data.path", cfg["data"].get("path")), ("eval.path", cfg["eval"].get("path"))):
+    for owner, key in (("data", "path"), ("data", "eval_path"), ("eval", "path")):
+        path = cfg[owner].get(key)
         if path is not None and not Path(path).expanduser().is_file():
-            raise UserError(f"{owner}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file")
+            raise UserError(
+                f"{owner}.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
+            )
 
     config = models.load_config(cfg["model"])
     context = models.context_length(config)
@@ -92,6 +96,8 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
     Raises:
         UserError and others: after a record with status "failed" and the error was written.
     """
+    if not sys.stderr.isatty():  # the libraries' own bars fill a log with thousands of lines
+        transformers_logging.disable_progress_bar()
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     solver = build(plain["method"])
     record = RunRecord(

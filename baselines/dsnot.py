@@ -71,10 +71,10 @@ class DSnoT(Solver):
         one_of("method.start", self.start, STARTS)
         if not isinstance(self.same_sign, bool):
             raise UserError(f"method.same_sign={self.same_sign!r} is not allowed: give true or false")
-        require("method", "max_swaps", self.max_swaps, int, 0, inf)
-        require("method", "threshold", self.threshold, float, 0, inf)
-        require("method", "power", self.power, float, 0, inf)
-        require("method", "damping", self.damping, float, 0, 10)
+        require("method.max_swaps", self.max_swaps, int, 0, inf)
+        require("method.threshold", self.threshold, float, 0, inf)
+        require("method.power", self.power, float, 0, inf)
+        require("method.damping", self.damping, float, 0, 10)
 
     @property
     def statistics(self) -> Statistics:

@@ -53,8 +53,8 @@ class SparseGPT(Solver):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        require("method", "damping", self.damping, float, 0, 10)
-        require("method", "block_size", self.block_size, int, 1, float("inf"))
+        require("method.damping", self.damping, float, 0, 10)
+        require("method.block_size", self.block_size, int, 1, float("inf"))
 
     @property
     def selection(self) -> str:
