@@ -21,8 +21,9 @@ def start_scores(problem: LayerProblem, start: str, row: int) -> list[float]:
     if start == "wanda":
         return [abs(w) * g**0.5 for w, g in zip(weight, problem.diagonal.tolist(), strict=True)]
     damped = problem.gram + 0.01 * problem.gram.diagonal().mean() * torch.eye(len(problem.gram), dtype=torch.float64)
+    damped[problem.dead, problem.dead] = 1
     u = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).diagonal().tolist()
-    return [(w / d) ** 2 for w, d in zip(weight, u, strict=True)]
+    return [0 if dead else (w / d) ** 2 for w, d, dead in zip(weight, u, problem.dead.tolist(), strict=True)]
 
 
 def first_kept(score: list[float], written: str) -> set[int]:
@@ -42,14 +43,15 @@ def reference_row(problem: LayerProblem, row: int, written: str, start: str, sam
     weight = problem.weight[row].tolist()
     width, counts = len(weight), problem.tokens / problem.sequences
     a = [w * m * counts for w, m in zip(weight, problem.mean.tolist(), strict=True)]
-    ratio = [x / v**p for x, v in zip(a, problem.var.tolist(), strict=True)]
+    ratio = [x / v**p if x else 0 for x, v in zip(a, problem.var.tolist(), strict=True)]
     wanda, score = start_scores(problem, "wanda", row), start_scores(problem, start, row)
     kept = first_kept(score, written)
     may_regrow, may_prune = set(range(width)) - kept, set(kept)
     error = sum(a[j] for j in may_regrow)
     sign, swaps = (1 if error > 0 else -1), []
     while len(swaps) < max_swaps and abs(error) > 0.1 and may_regrow:
-        regrow = (max if error > 0 else min)(may_regrow, key=lambda j: ratio[j])
+        # Equal ratios (those of dead inputs are 0): the row's order from the end that the sign takes from.
+        regrow = (max if error > 0 else min)(may_regrow, key=lambda j: (ratio[j], -j))
         if ":" in written:
             group = int(written.split(":")[1])
             choice = [j for j in may_prune if j // group == regrow // group]
@@ -103,6 +105,17 @@ def test_other_starts(start, written):
     problem = planted(rows=16, width=96, seed=31)
     assert assert_equals_reference(problem, written, start=start) > 0
     assert assert_equals_reference(problem, written, start=start, same_sign=False) > 0
+
+
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize("written", ["0.2", "0.6", "2:4"])
+def test_dead_inputs_rank_as_zero(start, written):
+    # Sum and variance vanish: a / V^p counts as 0, and such a weight is never pruned for its sign.
+    problem = planted(rows=16, width=96, seed=35, dead=tuple(range(0, 96, 3)))
+    for same_sign in (True, False):
+        swaps = assert_equals_reference(problem, written, start=start, same_sign=same_sign)
+        only_dead_are_pruned = written == "0.2" and start != "magnitude"
+        assert (swaps == 0) is only_dead_are_pruned
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0])

@@ -88,7 +88,7 @@ def _hard_cases(size: int) -> dict[str, torch.Tensor]:
         "constant": torch.ones(size),
         "half zero": noise * (noise > 0.5),
         "few values": (noise * 5).floor(),
-        "period of the sample": torch.where(torch.arange(size) % 8 == 0, 1000 * noise, noise),
+        "period of the sample": torch.where(torch.arange(size) % (size // 8192 | 1) == 0, 1000 * noise, noise),
         "one spike": torch.zeros(size).index_fill(0, torch.tensor([size // 2]), 7.0),
         "huge range": torch.exp(80 * (noise - 0.5)),
     }
