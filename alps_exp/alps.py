@@ -53,7 +53,9 @@ class Alps(Solver):
         growth: factor of the geometric schedule.
         update_every: iterations between updates of ρ and tests of the support.
         max_iterations: of ADMM.
-        min_iterations: before which a nearly stable support does not stop ADMM (an unchanged one does).
+        stop_rho: the geometric schedule goes on while ρ is below this, however stable the support: while ρ is small
+            beside H's unit diagonal, the support rests although better ones are near.
+        min_iterations: the paper's schedule goes on until then unless the support is unchanged.
         support_tolerance: ADMM stops once the support changed by less than this fraction of the kept weights between
             two tests.
         damping: λ₂ over the mean of the Gram matrix's diagonal.
@@ -66,12 +68,13 @@ class Alps(Solver):
 
     rho: float = 0.1
     schedule: str = "geometric"
-    growth: float = 1.1
+    growth: float = 1.2
     update_every: int = 6
     max_iterations: int = 300
+    stop_rho: float = 0.8
     min_iterations: int = 31
     support_tolerance: float = 1e-3
-    damping: float = 0.01
+    damping: float = 0.003
     pcg_iterations: int = 100
     pcg_tolerance: float = 1e-3
 
@@ -81,6 +84,7 @@ class Alps(Solver):
         require("method.growth", self.growth, float, 1, 10, open_low=True)
         require("method.update_every", self.update_every, int, 1, inf)
         require("method.max_iterations", self.max_iterations, int, 1, inf)
+        require("method.stop_rho", self.stop_rho, float, 0, 1e6)
         require("method.min_iterations", self.min_iterations, int, 0, inf)
         require("method.support_tolerance", self.support_tolerance, float, 0, 1)
         require("method.damping", self.damping, float, 0, 10, open_low=True)
@@ -99,8 +103,7 @@ class Alps(Solver):
         watch = Stopwatch(problems[0].weight.device)
         scaled = ScaledGram(problems[0], self.damping)
         layers = [
-            _Layer(scaled, problem.weight, pattern, self.rho)
-            for problem, pattern in zip(problems, patterns, strict=True)
+            _Layer(scaled, problem, pattern, self.rho) for problem, pattern in zip(problems, patterns, strict=True)
         ]
         shared = {"factorisation": watch.lap("factorisation")}
         for iteration in range(1, self.max_iterations + 1):
@@ -137,11 +140,11 @@ class Alps(Solver):
 
     def _test_support(self, layer: _Layer, iteration: int) -> None:
         changed, kept = layer.support_change()
-        stable = iteration >= self.min_iterations and changed < self.support_tolerance * kept
+        stable = changed <= self.support_tolerance * kept
         if self.schedule == "paper":
-            layer.stopped = _paper_rho(layer, changed / max(kept, 1)) or stable
+            layer.stopped = _paper_rho(layer, changed / max(kept, 1)) or (stable and iteration >= self.min_iterations)
         else:
-            layer.stopped = changed == 0 or stable
+            layer.stopped = stable and layer.rho >= self.stop_rho
             if not layer.stopped:
                 layer.rho = min(layer.rho * self.growth, 1e6)
 
@@ -187,10 +190,11 @@ class ScaledGram:
 class _Layer:
     """ADMM's state for one layer."""
 
-    def __init__(self, scaled: ScaledGram, weight: Tensor, pattern: Pattern, rho: float) -> None:
+    def __init__(self, scaled: ScaledGram, problem: LayerProblem, pattern: Pattern, rho: float) -> None:
+        pattern.check(tuple(problem.weight.shape), problem.name)
         self.pattern = pattern
         self.rho = rho
-        self.w = scaled.scale(weight)
+        self.w = scaled.scale(problem.weight)
         self.r = self.w @ scaled.gram
         self.iterations = 0
         self.stopped = False

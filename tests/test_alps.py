@@ -18,7 +18,11 @@ from alps_exp.patterns import parse_sparsity
 from alps_exp.problem import LayerProblem
 
 
-def damped_gram(problem: LayerProblem, damping: float = 0.01) -> Tensor:
+# λ₂ over the mean diagonal, in the solver and in the references.
+DAMPING = 0.01
+
+
+def damped_gram(problem: LayerProblem, damping: float = DAMPING) -> Tensor:
     """G + λ₂I."""
     width = problem.gram.shape[0]
     return problem.gram + damping * problem.gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
@@ -180,17 +184,17 @@ def test_close_to_the_best_of_all_supports(schedule, written, rows, width):
     ratios = []
     for seed in range(20):
         problem = planted(rows=rows, width=width, tokens=80, seed=100 + seed)
-        solution = registry.solver("alps", schedule=schedule).solve(problem, parse_sparsity(written))
+        solution = registry.solver("alps", schedule=schedule, damping=DAMPING).solve(problem, parse_sparsity(written))
         ratios.append(damped_loss(problem, solution.weight) / optimum(problem, written))
     assert min(ratios) > 1 - 1e-9, "nothing is below the optimum"
-    assert np.exp(np.mean(np.log(ratios))) < 1.4
+    assert np.exp(np.mean(np.log(ratios))) < {"geometric": 1.05, "paper": 1.3}[schedule]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("written", PATTERNS)
 def test_the_weights_are_optimal_on_their_support(schedule, written):
     problem = planted(rows=24, width=96, tokens=800, seed=43)
-    solution = registry.solver("alps", schedule=schedule).solve(problem, parse_sparsity(written))
+    solution = registry.solver("alps", schedule=schedule, damping=DAMPING).solve(problem, parse_sparsity(written))
     fitted = direct_fit(damped_gram(problem), problem.weight, solution.support)
     best = damped_loss(problem, fitted)
     assert best <= damped_loss(problem, solution.weight) < 1.001 * best
