@@ -6,13 +6,12 @@ Glossary (this code is out-major: rows of W are output units, so the paper's H�
 
     H    (in, in)    E(G + λ₂I)E with E = diag(G + λ₂I)^-½: unit diagonal; λ₂ = damping · mean(diag G)
     W    (out, in)   dense weight, scaled by E⁻¹
-    R    (out, in)   W H
     B    (out, in)   ADMM's unconstrained copy of the weight
     D    (out, in)   ADMM's copy on the pattern
     V    (out, in)   dual variable of B = D
     ρ                penalty, growing; Q Λ Qᵀ = H serves every (H + ρI)⁻¹
 
-One iteration:  B ← (R - V + ρD)(H + ρI)⁻¹,  D ← P(B + V/ρ),  V ← V + ρ(B - D).
+One iteration:  B ← (WH - V + ρD)(H + ρI)⁻¹,  D ← P(B + V/ρ),  V ← V + ρ(B - D).
 The support is that of P(B) at the end; conjugate gradients (Algorithm 2 of the paper) then minimise the loss on it.
 
 Differences from the released code, all deliberate:
@@ -28,16 +27,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import require
+from .checks import one_of, require
 from .errors import UserError, nearest
 from .patterns import Pattern
 from .problem import LayerProblem, Statistics
+from .resolvent import Resolvent, ScaledGram, fast_products, low_precision
 from .solver import Solution, Solver, Stopwatch
 
 SCHEDULES = ("geometric", "paper")
@@ -60,6 +61,8 @@ class Alps(Solver):
             two tests.
         damping: λ₂ over the mean of the Gram matrix's diagonal.
         pcg_iterations: at most, of the fit on the support.
+        exact: factorise for every ρ and multiply in the problem's own precision (always so in float64); otherwise the
+            resolvent is interpolated and most products run in bfloat16 or TF32 where the device has them.
         pcg_tolerance: the fit stops once every row's residual is below this fraction of its first one.
     """
 
@@ -77,6 +80,7 @@ class Alps(Solver):
     damping: float = 0.003
     pcg_iterations: int = 100
     pcg_tolerance: float = 1e-3
+    exact: bool = False
 
     def __post_init__(self) -> None:
         inf = float("inf")
@@ -90,6 +94,7 @@ class Alps(Solver):
         require("method.damping", self.damping, float, 0, 10, open_low=True)
         require("method.pcg_iterations", self.pcg_iterations, int, 0, inf)
         require("method.pcg_tolerance", self.pcg_tolerance, float, 0, 1)
+        one_of("method.exact", self.exact, (True, False))
         if self.schedule not in SCHEDULES:
             raise UserError(f"method.schedule={self.schedule!r} is not allowed; {nearest(self.schedule, SCHEDULES)}")
 
@@ -100,27 +105,24 @@ class Alps(Solver):
         return 9 * width**3 + inverses + (iterations + 10) * 2 * rows * width**2
 
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
-        watch = Stopwatch(problems[0].weight.device)
+        device = problems[0].weight.device
+        watch = Stopwatch(device)
+        exact = self.exact or problems[0].weight.dtype == torch.float64
         scaled = ScaledGram(problems[0], self.damping)
-        layers = [
-            _Layer(scaled, problem, pattern, self.rho) for problem, pattern in zip(problems, patterns, strict=True)
-        ]
-        shared = {"factorisation": watch.lap("factorisation")}
-        for iteration in range(1, self.max_iterations + 1):
-            active = [layer for layer in layers if not layer.stopped]
-            if not active:
-                break
-            for layer in active:
-                layer.step(scaled)
-                if iteration % self.update_every == 0:
-                    self._test_support(layer, iteration)
-        shared["admm"] = watch.lap("admm")
+        resolvent = Resolvent(scaled.gram, self.rho, exact)
+        with nullcontext() if exact else fast_products(device):
+            layers = [
+                _Layer(scaled, resolvent, problem, pattern, self.rho, exact)
+                for problem, pattern in zip(problems, patterns, strict=True)
+            ]
+            self._iterate(layers)
+        shared = {"factorisation": resolvent.seconds, "admm": watch.lap("admm") - resolvent.seconds}
 
         solutions = []
         for layer in layers:
             support = layer.pattern.keep(layer.b.abs())
             weight, steps = fit_on_support(
-                scaled.gram, layer.w, support, layer.b * support, self.pcg_iterations, self.pcg_tolerance
+                scaled.gram, layer.w, support, layer.b * support, self.pcg_iterations, self.pcg_tolerance, not exact
             )
             weight = scaled.unscale(weight)
             support &= ~scaled.dead
@@ -138,6 +140,17 @@ class Alps(Solver):
             )
         return solutions
 
+    def _iterate(self, layers: Sequence[_Layer]) -> None:
+        """ADMM on all layers in lockstep, so that they share the resolvent at every ρ, until each has stopped."""
+        for iteration in range(1, self.max_iterations + 1):
+            active = [layer for layer in layers if not layer.stopped]
+            if not active:
+                return
+            for layer in active:
+                layer.step()
+                if iteration % self.update_every == 0:
+                    self._test_support(layer, iteration)
+
     def _test_support(self, layer: _Layer, iteration: int) -> None:
         changed, kept = layer.support_change()
         stable = changed <= self.support_tolerance * kept
@@ -149,58 +162,29 @@ class Alps(Solver):
                 layer.rho = min(layer.rho * self.growth, 1e6)
 
 
-class ScaledGram:
-    """H = E(G + λ₂I)E with unit diagonal, and its eigendecomposition, which serves every ρ.
+class _Layer:
+    """ADMM's state for one layer.
 
-    Args:
-        problem: any of the layers that share the Gram matrix.
-        damping: λ₂ over mean(diag G).
+    B is computed as W + (ρ(D - W) - V)(H + ρI)⁻¹, the same in exact arithmetic: what is multiplied is then the small
+    difference from W, and R is not needed. Within one ρ, B changes by ρ(2D - B - D_former)(H + ρI)⁻¹, which is smaller
+    still: low precision serves that product as well as float32 would. At every new ρ, B is computed afresh.
     """
 
-    def __init__(self, problem: LayerProblem, damping: float) -> None:
-        problem.require(Statistics.GRAM)
-        self.dead = problem.dead
-        ridge = damping * float(problem.diagonal.mean())
-        diagonal = problem.diagonal + (ridge if ridge > 0 else 1.0)
-        self._e = diagonal.rsqrt()
-        self.gram = problem.gram * self._e * self._e[:, None]
-        self.gram.diagonal().fill_(1.0)
-        self._rho, self._inverse = None, None
-        self._eigen = None
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """E⁻¹W, without the dead inputs."""
-        return (weight / self._e).masked_fill(self.dead, 0)
-
-    def unscale(self, weight: Tensor) -> Tensor:
-        """The inverse of `scale`; dead inputs stay zero."""
-        return (weight * self._e).masked_fill(self.dead, 0)
-
-    def inverse(self, rho: float) -> Tensor:
-        """(H + ρI)⁻¹, kept until another ρ is asked for: layers in lockstep share it."""
-        if rho != self._rho:
-            if self._eigen is None:
-                self._eigen = torch.linalg.eigh(self.gram)
-            values, vectors = self._eigen
-            root = vectors * (values.clamp_min(0) + rho).rsqrt()
-            self._rho, self._inverse = rho, root @ root.T
-        return self._inverse
-
-
-class _Layer:
-    """ADMM's state for one layer."""
-
-    def __init__(self, scaled: ScaledGram, problem: LayerProblem, pattern: Pattern, rho: float) -> None:
+    def __init__(
+        self, scaled: ScaledGram, resolvent: Resolvent, problem: LayerProblem, pattern: Pattern, rho: float, exact: bool
+    ) -> None:
         pattern.check(tuple(problem.weight.shape), problem.name)
         self.pattern = pattern
         self.rho = rho
         self.w = scaled.scale(problem.weight)
-        self.r = self.w @ scaled.gram
         self.iterations = 0
         self.stopped = False
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet
-        self.remembered = pattern.keep(self.w.abs())
+        self._keep = pattern.keep if exact else pattern.tracker()
+        self._resolvent = resolvent
+        self._low = None if exact else low_precision(self.w.device)
         self.restart()
+        self.remembered = self.support
 
     def restart(self) -> None:
         """B, D, V at the dense point."""
@@ -208,13 +192,23 @@ class _Layer:
         self.b = self.w
         self.d = self.w * self.support
         self.v = torch.zeros_like(self.w)
+        self._change: Tensor | None = None
+        self._change_rho: float | None = None
 
-    def step(self, scaled: ScaledGram) -> None:
-        self.b = torch.add(self.r - self.v, self.d, alpha=self.rho) @ scaled.inverse(self.rho)
+    def step(self) -> None:
+        if self._low is not None and self._change_rho == self.rho:
+            self.b = _product(self._change, self._resolvent.low_at(self.rho, self._low)).add_(self.b)
+        else:
+            difference = torch.sub(self.d, self.w).mul_(self.rho).sub_(self.v)
+            self.b = (difference @ self._resolvent.at(self.rho)).add_(self.w)
         target = torch.add(self.b, self.v, alpha=1 / self.rho)
-        self.support = self.pattern.keep(target.abs())
-        self.d = target * self.support
-        self.v = (target - self.d).mul_(self.rho)  # V + ρ(B - D)
+        # The support of an iterate need not have exactly its count; that of the result has.
+        self.support = self._keep(target.abs())
+        former, self.d = self.d, target * self.support
+        self.v = target.sub_(self.d).mul_(self.rho)  # V + ρ(B - D)
+        if self._low is not None:
+            self._change = former.add_(self.b).sub_(self.d, alpha=2).mul_(-self.rho).to(self._low)
+            self._change_rho = self.rho
         self.iterations += 1
 
     def support_change(self) -> tuple[int, int]:
@@ -222,6 +216,11 @@ class _Layer:
         changed = int((self.support ^ self.remembered).sum())
         self.remembered = self.support
         return changed, int(self.support.sum())
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of low-precision matrices in float32, without rounding the result where the device can."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def _paper_rho(layer: _Layer, change: float) -> bool:
@@ -244,7 +243,7 @@ def _paper_rho(layer: _Layer, change: float) -> bool:
 
 
 def fit_on_support(
-    gram: Tensor, dense: Tensor, support: Tensor, start: Tensor, iterations: int, tolerance: float
+    gram: Tensor, dense: Tensor, support: Tensor, start: Tensor, iterations: int, tolerance: float, fast: bool = False
 ) -> tuple[Tensor, int]:
     """Conjugate gradients on a fixed support: min tr((W - Ŵ) H (W - Ŵ)ᵀ) over Ŵ zero outside `support`.
 
@@ -258,6 +257,7 @@ def fit_on_support(
         start: (out, in), zero outside the support.
         iterations: at most this many products with H after the first.
         tolerance: stop once every row's residual norm is below this fraction of the norm of its W H on the support.
+        fast: TF32 for the products of the iterations, on devices that have it; the first residual is exact.
 
     Returns:
         Ŵ and the number of iterations made.
@@ -270,7 +270,8 @@ def fit_on_support(
     for step in range(iterations):
         if not bool((energy > scale).any()):
             return weight, step
-        product = (direction @ gram) * support
+        with fast_products(gram.device) if fast else nullcontext():
+            product = (direction @ gram) * support
         curvature = (direction * product).sum(1)
         alpha = torch.where(curvature > 0, energy / curvature, 0.0)
         weight = torch.addcmul(weight, alpha[:, None], direction)

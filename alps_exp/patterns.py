@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,11 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def tracker(self) -> Callable[[Tensor], Tensor]:
+        """A cheaper `keep` (scope "layer") for the successive iterates of one layer, whose supports are not a result:
+        its counts may be off by little, and it need not wait for the device."""
+        return self.keep
+
     def check(self, shape: tuple[int, int], name: str = "the layer") -> None:
         """Raise UserError if a weight (out, in) of this shape cannot hold the pattern."""
 
@@ -102,6 +108,9 @@ class Unstructured(Pattern):
         if scope == "block":
             return _keep_largest(score, score.numel() - _floor(sparsity * score.numel()))
         return _keep_largest(score, round((1 - sparsity) * score.numel()))
+
+    def tracker(self) -> Callable[[Tensor], Tensor]:
+        return _Tracker(self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,34 @@ def _keep_largest(score: Tensor, count: int) -> Tensor:
         ties = (score == threshold).view(-1).nonzero().squeeze(1)
         mask.view(-1)[ties[len(ties) - surplus :]] = False
     return mask
+
+
+class _Tracker:
+    """Selects about the right number of largest entries of a slowly changing score, by a quantile of a fixed sample.
+
+    The sampling error is corrected from call to call by the number that the last threshold kept, all on the device, so
+    that after a few calls the counts are off by a few entries only. That matters: iterating with 0.8 % more entries
+    than the result may have was seen to cost 13 % in loss.
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self._sparsity = sparsity
+        self._drift: Tensor | None = None
+
+    def __call__(self, score: Tensor) -> Tensor:
+        size = score.numel()
+        count = round((1 - self._sparsity) * size)
+        wanted = 1 << 18 if score.is_cuda else 1 << 14
+        if size < 4 * wanted or not 0 < count < size:
+            return _keep_largest(score, count)
+        # An odd stride, or the sample would hold a few columns only where the width is a power of two.
+        sample = score.reshape(-1)[:: size // wanted | 1].sort().values
+        if self._drift is None:
+            self._drift = torch.zeros((), dtype=torch.float64, device=score.device)
+        rank = (self._sparsity * len(sample) + self._drift).clamp_(0, len(sample) - 1)
+        mask = score >= sample[rank.long()]
+        self._drift += (mask.count_nonzero() - count) * (len(sample) / size)
+        return mask
 
 
 def _kth_largest(values: Tensor, count: int) -> Tensor:

@@ -12,11 +12,11 @@ from helpers import PATTERNS, planted
 from torch import Tensor
 
 from alps_exp import registry
-from alps_exp.alps import SCHEDULES, ScaledGram, _paper_rho, fit_on_support
+from alps_exp.alps import SCHEDULES, _paper_rho, fit_on_support
 from alps_exp.errors import UserError
 from alps_exp.patterns import parse_sparsity
 from alps_exp.problem import LayerProblem
-
+from alps_exp.resolvent import ScaledGram
 
 # λ₂ over the mean diagonal, in the solver and in the references.
 DAMPING = 0.01
@@ -243,10 +243,7 @@ def test_the_scale_of_inputs_and_weights_does_not_matter(scale):
 def test_scaled_gram():
     problem = planted(dead=(5,), seed=48)
     scaled = ScaledGram(problem, 0.01)
-    eye = torch.eye(48, dtype=torch.float64)
     assert torch.equal(scaled.gram.diagonal(), torch.ones(48, dtype=torch.float64))
-    for rho in (0.1, 3.0):
-        torch.testing.assert_close(scaled.inverse(rho) @ (scaled.gram + rho * eye), eye, rtol=0, atol=1e-10)
     expected = problem.weight.clone()
     expected[:, 5] = 0
     torch.testing.assert_close(scaled.unscale(scaled.scale(problem.weight)), expected)

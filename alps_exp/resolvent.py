@@ -1,0 +1,167 @@
+"""(H + ρI)⁻¹ for many ρ: what ADMM needs of the Gram matrix.
+
+Exactly, that is a Cholesky factorisation and an inverse for every ρ. But as a function of log ρ, each eigenvalue's
+1 / (λ + ρ) is analytic within a distance π of the real axis, so over a span of a factor 20 the polynomial through five
+Chebyshev nodes is within 1.5 % of it, whatever the spectrum: five inverses serve a whole run, and every other ρ
+costs one pass over them. An eigendecomposition serves every ρ too, but takes 4.6 s at 20480 inputs on an H100.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .problem import LayerProblem, Statistics
+from .solver import Stopwatch
+
+_NODES = 5
+_SPAN = 20.0
+
+
+class ScaledGram:
+    """H = E(G + λ₂I)E with unit diagonal, E = diag(G + λ₂I)^-½.
+
+    Args:
+        problem: any of the layers that share the Gram matrix.
+        damping: λ₂ over mean(diag G).
+    """
+
+    def __init__(self, problem: LayerProblem, damping: float) -> None:
+        problem.require(Statistics.GRAM)
+        self.dead = problem.dead
+        ridge = damping * float(problem.diagonal.mean())
+        diagonal = problem.diagonal + (ridge if ridge > 0 else 1.0)
+        self._e = diagonal.rsqrt()
+        self.gram = problem.gram * self._e * self._e[:, None]
+        self.gram.diagonal().fill_(1.0)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """E⁻¹W, without the dead inputs."""
+        return (weight / self._e).masked_fill(self.dead, 0)
+
+    def unscale(self, weight: Tensor) -> Tensor:
+        """The inverse of `scale`; dead inputs stay zero."""
+        return (weight * self._e).masked_fill(self.dead, 0)
+
+
+class Resolvent:
+    """(H + ρI)⁻¹, kept until another ρ is asked for: layers in lockstep share it.
+
+    Args:
+        gram: (in, in) H, symmetric positive definite.
+        start: the first ρ; spans of interpolation begin there.
+        exact: one factorisation for every ρ, no interpolation.
+
+    Attributes:
+        seconds: wall time spent on factorisations and interpolation.
+    """
+
+    def __init__(self, gram: Tensor, start: float, exact: bool) -> None:
+        self._gram = gram
+        self._start = start
+        self._exact = exact
+        self._rho: float | None = None
+        self._inverse: Tensor | None = None
+        self._low: Tensor | None = None
+        self._span: int | None = None
+        self._nodes: list[tuple[float, Tensor]] = []
+        self.seconds = 0.0
+
+    def at(self, rho: float) -> Tensor:
+        """(H + ρI)⁻¹ in the precision of H."""
+        if rho != self._rho:
+            watch = Stopwatch(self._gram.device)
+            self._inverse = inverse(self._gram, rho) if self._exact else self._interpolate(rho)
+            self._rho, self._low = rho, None
+            self.seconds += watch.lap("resolvent")
+        return self._inverse
+
+    def low_at(self, rho: float, dtype: torch.dtype) -> Tensor:
+        """The same, rounded to a lower precision."""
+        full = self.at(rho)
+        if self._low is None:
+            self._low = full.to(dtype)
+        return self._low
+
+    def _interpolate(self, rho: float) -> Tensor:
+        position = math.log(rho / self._start) / math.log(_SPAN)
+        span = math.floor(position + 1e-9)
+        if span != self._span:
+            # Chebyshev nodes of the first kind on [0, 1], in units of the span.
+            places = [0.5 - 0.5 * math.cos(math.pi * (k + 0.5) / _NODES) for k in range(_NODES)]
+            self._nodes = []  # free the former span's before making new ones
+            self._nodes = [(p, inverse(self._gram, self._start * _SPAN ** (span + p))) for p in places]
+            self._span = span
+        at = position - span
+        result = torch.zeros_like(self._gram)
+        for place, node in self._nodes:
+            weight = math.prod((at - other) / (place - other) for other, _ in self._nodes if other != place)
+            result.add_(node, alpha=weight)
+        return result
+
+
+def inverse(gram: Tensor, rho: float) -> Tensor:
+    """(H + ρI)⁻¹ by Cholesky.
+
+    Raises:
+        UserError: H + ρI is not positive definite.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(rho)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        raise UserError(
+            "the Gram matrix is not positive semi-definite: pass XᵀX summed in float32 or better, undamped, or raise "
+            "method.damping"
+        )
+    if not gram.is_cuda:
+        return torch.cholesky_inverse(factor)
+    with fast_products(gram.device):
+        lower = _triangular_inverse(factor, damped.zero_())
+        return lower.T @ lower
+
+
+def _triangular_inverse(factor: Tensor, out: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular matrix by halves: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹CA⁻¹, B⁻¹]].
+
+    Nearly all of the work are matrix products, seven times as fast as `solve_triangular` at 20480 on an H200.
+
+    Args:
+        factor: (n, n) L.
+        out: (n, n) zeros, overwritten.
+    """
+    size = len(factor)
+    if size <= 1024:
+        out.diagonal().fill_(1.0)
+        out.copy_(torch.linalg.solve_triangular(factor, out, upper=False))
+        return out
+    half = size // 2
+    upper = _triangular_inverse(factor[:half, :half], out[:half, :half])
+    lower = _triangular_inverse(factor[half:, half:], out[half:, half:])
+    torch.matmul(lower, factor[half:, :half] @ upper, out=out[half:, :half]).neg_()
+    return out
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """float32 products through TF32 on CUDA (10 bits of mantissa), unchanged elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def low_precision(device: torch.device) -> torch.dtype | None:
+    """The dtype whose products this device makes several times faster than float32's, None where there is none."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and supported() else None

@@ -1,0 +1,100 @@
+"""(H + ρI)⁻¹, exact and interpolated, and the paths of ALPS that use either."""
+
+import pytest
+import torch
+from helpers import planted
+
+from alps_exp import registry
+from alps_exp.errors import UserError
+from alps_exp.patterns import Unstructured, parse_sparsity
+from alps_exp.problem import LayerProblem
+from alps_exp.resolvent import Resolvent, ScaledGram, _triangular_inverse, inverse
+
+
+def gram(width: int = 48) -> torch.Tensor:
+    return ScaledGram(planted(width=width), 0.01).gram
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.1, 3.0])
+def test_exact_inverse(rho):
+    h = gram()
+    eye = torch.eye(48, dtype=torch.float64)
+    for result in (inverse(h, rho), Resolvent(h, 0.1, exact=True).at(rho)):
+        torch.testing.assert_close(result @ (h + rho * eye), eye, rtol=0, atol=1e-10)
+
+
+# From the start of a span to its end, across its border, and below the start as the paper's rule may go.
+@pytest.mark.parametrize("rho", [0.1, 0.12, 0.5, 1.9, 2.0, 2.3, 39.0, 0.02, 0.0001])
+def test_interpolation_is_close_at_every_eigenvalue(rho):
+    h = gram()
+    values, vectors = torch.linalg.eigh(h)
+    found = torch.diagonal(vectors.T @ Resolvent(h, 0.1, exact=False).at(rho) @ vectors)
+    assert float(((found - 1 / (values + rho)) * rho).abs().max()) < 0.015
+
+
+def test_a_span_is_factorised_once(monkeypatch):
+    from alps_exp import resolvent
+
+    made = []
+    monkeypatch.setattr(resolvent, "inverse", lambda h, rho: made.append(rho) or inverse(h, rho))
+    shared = Resolvent(gram(), 0.1, exact=False)
+    for step in range(14):
+        shared.at(0.1 * 1.2**step)
+        shared.at(0.1 * 1.2**step)
+    assert len(made) == 5
+    shared.at(2.5)
+    assert len(made) == 10
+
+
+def test_lower_precision_is_the_rounded_inverse():
+    shared = Resolvent(gram().float(), 0.1, exact=False)
+    low = shared.low_at(0.3, torch.bfloat16)
+    assert low.dtype == torch.bfloat16 and torch.equal(low, shared.at(0.3).bfloat16())
+    assert torch.equal(shared.low_at(0.4, torch.bfloat16), shared.at(0.4).bfloat16())
+
+
+def test_triangular_inverse_by_halves():
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(2500, 2500, generator=generator).tril() / 50 + torch.eye(2500)
+    result = _triangular_inverse(factor, torch.zeros_like(factor))
+    assert torch.equal(result, result.tril())
+    torch.testing.assert_close(result @ factor, torch.eye(2500), rtol=0, atol=1e-4)
+
+
+def test_an_indefinite_matrix_is_refused():
+    with pytest.raises(UserError, match="not positive semi-definite"):
+        inverse(-torch.eye(3), 0.1)
+
+
+def wide_layer() -> LayerProblem:
+    """A layer large enough for the sampled threshold of the iterations."""
+    problem = planted(rows=300, width=256, tokens=1500, seed=3, dtype=torch.float32)
+    return LayerProblem(problem.weight, gram=problem.gram)
+
+
+@pytest.mark.parametrize("written", ["0.5", "0.7", "0.9", "2:4"])
+def test_the_fast_path_is_as_good_as_the_exact_one(written):
+    problem, pattern = wide_layer(), parse_sparsity(written)
+    fast, exact = (registry.solver("alps", exact=value).solve(problem, pattern) for value in (False, True))
+    assert int(fast.support.sum()) == int(exact.support.sum())
+    ratio = problem.relative_loss(fast.weight) / problem.relative_loss(exact.weight)
+    assert 0.99 < ratio < 1.01
+
+
+def test_a_tracker_finds_the_count():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(400, 300, generator=generator).abs()
+    pattern = Unstructured(0.7)
+    tracker, errors = pattern.tracker(), []
+    for _ in range(8):
+        score = score + 0.01 * torch.randn(400, 300, generator=generator)
+        mask = tracker(score)
+        errors.append(abs(int(mask.sum()) - 36000))
+        assert bool((score[mask].min() >= score[~mask].max()).all())
+    assert max(errors[3:]) <= 0.003 * 36000, errors
+
+
+def test_trackers_of_small_layers_and_groups_are_exact():
+    score = torch.rand(16, 32)
+    for pattern in (Unstructured(0.7), parse_sparsity("2:4")):
+        assert torch.equal(pattern.tracker()(score), pattern.keep(score))
