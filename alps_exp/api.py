@@ -55,6 +55,12 @@ def prune_layer(
     """
     chosen = named_solver(method, **hyperparameters)
     pattern = parse_sparsity(sparsity)
+    for label, value in (("weight", weight), ("inputs", inputs), ("gram", gram), ("mean", mean), ("var", var)):
+        if not isinstance(value, (Tensor, type(None))) or (label == "weight" and value is None):
+            raise UserError(f"{label} must be a torch tensor, got {type(value).__name__}")
+    for label, value in (("tokens", tokens), ("sequences", sequences)):
+        if value is not None:
+            require(label, value, int, 1, float("inf"))
     if inputs is not None:
         given = [n for n, v in (("gram", gram), ("mean", mean), ("var", var), ("tokens", tokens)) if v is not None]
         if given:
@@ -104,12 +110,15 @@ def prune_model(
             of the wrong shape or outside the vocabulary, NaN or infinite weights or activations.
     """
     from .blocks import BlockModel
-    from .loop import PROPAGATE, PruneJob, linear_shapes, prune_blocks
+    from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
+    from .models import context_length
     from .record import RunRecord, environment, peak_memory
     from .selection import Selection
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     one_of("propagate", propagate, PROPAGATE)
+    if not hasattr(model, "get_input_embeddings"):
+        raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     vocabulary = model.get_input_embeddings().num_embeddings
     integers = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32)
     if not integers or tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
@@ -118,13 +127,19 @@ def prune_model(
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise UserError(f"tokens must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
 
+    context = context_length(model.config)
+    if context is not None and tokens.shape[1] > context:
+        raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
+
     chosen = named_solver(method, **hyperparameters)
     pattern = parse_sparsity(sparsity)
     method_name = method if isinstance(method, str) else type(method).__name__.lower()
     home = next(model.parameters()).device
     place = parse_device(str(device)) if device is not None else home
     selection = Selection.parse(include, exclude, layer_sparsity)
-    patterns = selection.patterns_for(linear_shapes(model, selection), pattern) if chosen.prunes else {}
+    patterns = {}
+    if chosen.prunes:
+        patterns = selection.patterns_for(linear_shapes(model, selection), pattern, other_names(model))
     job = PruneJob(chosen, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
     record = RunRecord(
         status="complete",

@@ -151,7 +151,8 @@ def _single(app: Any, name: str, words: list[str]) -> int:
     if cfg.plan:
         _print_plans([cfg])
         return 0
-    outcome = app.run(config_name=name, task_function=job, overrides=words).return_value
+    with _making_directories():
+        outcome = app.run(config_name=name, task_function=job, overrides=words).return_value
     return _exit_status([outcome])
 
 
@@ -169,7 +170,8 @@ def _sweep(app: Any, name: str, words: list[str]) -> int:
     if configs and all(cfg.plan for cfg in configs):
         _print_plans(configs)
         return 0
-    batches = app.multirun(config_name=name, task_function=job, overrides=words)
+    with _making_directories():
+        batches = app.multirun(config_name=name, task_function=job, overrides=words)
     # Sweepers other than Hydra's own need not return their jobs; the records tell then.
     outcomes = [result.return_value for batch in batches or [] for result in batch]
     return _exit_status(outcomes, total=len(jobs))
@@ -182,6 +184,18 @@ def _naming_the_run(jobs: list[list[str]], number: int) -> Iterator[None]:
     except UserError as error:
         place = f"run {number + 1} of {len(jobs)}: {_shown(jobs[number])}; none was started"
         raise UserError(f"{error} ({place})") from error
+
+
+@contextmanager
+def _making_directories() -> Iterator[None]:
+    # Jobs hand back their own errors: what is left is Hydra failing to make their directories and logs.
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run's directory ({_describe(error)}): give another one with hydra.run.dir=DIR "
+            "(hydra.sweep.dir=DIR in a sweep), or start in another folder"
+        ) from error
 
 
 def _refuse_twins(configs: list[DictConfig], jobs: list[list[str]]) -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from .checks import one_of, require
 from .errors import UserError, nearest
 from .registry import resource_root
 from .texts import Text, calibration_text, evaluation_text
@@ -145,6 +146,18 @@ def evaluation_tokens(
         "partial": count < available,
     }
     return torch.tensor(rows, dtype=torch.long), description
+
+
+def check_node(data: Mapping, bos: str | bool = "auto") -> None:
+    """Raise UserError for a value of a data node (or of model.bos) that is not allowed, before any text is read."""
+    one_of("data.sampling", str(data.get("sampling") or "auto"), SAMPLINGS)
+    one_of("model.bos", str(bos).lower(), BOS_RULES)
+    for key in ("join", "column"):
+        if not isinstance(data.get(key), (str, type(None))):
+            raise UserError(f"data.{key}={data[key]} is not allowed: give a text, quoted where it is a number")
+    share = data.get("held_out")
+    if share is not None:
+        require("data.held_out", share, float, 0, 0.99)
 
 
 class _Encoder:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from .blocks import BlockModel, HiddenStates
 from .errors import UserError
+from .models import context_length
 from .progress import Progress
 
 
@@ -49,15 +50,26 @@ def sample(model: BlockModel, tokenizer, prompt: str, new_tokens: int) -> str | 
 
     Returns:
         The continuation, or None for a model that does not fit on the device as a whole.
+
+    Raises:
+        UserError: a prompt without tokens, or with the continuation longer than the model's context.
     """
     network, device = model.model, model.device
+    inputs = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    length, context = inputs.shape[1], context_length(network.config)
+    if not length:
+        raise UserError(f"eval.prompt={prompt!r} has no tokens: give a text, or eval.sample_tokens=0")
+    if context is not None and length + new_tokens > context:
+        raise UserError(
+            f"eval.prompt ({length} tokens) and eval.sample_tokens={new_tokens} are beyond the model's context of "
+            f"{context} tokens: shorten either"
+        )
     if model.offload:
         size = sum(p.numel() * p.element_size() for p in network.parameters())
         if size > 0.8 * torch.cuda.mem_get_info(device)[0]:
             return None
         home = [next(block.parameters()).device for block in model.blocks]
         network.to(device)
-    inputs = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         output = network.generate(

@@ -142,8 +142,13 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 def is_choice(override: Override) -> bool:
     """Whether the override chooses from a group, rather than sets a key."""
+    return is_group(override) and not override.is_delete()
+
+
+def is_group(override: Override) -> bool:
+    """Whether the override names a group of choices."""
     group = override.key_or_group
-    return bool(group) and "." not in group and not override.is_delete() and bool(_options(group))
+    return bool(group) and "." not in group and bool(_options(group))
 
 
 def _options(group: str) -> list[str]:

@@ -7,6 +7,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from .checks import one_of
+
+_MODES = ("online", "offline", "disabled", "shared")
+
+
+def check_logger(node: Mapping) -> None:
+    """Raise UserError for a logger's setting that W&B would refuse only after the run."""
+    if node["name"] == "wandb":
+        one_of("logger.mode", node["mode"], (None, *_MODES))
+
 
 def log_record(record: Mapping, node: Mapping, directory: Path) -> str | None:
     """Send a record to the logger that the configuration names.

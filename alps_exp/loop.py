@@ -67,6 +67,12 @@ def linear_shapes(model: nn.Module, selection: Selection) -> dict[str, tuple[int
     return shapes
 
 
+def other_names(model: nn.Module) -> list[str]:
+    """What else a user may name as excluded although it is never pruned: leaf modules and fused weights."""
+    leaves = [name for name, module in model.named_modules() if not any(module.children())]
+    return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 3]
+
+
 def out_major(module: nn.Module) -> Tensor:
     """The layer's weight as (out, in), a view; GPT-2's Conv1D stores the transpose."""
     weight = module.weight.detach()

@@ -184,6 +184,11 @@ def _locate(model: Mapping) -> _Source:
     gguf_file, package = model.get("gguf_file"), model.get("package")
     revision, trust = model.get("revision"), bool(model.get("trust_remote_code", False))
     if package:
+        if path:
+            raise UserError(
+                f"model={name} is the file of package {package} and takes no model.path={path}: "
+                f"give model=local model.path={path}"
+            )
         folder = package_folder(package, f"model={name}")
         return _Source(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust)
     if not path:
@@ -191,6 +196,8 @@ def _locate(model: Mapping) -> _Source:
     path = str(path)
     local = Path(path).expanduser()
     if local.exists() or name == "local" or _looks_local(path):
+        if revision:
+            raise UserError(f"model.revision={revision} goes with a hub id, and model.path={path} is a local folder")
         return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust)
     if gguf_file:
         raise UserError(

@@ -76,7 +76,9 @@ def prepare(words: Sequence[str]) -> list[str]:
 
 def prepared(words: Sequence[str]) -> list[str]:
     """`prepare`, with Hydra's errors in the project's form. Needs Hydra to be `initialized`."""
-    return _explained(prepare, list(words))
+    words = _explained(prepare, list(words))
+    _refuse_lists_and_deletions(words)
+    return words
 
 
 def expand(words: Sequence[str], config_name: str = "config") -> tuple[list[str], list[list[str]]]:
@@ -196,6 +198,21 @@ def _refuse_additions(words: list[str], config_name: str) -> None:
             node = OmegaConf.select(known, parent) if parent else known
             if not isinstance(node, DictConfig) or name not in node:
                 raise UserError(unknown_key(override.key_or_group, rest, config_name))
+
+
+def _refuse_lists_and_deletions(words: list[str]) -> None:
+    """Hydra merges several choices of a group into one, and lets a key go that every run needs."""
+    from .explain import is_choice, is_group
+
+    for override in OverridesParser.create().parse_overrides(words):
+        key, line = override.key_or_group, override.input_line
+        if override.is_hydra_override() or key == "sweeps":
+            continue
+        if override.is_delete() and not is_group(override):
+            raise UserError(f"{line} is not allowed: every run needs {key}; give {key}=VALUE, or leave it out")
+        if not override.is_sweep_override() and is_choice(override) and isinstance(override.value(), list):
+            values = ",".join(map(str, override.value()))
+            raise UserError(f"{line} is a list, and a run has one {key}: -m {key}={values} runs each of them")
 
 
 def _explained(function, words: list[str], *rest):

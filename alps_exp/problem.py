@@ -91,6 +91,8 @@ class LayerProblem:
             sequences: into how many sequences of equal length, in order, a (tokens, in) input divides; 1 if not given.
         """
         if inputs.ndim == 3:
+            if sequences not in (None, inputs.shape[0]):
+                raise UserError(f"{name}: inputs hold {inputs.shape[0]} sequences, and sequences={sequences} was given")
             sequences = inputs.shape[0]
             inputs = inputs.reshape(-1, inputs.shape[-1])
         if inputs.ndim != 2 or inputs.shape[0] == 0 or weight.ndim != 2 or inputs.shape[1] != weight.shape[1]:

@@ -45,6 +45,10 @@ def solver(method: str | Solver, **hyperparameters) -> Solver:
         UserError: unknown method or hyperparameter (with the nearest names), or a value that is not allowed.
     """
     if isinstance(method, Solver):
+        known = [field.name for field in dataclasses.fields(method)]
+        for name in hyperparameters:
+            if name not in known:
+                raise UserError(f"{type(method).__name__} has no hyperparameter {name!r}; {nearest(name, known)}")
         return dataclasses.replace(method, **hyperparameters)
     fields = yaml.safe_load(_method_file(method))
     for name in hyperparameters:
@@ -65,5 +69,6 @@ def build(node: Mapping) -> Solver:
     known = {field.name for field in dataclasses.fields(target)}
     for name in fields:
         if name not in known:
-            raise UserError(f"method {node.get('name')} has no hyperparameter {name!r}; {nearest(name, known)}")
+            hint = nearest(name, known) if known else "it has none"
+            raise UserError(f"method {node.get('name')} has no hyperparameter {name!r}; {hint}")
     return target(**fields)

@@ -7,7 +7,7 @@ import errno
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +15,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
-from . import evaluate
+from . import data, evaluate
 from .blocks import BlockModel
 from .checks import one_of, parse_device, require
 from .errors import UserError
-from .loggers import log_record
-from .loop import PROPAGATE, PruneJob, linear_shapes, prune_blocks
+from .loggers import check_logger, log_record
+from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from .naming import config_hash, model_name
 from .overrides import pattern_of
 from .patterns import Pattern
-from .record import FILE, RunRecord, environment, peak_memory
+from .record import FILE, RunRecord, environment, is_complete, peak_memory
 from .registry import build
 from .selection import Selection
 from .solver import Solver, Stopwatch
@@ -51,35 +51,55 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     pattern = pattern_of(cfg["sparsity"])
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
         require(key, cfg[key], int, low, float("inf"))
-    for key in ("seqlen", "batch_size", "windows"):
-        if not (key == "windows" and cfg["eval"]["windows"] is None):
-            require(f"eval.{key}", cfg["eval"][key], int, 2 if key == "seqlen" else 1, float("inf"))
-    require("eval.sample_tokens", cfg["eval"]["sample_tokens"], int, 0, float("inf"))
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
     for key in ("losses", "save", "plan"):
         one_of(key, cfg[key], (True, False))
     parse_device(cfg["device"])
-    for owner, key in (("data", "path"), ("data", "eval_path"), ("eval", "path")):
-        path = cfg[owner].get(key)
-        if path is not None and not Path(path).expanduser().is_file():
-            raise UserError(
-                f"{owner}.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
-            )
+    check_logger(cfg["logger"])
+    _check_texts(cfg)
 
     config = models.load_config(cfg["model"])
     context = models.context_length(config)
-    for owner, seqlen in (("seqlen", cfg["seqlen"]), ("eval.seqlen", cfg["eval"]["seqlen"])):
-        if context is not None and seqlen > context:
-            raise UserError(f"{owner}={seqlen} is beyond the model's context of {context} tokens: give at most that")
-    shapes = linear_shapes(models.skeleton(config), selection)
-    return selection.patterns_for(shapes, pattern) if solver.prunes else {}
+    asked = {"seqlen": cfg["seqlen"], **{f"eval.{key}": cfg["eval"][key] for key in ("seqlen", "sample_tokens")}}
+    for key, length in asked.items():
+        if context is not None and length > context:
+            raise UserError(f"{key}={length} is beyond the model's context of {context} tokens: give at most that")
+    network = models.skeleton(config)
+    shapes = linear_shapes(network, selection)
+    return selection.patterns_for(shapes, pattern, other_names(network)) if solver.prunes else {}
+
+
+def _check_texts(cfg: Mapping) -> None:
+    """What the configuration says about calibration and evaluation texts, without reading them."""
+    options, own = cfg["eval"], cfg["data"]
+    for key in ("seqlen", "batch_size", "windows"):
+        if not (key == "windows" and options["windows"] is None):
+            require(f"eval.{key}", options[key], int, 2 if key == "seqlen" else 1, float("inf"))
+    require("eval.sample_tokens", options["sample_tokens"], int, 0, float("inf"))
+    if not isinstance(options["prompt"], str):
+        raise UserError(f"eval.prompt={options['prompt']} is not allowed: give a text, as in eval.prompt='\"Once\"'")
+    data.check_node(own, cfg["model"]["bos"])
+    names = options["datasets"]
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")
+    for name in names:
+        if name != own["name"]:
+            data.data_node(name)
+    if options["path"] is not None and len(names) > 1:
+        raise UserError("eval.path stands in for one data set: name that one alone, eval.datasets=[NAME]")
+    for owner, key in (("data", "path"), ("data", "eval_path"), ("eval", "path")):
+        path = cfg[owner].get(key)
+        if path is not None and not Path(str(path)).expanduser().is_file():
+            raise UserError(
+                f"{owner}.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
+            )
 
 
 def selection_of(cfg: Mapping) -> Selection:
     """The configuration's choice of layers."""
     layers = cfg["layers"]
-    return Selection.parse(layers["include"], layers["exclude"], dict(layers["sparsity"]))
+    return Selection.parse(layers["include"], layers["exclude"], layers["sparsity"])
 
 
 def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) -> dict:
@@ -110,7 +130,7 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         seed=plain["seed"],
     )
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / FILE).exists():
+    if is_complete(directory / FILE):
         (directory / FILE).replace(directory / "record.previous.json")
     record.write(directory)
     try:
@@ -172,9 +192,15 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])
         record.sample["pruned"] = text
     watch.lap("evaluate")
+    _book_phases(record, watch, device)
     if cfg["save"]:
         save(network, workspace.tokenizer(cfg), record, directory)
         watch.lap("save")
+        _book_phases(record, watch, device)
+
+
+def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device) -> None:
+    # The loop books its own phases, which "prune" spans.
     record.phases |= {f"{phase}_seconds": seconds for phase, seconds in watch.seconds.items() if phase != "prune"}
     record.phases |= peak_memory(device)
 

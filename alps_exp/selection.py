@@ -37,27 +37,38 @@ class Selection:
         """A selection from plain values.
 
         Raises:
-            UserError: a sparsity that is not allowed.
+            UserError: a sparsity that is not allowed, or something else than globs.
         """
+        as_list = [[value] if isinstance(value, str) else value for value in (include, exclude)]
+        for key, globs in zip(("include", "exclude"), as_list, strict=True):
+            if not isinstance(globs, Iterable) or not all(isinstance(glob, str) for glob in globs):
+                raise UserError(f"layers.{key}={globs} is not allowed: give globs, as in 'layers.{key}=[\"*.q_proj\"]'")
+        if sparsity is not None and not isinstance(sparsity, Mapping):
+            raise UserError(
+                f"layers.sparsity={sparsity} is not allowed: give globs with their sparsity, as in "
+                "'layers.sparsity={\"*.q_proj\":0.5}'"
+            )
         patterns = {}
         for pattern, value in (sparsity or {}).items():
             try:
                 patterns[str(pattern)] = parse_sparsity(value)
             except UserError as error:
                 raise UserError(f"layers.sparsity[{pattern}]: {error}") from None
-        as_list = [[value] if isinstance(value, str) else list(value) for value in (include, exclude)]
         return cls(tuple(as_list[0]), tuple(as_list[1]), patterns)
 
     def excluded(self, name: str) -> bool:
         """Whether the layer is left dense."""
         return not _any_match(name, self.include) or _any_match(name, self.exclude)
 
-    def patterns_for(self, shapes: Mapping[str, tuple[int, int]], default: Pattern) -> dict[str, Pattern]:
+    def patterns_for(
+        self, shapes: Mapping[str, tuple[int, int]], default: Pattern, others: Iterable[str] = ()
+    ) -> dict[str, Pattern]:
         """The pattern of every layer that is to be pruned.
 
         Args:
             shapes: all linear layers of the decoder blocks, name → (out, in).
             default: the run's pattern.
+            others: names of what is never pruned, which may be excluded all the same.
 
         Raises:
             UserError: a glob that matches no layer, nothing left to prune, or a width that the pattern does not fit.
@@ -65,8 +76,8 @@ class Selection:
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in shapes})
         for key, globs in (("include", self.include), ("exclude", self.exclude), ("sparsity", self.sparsity)):
             for glob in globs:
-                # Fused weights that are not linear layers can be excluded by name too; only linears are known here.
-                if key != "exclude" and not any(_matches(name, glob) for name in shapes):
+                names = [*shapes, *others] if key == "exclude" else shapes
+                if not any(_matches(name, glob) for name in names):
                     raise UserError(f"layers.{key}: {glob!r} matches no layer; {nearest(glob, last_parts)}")
         chosen = {}
         for name, shape in shapes.items():

@@ -27,9 +27,12 @@ def read_records(folder: Path) -> list[dict]:
         if path.parent.name == "model":  # the copy that travels with a saved model
             continue
         try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable record ({error}): delete it or run it again") from None
+        if not isinstance(record, dict) or not {"summary", "phases", "evaluations", "status"} <= set(record):
+            raise UserError(f"{path} is no run record: move it elsewhere, or name another folder")
+        records.append(record)
     return records
 
 

@@ -80,7 +80,7 @@ def _text(data: Mapping, path: str | None, file: str | None, key: str, limit: in
     """All documents (or the first `limit`) of a local file, or of the package's or hub's file of the node."""
     name, revision, split = data["name"], data.get("revision"), "all of it"
     if path:
-        local = Path(path).expanduser()
+        local = Path(str(path)).expanduser()
         setting = f"data.{key}={path}"
         source = f"{local.name} (sha256 {_digest(local, setting)})"
         revision = None

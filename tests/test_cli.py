@@ -78,6 +78,9 @@ MISTAKES = [
     (["sparsity=0.5,0.7"], ["sparsity=0.5,0.7 names several values", "-m"]),
     (["sparsity=2:4", "sparsity.level=0.6"], ["inconsistent"]),
     (["~method"], ["method is not set"]),
+    (["~seed"], ["~seed is not allowed", "seed=VALUE"]),
+    (["sparsity=[0.5,0.7]"], ["sparsity=[0.5,0.7] is a list", "-m sparsity=0.5,0.7"]),
+    (["method=[alps,wanda]"], ["method=[alps,wanda] is a list", "-m method=alps,wanda"]),
     (["nsamples=${model.nothing}"], ["nsamples", "model.nothing"]),
     (["method=[alps"], ["cannot read 'method=[alps'", "key=value"]),
     (["nsamples"], ["cannot read 'nsamples'"]),
@@ -114,7 +117,24 @@ def test_a_mistake_costs_one_line_and_status_2(here, capsys, words, parts):
         (["method.damping=-1"], "damping"),
         (["model.path=/no/such/folder"], "/no/such/folder"),
         (["data.path=/no/such/file.txt"], "/no/such/file.txt"),
+        (["data.path=123"], "data.path=123"),
+        (["data.held_out=abc"], "data.held_out"),
+        (["data.join=5"], "data.join=5"),
+        (["data.sampling=foo"], "data.sampling"),
+        (["model.bos=foo"], "model.bos"),
+        (["model.revision=main"], "model.revision"),
+        (["eval.datasets=wikitext2"], "eval.datasets=[wikitext2"),
+        (["eval.datasets=[wikitxt2]"], "did you mean wikitext2"),
+        (["eval.datasets=[local,c4]", "eval.path=x"], "eval.path stands in for one"),
+        (["eval.prompt=5"], "eval.prompt=5"),
+        (["eval.sample_tokens=1000"], "context of 256"),
+        (["logger=wandb", "logger.mode=onlin"], "did you mean online"),
         (["layers.include=[nothing*]"], "nothing*"),
+        (["layers.include=5"], "layers.include=5"),
+        (["layers.include=null"], "layers.include=None"),
+        (["layers.exclude=[q_porj]"], "did you mean q_proj"),
+        (["layers.exclude=[model.decoder.layers.0]"], "matches no layer"),
+        (["layers.sparsity=0.5"], "layers.sparsity=0.5"),
         (["sparsity=2:5"], "not a multiple of 5"),
     ],
 )
@@ -125,6 +145,19 @@ def test_a_wrong_value_is_refused_before_a_model_is_loaded(here, capsys, tiny, w
     assert call("-m", *tiny, *words, "method=alps,sparsegpt") == 2
     assert "run 1 of 2" in one_line(capsys)
     assert not list(here.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(here, capsys, tiny):
+    (here / "file").write_text("")
+    assert call(*tiny, "method=magnitude", "hydra.run.dir=file/run") == 2
+    assert "hydra.run.dir=DIR" in one_line(capsys)
+    assert call("-m", *tiny, "method=magnitude,wanda", "hydra.sweep.dir=file/runs") == 2
+    assert "hydra.sweep.dir=DIR" in one_line(capsys)
+
+
+def test_the_demo_model_takes_no_other_path(here, capsys):
+    assert call("model.path=some/folder", "plan=true") == 2
+    assert "model=local model.path=some/folder" in one_line(capsys)
 
 
 def test_mistakes_are_answered_without_importing_torch(tmp_path):

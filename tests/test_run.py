@@ -85,16 +85,44 @@ def test_saved_model_reloads_with_its_zeros(settings, tmp_path):
         assert (weight.reshape(-1, 4).count_nonzero(1) <= 2).all()
         assert 1 - int(weight.count_nonzero()) / weight.numel() == row["sparsity"]
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("hello").input_ids
-    assert json.loads((tmp_path / "model" / "record.json").read_text())["status"] == "complete"
+    saved = json.loads((tmp_path / "model" / "record.json").read_text())
+    assert saved["status"] == "complete"
+    assert set(record["phases"]) - set(saved["phases"]) == {"save_seconds"}
     # The saved folder is a model like any other: evaluated as dense it has the recorded perplexity.
     again = execute([*settings, f"model.path={tmp_path / 'model'}"], tmp_path / "again", "method=dense")
     assert again["evaluations"][0]["value"] == pytest.approx(record["evaluations"][0]["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["eval.sample_tokens=255"], "context of 256"), (["eval.prompt=''", "model.bos=false"], "prompt")],
+)
+def test_a_sample_that_cannot_be_made_is_refused_before_pruning(
+    settings, tmp_path, monkeypatch, tiny_gpt2, words, part
+):
+    monkeypatch.setattr(runs, "prune_blocks", lambda *_: pytest.fail("pruning was started"))
+    with pytest.raises(UserError, match=part):
+        execute([*settings, f"model.path={tiny_gpt2}"], tmp_path, *words)
 
 
 def test_an_earlier_record_is_kept(settings, tmp_path):
     first = execute(settings, tmp_path, "method=magnitude")
     execute(settings, tmp_path, "method=magnitude")
     assert json.loads((tmp_path / "record.previous.json").read_text()) == first
+
+
+def test_failures_never_displace_a_complete_record(settings, tmp_path, monkeypatch):
+    first = execute(settings, tmp_path, "method=magnitude")
+
+    def explode(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(runs, "prune_blocks", explode)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            execute(settings, tmp_path, "method=magnitude")
+    assert json.loads((tmp_path / "record.previous.json").read_text()) == first
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == "failed"
 
 
 def test_a_failed_run_leaves_a_record_with_its_error(settings, tmp_path, monkeypatch):

@@ -39,9 +39,17 @@ def test_sparsity_by_layer_last_match_counts():
     assert patterns["model.layers.3.mlp.down_proj"] == Unstructured(0.5)
 
 
+def test_what_is_never_pruned_may_be_excluded():
+    patterns = Selection.parse(exclude=["lm_head"]).patterns_for(SHAPES, Unstructured(0.5), ["lm_head"])
+    assert set(patterns) == set(SHAPES)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"exclude": ["q_porj"]}, "did you mean q_proj"),
+        ({"exclude": [0]}, "give globs"),
+        ({"sparsity": 0.5}, "give globs with their sparsity"),
         ({"include": ["q_porj"]}, "did you mean q_proj"),
         ({"sparsity": {"*.qproj": 0.5}}, "matches no layer"),
         ({"exclude": ["*"]}, "nothing to prune"),

@@ -64,3 +64,10 @@ def test_a_broken_record_is_named(runs):
     (runs / "1" / "record.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"1/record\.json is not a readable record"):
         tables.read_records(runs)
+
+
+def test_a_foreign_file_of_that_name_is_named(runs, tmp_path, capsys):
+    (runs / "1" / "record.json").write_text('{"a": 1}')
+    assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+    error = capsys.readouterr().err
+    assert "is no run record" in error and error.count("\n") == 1
