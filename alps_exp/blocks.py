@@ -110,7 +110,7 @@ class BlockModel:
         self.device = device
         self.prefix, self.blocks = find_blocks(model)
         self._returns_tuple: bool | None = None
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}  # by (windows, seqlen) of a batch
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         if offload is None:
             offload = device.type == "cuda" and size > _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -176,12 +176,12 @@ class BlockModel:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states that the first block receives, (windows, seqlen, width), for `tokens` (windows, seqlen).
 
-        Records each block's other arguments for this batch size on the way, the first time.
+        Records each block's other arguments for this shape on the way, the first time.
         """
-        size = tokens.shape[0]
+        shape = tuple(tokens.shape)
         calls: list[Call] = []
         first: list[Tensor] = []
-        known = size in self._calls
+        known = shape in self._calls
 
         def stub(index: int, hidden: Tensor, args: tuple, kwargs: dict):
             if index == 0:
@@ -198,7 +198,7 @@ class BlockModel:
         with self._stubs(stub), suppress(_Stop):
             self.model(tokens.to(self.device), use_cache=False)
         if not known:
-            self._calls[size] = calls
+            self._calls[shape] = calls
         return first[0]
 
     def _learn_return(self, hidden: Tensor, call: Call) -> None:
@@ -211,11 +211,11 @@ class BlockModel:
         """Refuse a model whose blocks take arguments that depend on the tokens, since each block's are recorded once.
 
         Args:
-            tokens: (windows, seqlen), other windows than the recorded ones, of a batch size that was seen.
+            tokens: (windows, seqlen), other windows than the recorded ones, of a shape that was seen.
         """
-        recorded = self._calls.pop(tokens.shape[0])
+        recorded = self._calls.pop(tuple(tokens.shape))
         self.embed(tokens)
-        for index, (one, other) in enumerate(zip(recorded, self._calls[tokens.shape[0]], strict=True)):
+        for index, (one, other) in enumerate(zip(recorded, self._calls[tuple(tokens.shape)], strict=True)):
             if not _equal((one.args, one.kwargs), (other.args, other.kwargs)):
                 raise UserError(
                     f"{self.name(index)} of {type(self.model).__name__} takes arguments that depend on the tokens "
@@ -224,8 +224,8 @@ class BlockModel:
 
     @torch.no_grad()
     def forward_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for `hidden` (windows, seqlen, width), of a batch size that `embed` has seen."""
-        call = self._calls[hidden.shape[0]][index]
+        """The block's output for `hidden` (windows, seqlen, width), of a shape that `embed` has seen."""
+        call = self._calls[hidden.shape[0], hidden.shape[1]][index]
         output = block(hidden, *call.args, **call.kwargs)
         return output[0] if self._returns_tuple else output
 

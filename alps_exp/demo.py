@@ -14,7 +14,8 @@ from .errors import UserError
 
 METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 SPARSITY = "0.7"
-EVALUATION_WINDOWS = 10
+CALIBRATION_WINDOWS = 8
+EVALUATION_WINDOWS = 5
 
 
 def main(overrides: list[str]) -> int:
@@ -30,9 +31,8 @@ def main(overrides: list[str]) -> int:
     workspace, records = Workspace(keep=True), []
     try:
         for method in METHODS:
-            cfg = compose(
-                [f"method={method}", f"sparsity={SPARSITY}", f"eval.windows={EVALUATION_WINDOWS}", *overrides]
-            )
+            sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}"]
+            cfg = compose([f"method={method}", f"sparsity={SPARSITY}", *sizes, *overrides])
             records.append(run(cfg, Path("results/runs") / run_name(cfg), workspace))
     except UserError as error:
         print(f"alps_exp: {error}", file=sys.stderr)

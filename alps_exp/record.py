@@ -161,6 +161,14 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
     return found
 
 
+def is_complete(path: Path) -> bool:
+    """Whether the file is the record of a run that came to its end."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("status") == "complete"
+    except (OSError, ValueError):
+        return False
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,12 @@ def test_block_by_block_equals_the_whole_model(network, batch_size):
     torch.testing.assert_close(whole(network, ids), expected)
 
 
+def test_windows_of_another_length_get_their_own_arguments(network):
+    model = BlockModel(network, CPU)
+    for ids in (tokens(3, 40), tokens(3, 24), tokens(1, 56)):
+        torch.testing.assert_close(blockwise(model, ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_blocks_that_return_tuples_and_take_batch_sized_arguments():
     network, ids = bloom(), tokens()
     torch.testing.assert_close(blockwise(BlockModel(network, CPU), ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4)
