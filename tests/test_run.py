@@ -194,9 +194,10 @@ def test_mistakes_are_found_before_anything_is_loaded(settings, override, messag
     assert "\n" not in str(error.value)
 
 
-def test_float16_overflow_names_the_block(settings, tiny_llama, tmp_path):
+def test_overflow_names_the_block(settings, tiny_llama, tmp_path):
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    network.model.layers[0].mlp.down_proj.weight.data *= 1e38
+    network.model.layers[0].mlp.up_proj.weight.data.fill_(1e38)
+    network.model.layers[0].mlp.down_proj.weight.data.fill_(1e38)
     network.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "broken")
     with pytest.raises(UserError, match=r"model\.layers\.\d"):
