@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def read_back(folder: Path) -> dict:
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.rglob("*.wandb")
+    # W&B's own process may still be writing when finish() has returned.
+    size, deadline = -1, time.monotonic() + 10
+    while path.stat().st_size != size and time.monotonic() < deadline:
+        size = path.stat().st_size
+        time.sleep(1)
     found = {"history": [], "summary": {}, "config": {}}
     for data in entries(path):
         entry = wandb_internal_pb2.Record()
