@@ -94,6 +94,7 @@ def prune_blocks(model: BlockModel, job: PruneJob) -> PruneResult:
     if job.level > Statistics.NONE:
         hidden = HiddenStates(model, job.tokens, job.batch_size)
         watch.lap("calibrate")
+    booked = sum(watch.seconds.values())
     progress = Progress(range(len(model)), "pruning blocks", quiet=job.quiet)
     for index in progress:
         with model.block(index) as block:
@@ -117,6 +118,8 @@ def prune_blocks(model: BlockModel, job: PruneJob) -> PruneResult:
                 watch.lap("propagate")
         if losses := [row.relative_loss for row in rows if row.relative_loss is not None]:
             progress.note(f"mean relative loss {math.fsum(losses) / len(losses):.4g}")
+        result.block_seconds.append(sum(watch.seconds.values()) - booked)
+        booked = sum(watch.seconds.values())
     result.seconds = watch.seconds
     return result
 

@@ -68,10 +68,12 @@ class PruneResult:
     Attributes:
         layers: one row per pruned layer, in the model's order.
         seconds: wall time of calibrate, solve and propagate.
+        block_seconds: wall time of each block, all phases.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: list[float] = field(default_factory=list)
 
 
 @dataclass
