@@ -2,10 +2,10 @@
 
     python benchmarks/end_to_end.py --shape opt-13b --blocks 4 --methods alps,sparsegpt
 
-Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing to
-propagate) are left out of the mean; the whole model's seconds are extrapolated from that mean and say so. The blocks stay
-in host memory and visit the device one at a time, as those of a model that does not fit do. Needs torch, transformers
-and alps_exp.
+Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
+to propagate) are left out of the mean; the whole model's seconds are extrapolated from it and say so. The blocks stay
+in host memory and visit the device one at a time, as those of a model that does not fit do. Needs torch, transformers and
+alps_exp.
 """
 
 from __future__ import annotations

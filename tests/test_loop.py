@@ -62,7 +62,7 @@ def test_weights_and_losses_are_those_of_a_plain_loop(request, family, method, s
     assert [row["name"] for row in record["layers"]] == list(losses)
     for row in record["layers"]:
         # Rounding may swap nearly equal scores, which moves a loss a little and a model's output hardly.
-        assert row["relative_loss"] == pytest.approx(losses[row["name"]], rel=0.02), row["name"]
+        assert row["relative_loss"] == pytest.approx(losses[row["name"]], rel=0.05), row["name"]
     with torch.no_grad():
         one, other = network(ids).logits, expected(ids).logits
     assert float((one - other).norm() / other.norm()) < 0.02
