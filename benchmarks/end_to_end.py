@@ -4,8 +4,8 @@
 
 Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
 to propagate) are left out of the mean; the whole model's seconds are extrapolated from it and say so. The blocks stay
-in host memory and visit the device one at a time, as those of a model that does not fit do. Needs torch, transformers and
-alps_exp.
+in host memory and visit the device one at a time, as those of a model that does not fit do. Needs torch, transformers
+and alps_exp.
 """
 
 from __future__ import annotations
