@@ -249,8 +249,8 @@ def fit_on_support(
     """Conjugate gradients on a fixed support: min tr((W - Ŵ) H (W - Ŵ)ᵀ) over Ŵ zero outside `support`.
 
     All rows at once, each with its own step sizes. No preconditioner: H is meant to have a unit diagonal, for which
-    Jacobi's is the identity. Products are in the precision of the arguments: where one direction dominates H (inputs far
-    off zero), TF32 was seen to make the iteration diverge.
+    Jacobi's is the identity. Products are in the precision of the arguments: TF32 was seen to make the iteration
+    diverge where one direction dominates H (inputs far off zero).
 
     Args:
         gram: (in, in) H, symmetric positive definite.
