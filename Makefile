@@ -6,7 +6,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format tables clean
+.PHONY: help setup demo test lint format tables bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ format: setup ## Put the code into the project's style
 
 tables: setup ## Make results/tables from the run records
 	@$(python) -m alps_exp.tables
+
+bench: setup ## Time the methods on one block of the demo model's shape (minutes on a CPU)
+	@$(python) benchmarks/layer.py --shapes smollm2-135m --sparsities 0.7,2:4
 
 clean: ## Remove the environment, caches and builds, never results
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
