@@ -14,7 +14,7 @@ from .errors import UserError
 
 METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 SPARSITY = "0.7"
-CALIBRATION_WINDOWS = 8
+CALIBRATION_WINDOWS = 6
 EVALUATION_WINDOWS = 5
 
 
