@@ -33,7 +33,7 @@ def prune_layer(
     sparsity: float | str | Pattern = 0.7,
     **hyperparameters,
 ) -> Solution:
-    """Prune one linear layer. Needs torch only.
+    """Prune one linear layer. Needs torch and a yaml reader only.
 
     Args:
         weight: (out, in) dense weight, on any device.

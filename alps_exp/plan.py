@@ -20,7 +20,7 @@ from .registry import build
 from .run import DTYPES, selection_of, validate
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
-_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 4)}
+_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 9)}
 
 
 def plan(cfg: Mapping) -> str:
