@@ -27,7 +27,7 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,9 +37,11 @@ from torch import Tensor
 
 from .checks import one_of, require
 from .errors import UserError, nearest
-from .patterns import Pattern
+from .fused import kernels_for
+from .patterns import Pattern, Tracker
+from .precision import Multiplier, fast_products, low_precision
 from .problem import LayerProblem, Statistics
-from .resolvent import Resolvent, ScaledGram, fast_products, low_precision
+from .resolvent import Resolvent, ScaledGram
 from .solver import Solution, Solver, Stopwatch
 
 SCHEDULES = ("geometric", "paper")
@@ -100,10 +102,10 @@ class Alps(Solver):
             raise UserError(f"method.schedule={self.schedule!r} is not allowed; {nearest(self.schedule, SCHEDULES)}")
 
     def flops(self, rows: int, width: int) -> float:
-        # ADMM ends once ρ has grown about tenfold. Each of the resolvent's nodes is a Cholesky factorisation, a
-        # triangular inverse (n³/3 each) and a product (2 n³).
+        # ADMM ends once ρ has grown about tenfold. Each of the resolvent's four nodes is a Cholesky factorisation
+        # (n³/3), a triangular inverse and its Gram matrix (2/3 n³ each).
         iterations = min(self.max_iterations, self.update_every * (math.log(10) / math.log(self.growth)))
-        return 5 * (8 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
+        return 4 * (5 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
 
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         device = problems[0].weight.device
@@ -117,13 +119,15 @@ class Alps(Solver):
                 for problem, pattern in zip(problems, patterns, strict=True)
             ]
             self._iterate(layers)
+        resolvent.free()
         shared = {"factorisation": resolvent.seconds, "admm": watch.lap("admm") - resolvent.seconds}
+        multiply = Multiplier(scaled.gram, exact)
 
         solutions = []
         for layer in layers:
             support = layer.pattern.keep(layer.b.abs())
             weight, steps = fit_on_support(
-                scaled.gram, layer.w, support, layer.b * support, self.pcg_iterations, self.pcg_tolerance
+                multiply, layer.w, support, layer.b * support, self.pcg_iterations, self.pcg_tolerance
             )
             weight = scaled.unscale(weight)
             support &= ~scaled.dead
@@ -166,6 +170,9 @@ class Alps(Solver):
 class _Layer:
     """ADMM's state for one layer.
 
+    D and V/ρ vanish where the other does not, so T = B + V/ρ of the last iteration and its support hold both: D is T
+    on the support, V/ρ is T elsewhere.
+
     B is computed as W + (ρ(D - W) - V)(H + ρI)⁻¹, the same in exact arithmetic: what is multiplied is then the small
     difference from W, and R is not needed. Within one ρ, B changes by ρ(2D - B - D_former)(H + ρI)⁻¹, which is smaller
     still: low precision serves that product as well as float32 would. At every new ρ, B is computed afresh.
@@ -181,47 +188,77 @@ class _Layer:
         self.iterations = 0
         self.stopped = False
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet
-        self._keep = pattern.keep if exact else pattern.tracker()
+        self._tracker = Tracker(pattern) if exact else pattern.tracker()
         self._resolvent = resolvent
         self._low = None if exact else low_precision(self.w.device)
+        self._kernels = kernels_for(self.w.device) if self._low is not None else None
         self.restart()
-        self.remembered = self.support
+        self.remembered = self.support.clone()
 
     def restart(self) -> None:
         """B, D, V at the dense point."""
         self.support = self.pattern.keep(self.w.abs())
         self.b = self.w
-        self.d = self.w * self.support
-        self.v = torch.zeros_like(self.w)
+        self._target = self.w * self.support
+        self._target_rho = self.rho
         self._change: Tensor | None = None
-        self._change_rho: float | None = None
 
     def step(self) -> None:
-        if self._low is not None and self._change_rho == self.rho:
-            self.b = _product(self._change, self._resolvent.low_at(self.rho, self._low)).add_(self.b)
+        if self._change is not None and self._target_rho == self.rho:
+            self.b = _add_product(self.b, self._change, self._resolvent.low_at(self.rho, self._low))
         else:
-            difference = torch.sub(self.d, self.w).mul_(self.rho).sub_(self.v)
-            self.b = (difference @ self._resolvent.at(self.rho)).add_(self.w)
-        target = torch.add(self.b, self.v, alpha=1 / self.rho)
-        # The support of an iterate need not have exactly its count; that of the result has.
-        self.support = self._keep(target.abs())
-        former, self.d = self.d, target * self.support
-        self.v = target.sub_(self.d).mul_(self.rho)  # V + ρ(B - D)
-        if self._low is not None:
-            self._change = former.add_(self.b).sub_(self.d, alpha=2).mul_(-self.rho).to(self._low)
-            self._change_rho = self.rho
+            self.b = self._restarted_b()
+        self._select()
         self.iterations += 1
+
+    def _restarted_b(self) -> Tensor:
+        # With V = ρ_former(T - D), ρ(D - W) - V is (ρ + ρ_former)D - ρ_former T - ρW.
+        difference = (self._target * self.support).mul_(self.rho + self._target_rho)
+        difference.sub_(self._target, alpha=self._target_rho).sub_(self.w, alpha=self.rho)
+        return (difference @ self._resolvent.at(self.rho)).add_(self.w)
+
+    def _select(self) -> None:
+        """D and V for the new B. The support of an iterate need not have exactly its count; that of the result has."""
+        scale = self._target_rho / self.rho
+        if self._kernels is None or not self._select_fused(scale):
+            former = self._target * self.support
+            target = torch.add(self.b, torch.sub(self._target, former), alpha=scale)
+            self.support = self._tracker(target.abs())
+            if self._low is not None:
+                change = (target * self.support).mul_(2).sub_(self.b).sub_(former)
+                self._change = change.mul_(self.rho).to(self._low)
+            self._target = target
+        self._target_rho = self.rho
+
+    def _select_fused(self, scale: float) -> bool:
+        """`_select` in one pass over memory, where the pattern's rule allows; overwrites T and the support."""
+        if self._change is None:
+            self._change = torch.empty_like(self.b, dtype=self._low)
+        state = (self.b, self._target, self.support, scale, self.rho, self._change)
+        group, stride = self._tracker.group, self._tracker.stride(self.b)
+        if stride is not None:
+            b, target, support = (part.view(-1)[::stride] for part in state[:3])
+            sample = torch.where(support, 0, target).mul_(scale).add_(b).abs_()
+            kept = self._kernels.threshold_step(*state, self._tracker.threshold(sample))
+            self._tracker.observe(kept, self.b.numel(), stride)
+            return True
+        if group is not None and group[1] in (2, 4, 8, 16):
+            self._kernels.group_step(*state, group)
+            return True
+        return False
 
     def support_change(self) -> tuple[int, int]:
         """How many positions of the support differ from the last call's, and how many it has."""
         changed = int((self.support ^ self.remembered).sum())
-        self.remembered = self.support
+        self.remembered = self.support.clone()
         return changed, int(self.support.sum())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of low-precision matrices in float32, without rounding the result where the device can."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+def _add_product(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """base + a @ b of low-precision factors in float32, without rounding the product where the device can."""
+    if a.is_cuda:
+        return torch.addmm(base, a, b, out_dtype=torch.float32)
+    return (a @ b).float().add_(base)
 
 
 def _paper_rho(layer: _Layer, change: float) -> bool:
@@ -244,16 +281,21 @@ def _paper_rho(layer: _Layer, change: float) -> bool:
 
 
 def fit_on_support(
-    gram: Tensor, dense: Tensor, support: Tensor, start: Tensor, iterations: int, tolerance: float
+    multiply: Callable[[Tensor], Tensor],
+    dense: Tensor,
+    support: Tensor,
+    start: Tensor,
+    iterations: int,
+    tolerance: float,
 ) -> tuple[Tensor, int]:
     """Conjugate gradients on a fixed support: min tr((W - Ŵ) H (W - Ŵ)ᵀ) over Ŵ zero outside `support`.
 
     All rows at once, each with its own step sizes. No preconditioner: H is meant to have a unit diagonal, for which
-    Jacobi's is the identity. Products are in the precision of the arguments: TF32 was seen to make the iteration
-    diverge where one direction dominates H (inputs far off zero).
+    Jacobi's is the identity.
 
     Args:
-        gram: (in, in) H, symmetric positive definite.
+        multiply: A (out, in) ↦ AH with H symmetric positive definite, in float32's precision: TF32 was seen to make the
+            iteration diverge where one direction dominates H (inputs far off zero).
         dense: (out, in) W.
         support: (out, in) bool.
         start: (out, in), zero outside the support.
@@ -265,13 +307,13 @@ def fit_on_support(
     """
     weight = start
     delta = dense - weight
-    gradient = delta @ gram
+    gradient = multiply(delta)
     objective = (delta * gradient).sum()
     residual = gradient.mul_(support)
     direction = residual
     energy = residual.square().sum(1)
     for step in range(iterations):
-        product = (direction @ gram).mul_(support)
+        product = multiply(direction).mul_(support)
         curvature = (direction * product).sum(1)
         alpha = torch.where(curvature > 0, energy / curvature, 0.0)
         weight = torch.addcmul(weight, alpha[:, None], direction)

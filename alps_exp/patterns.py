@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,10 +59,9 @@ class Pattern:
         """
         raise NotImplementedError
 
-    def tracker(self) -> Callable[[Tensor], Tensor]:
-        """A cheaper `keep` (scope "layer") for the successive iterates of one layer, whose supports are not a result:
-        its counts may be off by little, and it need not wait for the device."""
-        return self.keep
+    def tracker(self) -> Tracker:
+        """A cheaper `keep` (scope "layer") for the iterates of one layer, whose supports are not a result."""
+        return Tracker(self)
 
     def check(self, shape: tuple[int, int], name: str = "the layer") -> None:
         """Raise UserError if a weight (out, in) of this shape cannot hold the pattern."""
@@ -109,8 +107,8 @@ class Unstructured(Pattern):
             return _keep_largest(score, score.numel() - _floor(sparsity * score.numel()))
         return _keep_largest(score, round((1 - sparsity) * score.numel()))
 
-    def tracker(self) -> Callable[[Tensor], Tensor]:
-        return _Tracker(self.sparsity)
+    def tracker(self) -> Tracker:
+        return ThresholdTracker(self)
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,9 @@ class NM(Pattern):
         self.check(score.shape)
         kept = self.kept if level is None else self.width - _floor(level * self.width)
         return _keep_per_row(score.reshape(-1, self.width), kept).reshape(score.shape)
+
+    def tracker(self) -> Tracker:
+        return Tracker(self, (self.kept, self.width))
 
     def check(self, shape: tuple[int, int], name: str = "the layer") -> None:
         if shape[1] % self.width:
@@ -200,7 +201,28 @@ def _keep_largest(score: Tensor, count: int) -> Tensor:
     return mask
 
 
-class _Tracker:
+class Tracker:
+    """Selects the supports of a layer's successive iterates.
+
+    Attributes:
+        group: (N, M) where the rule is no more than the N largest of every M consecutive entries, the first among
+            equals, so that a caller may apply it in a pass of its own.
+    """
+
+    def __init__(self, pattern: Pattern, group: tuple[int, int] | None = None) -> None:
+        self._pattern = pattern
+        self.group = group
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Mask of the entries to keep, of the pattern's count or nearly so."""
+        return self._pattern.keep(score)
+
+    def stride(self, score: Tensor) -> int | None:
+        """Where the rule may be a threshold from a sample: every how many entries one is taken; otherwise None."""
+        return None
+
+
+class ThresholdTracker(Tracker):
     """Selects about the right number of largest entries of a slowly changing score, by a quantile of a fixed sample.
 
     The sampling error is corrected from call to call by the number that the last threshold kept, all on the device, so
@@ -208,26 +230,43 @@ class _Tracker:
     than the result may have was seen to cost 13 % in loss.
     """
 
-    def __init__(self, sparsity: float) -> None:
-        self._sparsity = sparsity
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__(pattern)
         self._drift: Tensor | None = None
 
-    def __call__(self, score: Tensor) -> Tensor:
-        size = score.numel()
-        count = round((1 - self._sparsity) * size)
-        wanted = 1 << 18 if score.is_cuda else 1 << 14
-        if size < 4 * wanted or not 0 < count < size:
-            return _keep_largest(score, count)
+    def stride(self, score: Tensor) -> int | None:
+        size, wanted = score.numel(), 1 << 18 if score.is_cuda else 1 << 14
+        if size < 4 * wanted or not 0 < self._count(size) < size:
+            return None
         # An odd stride, or the sample would hold a few columns only where the width is a power of two.
-        sample = score.reshape(-1)[:: size // wanted | 1]
-        if self._drift is None:
-            self._drift = torch.zeros((), dtype=torch.float64, device=score.device)
-        rank = (self._sparsity * len(sample) + self._drift).clamp_(0, len(sample) - 1)
-        # The rank stays on a GPU, which sorts as fast as it selects; a CPU has nothing to wait for and selects faster.
-        threshold = sample.sort().values[rank.long()] if score.is_cuda else sample.kthvalue(int(rank) + 1).values
-        mask = score >= threshold
-        self._drift += (mask.count_nonzero() - count) * (len(sample) / size)
+        return size // wanted | 1
+
+    def __call__(self, score: Tensor) -> Tensor:
+        stride = self.stride(score)
+        if stride is None:
+            return self._pattern.keep(score)
+        mask = score >= self.threshold(score.reshape(-1)[::stride])
+        self.observe(mask.count_nonzero(), score.numel(), stride)
         return mask
+
+    def threshold(self, sample: Tensor) -> Tensor:
+        """0-dim: scores from here on are to be kept. To be followed by `observe`.
+
+        Args:
+            sample: every `stride`-th score.
+        """
+        if self._drift is None:
+            self._drift = torch.zeros((), dtype=torch.float64, device=sample.device)
+        rank = (self._pattern.sparsity * len(sample) + self._drift).clamp_(0, len(sample) - 1)
+        # The rank stays on a GPU, which sorts as fast as it selects; a CPU has nothing to wait for and selects faster.
+        return sample.sort().values[rank.long()] if sample.is_cuda else sample.kthvalue(int(rank) + 1).values
+
+    def observe(self, kept: Tensor, size: int, stride: int) -> None:
+        """Learn how many of `size` scores the last threshold kept (0-dim)."""
+        self._drift += (kept - self._count(size)) / stride
+
+    def _count(self, size: int) -> int:
+        return round((1 - self._pattern.sparsity) * size)
 
 
 def _kth_largest(values: Tensor, count: int) -> Tensor:

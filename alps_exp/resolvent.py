@@ -1,26 +1,28 @@
 """(H + ρI)⁻¹ for many ρ: what ADMM needs of the Gram matrix.
 
 Exactly, that is a Cholesky factorisation and an inverse for every ρ. But as a function of log ρ, each eigenvalue's
-1 / (λ + ρ) is analytic within a distance π of the real axis, so over a span of a factor 20 the polynomial through five
-Chebyshev nodes is within 1.5 % of it, whatever the spectrum: five inverses serve a whole run, and every other ρ
-costs one pass over them. An eigendecomposition serves every ρ too, but takes 4.6 s at 20480 inputs on an H100.
+1 / (λ + ρ) is analytic within a distance π of the real axis, so over a span of a factor 15 the polynomial through four
+Chebyshev nodes is within 6 % of it, whatever the spectrum: four inverses serve a whole run, and every other ρ costs one
+pass over them. That is as good as exact for what they are used for, corrections to ADMM's iterate. An
+eigendecomposition serves every ρ too, but takes 4.6 s at 20480 inputs on an H100.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .fused import kernels_for
+from .precision import fast_products, low_precision
 from .problem import LayerProblem, Statistics
 from .solver import Stopwatch
+from .triangular import lower_gram, triangular_inverse
 
-_NODES = 5
-_SPAN = 20.0
+_NODES = 4
+_SPAN = 15.0
 
 
 class ScaledGram:
@@ -76,17 +78,24 @@ class Resolvent:
         """(H + ρI)⁻¹ in the precision of H."""
         if rho != self._rho:
             watch = Stopwatch(self._gram.device)
+            self._low = None
+            self._inverse = None  # free the former ρ's before making this one
             self._inverse = inverse(self._gram, rho) if self._exact else self._interpolate(rho)
-            self._rho, self._low = rho, None
+            self._rho = rho
             self.seconds += watch.lap("resolvent")
         return self._inverse
 
     def low_at(self, rho: float, dtype: torch.dtype) -> Tensor:
         """The same, rounded to a lower precision."""
         full = self.at(rho)
-        if self._low is None:
+        if self._low is None or self._low.dtype != dtype:
             self._low = full.to(dtype)
         return self._low
+
+    def free(self) -> None:
+        """Give the memory back; the next `at` starts afresh."""
+        self._rho = self._inverse = self._low = self._span = None
+        self._nodes = []
 
     def _interpolate(self, rho: float) -> Tensor:
         position = math.log(rho / self._start) / math.log(_SPAN)
@@ -98,9 +107,17 @@ class Resolvent:
             self._nodes = [(p, inverse(self._gram, self._start * _SPAN ** (span + p))) for p in places]
             self._span = span
         at = position - span
-        result = torch.zeros_like(self._gram)
-        for place, node in self._nodes:
-            weight = math.prod((at - other) / (place - other) for other, _ in self._nodes if other != place)
+        weights = [
+            math.prod((at - other) / (place - other) for other, _ in self._nodes if other != place)
+            for place, _ in self._nodes
+        ]
+        nodes = [node for _, node in self._nodes]
+        low, kernels = low_precision(self._gram.device), kernels_for(self._gram.device)
+        if kernels is not None:
+            full, self._low = kernels.combine(nodes, weights, low)
+            return full
+        result = nodes[0] * weights[0]
+        for node, weight in zip(nodes[1:], weights[1:], strict=True):
             result.add_(node, alpha=weight)
         return result
 
@@ -119,49 +136,10 @@ def inverse(gram: Tensor, rho: float) -> Tensor:
             "the Gram matrix is not positive semi-definite: pass XᵀX summed in float32 or better, undamped, or raise "
             "method.damping"
         )
+    del damped
     if not gram.is_cuda:
         return torch.cholesky_inverse(factor)
     with fast_products(gram.device):
-        lower = _triangular_inverse(factor, damped.zero_())
-        return lower.T @ lower
-
-
-def _triangular_inverse(factor: Tensor, out: Tensor) -> Tensor:
-    """L⁻¹ of a lower triangular matrix by halves: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹CA⁻¹, B⁻¹]].
-
-    Nearly all of the work are matrix products, seven times as fast as `solve_triangular` at 20480 on an H200.
-
-    Args:
-        factor: (n, n) L.
-        out: (n, n) zeros, overwritten.
-    """
-    size = len(factor)
-    if size <= 1024:
-        out.diagonal().fill_(1.0)
-        out.copy_(torch.linalg.solve_triangular(factor, out, upper=False))
-        return out
-    half = size // 2
-    upper = _triangular_inverse(factor[:half, :half], out[:half, :half])
-    lower = _triangular_inverse(factor[half:, half:], out[half:, half:])
-    torch.matmul(lower, factor[half:, :half] @ upper, out=out[half:, :half]).neg_()
-    return out
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """float32 products through TF32 on CUDA (10 bits of mantissa), unchanged elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def low_precision(device: torch.device) -> torch.dtype | None:
-    """The dtype whose products this device makes several times faster than float32's, None where there is none."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and supported() else None
+        lower = triangular_inverse(factor)
+        del factor
+        return lower_gram(lower)

@@ -8,9 +8,9 @@
 Weights are compared by W² / U_jj² when their block begins (unstructured: all rows × `block_size` columns) or when their
 N:M group begins (each row by itself), in both cases after the compensation of everything to the left.
 
-The arithmetic is that of the original, in another order: a column is compensated when its turn comes, not when the
+The arithmetic is that of the original, in another order: a column is compensated when its step comes, not when the
 error arises, W_j -= Σ_{k<j} U_kj E_k. Errors of former blocks and of former steps within the block then come as
-matrix products, and only a few columns per step are walked one by one.
+matrix products, and only the few columns of a step are walked one by one, in one kernel where Triton runs.
 
 Differences from the released code, all deliberate:
 - exact counts: floor(s · n) of a block's n weights go; there one more and all ties.
@@ -30,12 +30,15 @@ from torch import Tensor
 
 from alps_exp.checks import require
 from alps_exp.errors import UserError
+from alps_exp.fused import kernels_for
 from alps_exp.patterns import Pattern
 from alps_exp.problem import LayerProblem, Statistics
 from alps_exp.solver import Solution, Solver, Stopwatch
+from alps_exp.triangular import triangular_inverse
 
-# Columns walked one by one between two matrix products, where the pattern does not fix the number.
+# Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
 _STEP = 16
+_FUSED_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ class SparseGPT(Solver):
         work = torch.cat(weights).T.contiguous()
         work[dead] = 0
         keep = torch.empty_like(work, dtype=torch.bool)
-        step = pattern.group or _STEP
-        width = -(-self.block_size // step) * step if pattern.group else self.block_size
+        group = pattern.group or 1
+        step = -(-(_FUSED_STEP if kernels_for(work.device) else _STEP) // group) * group
+        width = -(-self.block_size // group) * group
         for begin in range(0, work.shape[0], width):
             end = min(begin + width, work.shape[0])
             errors = _sweep_block(work[begin:end], keep[begin:end], factor[begin:end, begin:end], rows, pattern, step)
@@ -124,16 +128,35 @@ def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pa
         keep.copy_(_select(work * inverse, rows, pattern))
     for begin in range(0, work.shape[0], step):
         end = min(begin + step, work.shape[0])
-        part = work[begin:end]
         if begin:
-            part.addmm_(factor[:begin, begin:end].T, errors[:begin], alpha=-1)
-        if pattern.group is not None:
-            keep[begin:end] = _select(part * inverse[begin:end], rows, pattern)
-        lost = inverse[begin:end] * ~keep[begin:end]  # 1 / U_jj where pruned
-        for column in range(end - begin):
-            error = torch.mul(part[column], lost[column], out=errors[begin + column])
-            part[column + 1 :].addr_(factor[begin + column, begin + column + 1 : end], error, alpha=-1)
+            work[begin:end].addmm_(factor[:begin, begin:end].T, errors[:begin], alpha=-1)
+        here = slice(begin, end)
+        _sweep_step(work[here], keep[here], factor[here, here], errors[here], inverse[here], rows, pattern)
     return errors
+
+
+def _sweep_step(
+    work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, inverse: Tensor, rows: list[int], pattern: Pattern
+) -> None:
+    """Walk a few columns, compensated for all to their left already; arguments are parts of `_sweep_block`'s.
+
+    Args:
+        inverse: (columns, 1) 1 / U_jj.
+    """
+    columns, group = work.shape[0], pattern.group
+    kernels, rule = kernels_for(work.device), pattern.tracker().group
+    if kernels is not None and work.dtype == torch.float32 and columns <= 64 and (group is None or rule is not None):
+        kernels.sweep_step(work, keep, factor, errors, rule)
+        return
+    span = group or columns
+    for begin in range(0, columns, span):
+        here = slice(begin, begin + span)
+        if group is not None:
+            keep[here] = _select(work[here] * inverse[here], rows, pattern)
+        lost = inverse[here] * ~keep[here]  # 1 / U_jj where pruned
+        for column in range(begin, begin + span):
+            error = torch.mul(work[column], lost[column - begin], out=errors[column])
+            work[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
 
 
 def _select(score: Tensor, rows: list[int], pattern: Pattern) -> Tensor:
@@ -152,9 +175,7 @@ def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
-    reversed_factor = reversed_cholesky(problem, damping)
-    identity = torch.eye(len(reversed_factor), dtype=reversed_factor.dtype, device=reversed_factor.device)
-    return torch.linalg.solve_triangular(reversed_factor, identity, upper=False).flip(0, 1)
+    return triangular_inverse(reversed_cholesky(problem, damping)).flip(0, 1)
 
 
 def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:

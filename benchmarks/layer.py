@@ -112,7 +112,8 @@ def measure(problems: list[LayerProblem], method: str, sparsity: str, hyperparam
             "layer": problem.name,
             "shape": list(problem.weight.shape),
             "layers_in_group": len(problems),
-            "method": method,
+            "method": type(chosen).__name__,
+            "preset": method,
             **({"hyperparameters": hyperparameters} if hyperparameters else {}),
             "sparsity": sparsity,
             "seconds": sorted(times)[len(times) // 2] / len(problems),
@@ -168,7 +169,7 @@ def main() -> None:
             for line in lines:
                 print(json.dumps(line), flush=True)
     for (method, sparsity), seconds in totals.items():
-        print(json.dumps({"total": True, "method": method, "sparsity": sparsity, "seconds": seconds}))
+        print(json.dumps({"total": True, "preset": method, "sparsity": sparsity, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def damped_loss(problem: LayerProblem, weight: Tensor) -> float:
     return float(((delta @ damped_gram(problem)) * delta).sum())
 
 
+def times(gram: Tensor):
+    """A ↦ AH."""
+    return lambda left: left @ gram
+
+
 def direct_fit(gram: Tensor, dense: Tensor, support: Tensor) -> Tensor:
     """The minimiser of tr((W - Ŵ) H (W - Ŵ)ᵀ) on a support, row by row by a dense solve."""
     fitted = torch.zeros_like(dense)
@@ -52,7 +57,7 @@ def test_fit_on_support_is_the_least_squares_solution(written):
     support[3] = False  # a row may lose everything
     support[4] = True  # or nothing
     start = problem.weight * support
-    fitted, steps = fit_on_support(gram, problem.weight, support, start, 200, 1e-20)
+    fitted, steps = fit_on_support(times(gram), problem.weight, support, start, 200, 1e-20)
     assert 0 < steps <= 48, "conjugate directions end after as many steps as there are inputs"
     assert not fitted[~support].any()
     torch.testing.assert_close(fitted, direct_fit(gram, problem.weight, support), rtol=1e-7, atol=1e-8)
@@ -70,15 +75,17 @@ def test_fit_on_support_limits():
         best = problem.weight - direct_fit(gram, problem.weight, support)
         return float(((delta @ gram) * delta).sum() / ((best @ gram) * best).sum()) - 1
 
-    assert torch.equal(fit_on_support(gram, problem.weight, support, start, 0, 1e-3)[0], start)
-    losses = [excess(fit_on_support(gram, problem.weight, support, start, steps, 0.0)[0]) for steps in (0, 1, 3, 10)]
+    assert torch.equal(fit_on_support(times(gram), problem.weight, support, start, 0, 1e-3)[0], start)
+    losses = [
+        excess(fit_on_support(times(gram), problem.weight, support, start, steps, 0.0)[0]) for steps in (0, 1, 3, 10)
+    ]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 0.1
-    loose, few = fit_on_support(gram, problem.weight, support, start, 200, 1e-1)
-    tight, many = fit_on_support(gram, problem.weight, support, start, 200, 1e-8)
+    loose, few = fit_on_support(times(gram), problem.weight, support, start, 200, 1e-1)
+    tight, many = fit_on_support(times(gram), problem.weight, support, start, 200, 1e-8)
     assert few < many
     assert -1e-12 < excess(tight) < 1e-5 < excess(loose)
-    again, steps = fit_on_support(gram, problem.weight, support, tight, 200, 1e-3)
+    again, steps = fit_on_support(times(gram), problem.weight, support, tight, 200, 1e-3)
     assert steps == 1, "nothing to gain is seen in the first step"
     assert excess(again) <= excess(tight)
 

@@ -8,7 +8,7 @@ from alps_exp import registry
 from alps_exp.errors import UserError
 from alps_exp.patterns import Unstructured, parse_sparsity
 from alps_exp.problem import LayerProblem
-from alps_exp.resolvent import Resolvent, ScaledGram, _triangular_inverse, inverse
+from alps_exp.resolvent import Resolvent, ScaledGram, inverse
 
 
 def gram(width: int = 48) -> torch.Tensor:
@@ -24,12 +24,12 @@ def test_exact_inverse(rho):
 
 
 # From the start of a span to its end, across its border, and below the start as the paper's rule may go.
-@pytest.mark.parametrize("rho", [0.1, 0.12, 0.5, 1.9, 2.0, 2.3, 39.0, 0.02, 0.0001])
+@pytest.mark.parametrize("rho", [0.1, 0.12, 0.5, 1.4, 1.5, 2.3, 22.0, 0.02, 0.0001])
 def test_interpolation_is_close_at_every_eigenvalue(rho):
     h = gram()
     values, vectors = torch.linalg.eigh(h)
     found = torch.diagonal(vectors.T @ Resolvent(h, 0.1, exact=False).at(rho) @ vectors)
-    assert float(((found - 1 / (values + rho)) * rho).abs().max()) < 0.015
+    assert float(((found - 1 / (values + rho)) * rho).abs().max()) < 0.06
 
 
 def test_a_span_is_factorised_once(monkeypatch):
@@ -41,9 +41,9 @@ def test_a_span_is_factorised_once(monkeypatch):
     for step in range(14):
         shared.at(0.1 * 1.2**step)
         shared.at(0.1 * 1.2**step)
-    assert len(made) == 5
+    assert len(made) == 4
     shared.at(2.5)
-    assert len(made) == 10
+    assert len(made) == 8
 
 
 def test_lower_precision_is_the_rounded_inverse():
@@ -51,14 +51,6 @@ def test_lower_precision_is_the_rounded_inverse():
     low = shared.low_at(0.3, torch.bfloat16)
     assert low.dtype == torch.bfloat16 and torch.equal(low, shared.at(0.3).bfloat16())
     assert torch.equal(shared.low_at(0.4, torch.bfloat16), shared.at(0.4).bfloat16())
-
-
-def test_triangular_inverse_by_halves():
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn(2500, 2500, generator=generator).tril() / 50 + torch.eye(2500)
-    result = _triangular_inverse(factor, torch.zeros_like(factor))
-    assert torch.equal(result, result.tril())
-    torch.testing.assert_close(result @ factor, torch.eye(2500), rtol=0, atol=1e-4)
 
 
 def test_an_indefinite_matrix_is_refused():

@@ -1,0 +1,76 @@
+"""Inverses of triangular matrices by halves, so that nearly all of the work are matrix products.
+
+On an H200 at 20480 that is several times as fast as `solve_triangular`, and half of each product that is known to
+vanish is not made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below this a library routine is as fast.
+_SMALL = 1024
+
+
+def triangular_inverse(factor: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular matrix: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹CA⁻¹, B⁻¹]].
+
+    Products are in the precision that the process allows float32 products.
+
+    Args:
+        factor: (n, n) L; its upper triangle is not read.
+    """
+    out = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)  # row-major, whatever L is
+    _invert(factor, out)
+    return out
+
+
+def _invert(factor: Tensor, out: Tensor) -> None:
+    size = len(factor)
+    if size <= _SMALL:
+        out.diagonal().fill_(1.0)
+        out.copy_(torch.linalg.solve_triangular(factor, out, upper=False))
+        return
+    half = size // 2
+    _invert(factor[:half, :half], out[:half, :half])
+    _invert(factor[half:, half:], out[half:, half:])
+    middle = _times_lower(factor[half:, :half], out[:half, :half])
+    torch.matmul(out[half:, half:], middle, out=out[half:, :half])
+    out[half:, :half].neg_()
+
+
+def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
+    """left @ lower, without the product by the block of zeros above the diagonal."""
+    half = lower.shape[1] // 2
+    result = left.new_empty(left.shape[0], lower.shape[1])
+    torch.matmul(left, lower[:, :half], out=result[:, :half])
+    torch.matmul(left[:, half:], lower[half:, half:], out=result[:, half:])
+    return result
+
+
+def lower_gram(lower: Tensor) -> Tensor:
+    """LᵀL of a lower triangular matrix, a third of the full product's work.
+
+    With L = [[A, 0], [C, B]] that is [[AᵀA + CᵀC, CᵀB], [BᵀC, BᵀB]].
+
+    Args:
+        lower: (n, n), zeros above the diagonal.
+    """
+    out = torch.empty_like(lower)
+    _gram(lower, out)
+    return out
+
+
+def _gram(lower: Tensor, out: Tensor) -> None:
+    size = len(lower)
+    if size <= _SMALL:
+        torch.matmul(lower.T, lower, out=out)
+        return
+    half = size // 2
+    _gram(lower[:half, :half], out[:half, :half])
+    _gram(lower[half:, half:], out[half:, half:])
+    corner = lower[half:, :half]
+    out[:half, :half].addmm_(corner.T, corner)
+    torch.matmul(lower[half:, half:].T, corner, out=out[half:, :half])
+    out[:half, half:].copy_(out[half:, :half].T)

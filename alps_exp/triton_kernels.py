@@ -1,0 +1,193 @@
+"""Triton kernels for element-wise work that would otherwise pass through device memory many times.
+
+Each has a plain counterpart in torch beside its caller (`alps._Layer`, `sparsegpt._sweep_step`), which runs wherever
+Triton does not; the two differ in rounding only. Callers get this module from `fused.kernels_for`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 2048
+
+
+def threshold_step(
+    b: Tensor, target: Tensor, support: Tensor, scale: float, rho: float, change: Tensor, threshold: Tensor
+) -> Tensor:
+    """ADMM's D and V for a new B, entries of at least `threshold` in magnitude being kept.
+
+    Args:
+        b: the new B, any shape, contiguous like all others, float32.
+        target: B + V/ρ of the former iteration, which holds D on the support and V/ρ elsewhere; overwritten.
+        support: bool, of the former iteration; overwritten.
+        scale: former ρ over ρ.
+        rho: ρ.
+        change: low precision, overwritten: ρ(2D - B - D_former).
+        threshold: 0-dim float32.
+
+    Returns:
+        0-dim int32 on the device, how many entries are kept.
+    """
+    size = b.numel()
+    count = torch.zeros((), dtype=torch.int32, device=b.device)
+    with torch.cuda.device_of(b):
+        _threshold_step[(triton.cdiv(size, _BLOCK),)](
+            b, target, support.view(torch.uint8), change, threshold, count, scale, rho, size, BLOCK=_BLOCK
+        )
+    return count
+
+
+def group_step(
+    b: Tensor, target: Tensor, support: Tensor, scale: float, rho: float, change: Tensor, group: tuple[int, int]
+) -> None:
+    """The same where the N largest of every M consecutive entries are kept, the first among equals.
+
+    Args:
+        group: (N, M), M a power of two that divides the width.
+    """
+    kept, width = group
+    groups = b.numel() // width
+    block = max(_BLOCK // width // width, 16)
+    with torch.cuda.device_of(b):
+        _group_step[(triton.cdiv(groups, block),)](
+            b, target, support.view(torch.uint8), change, scale, rho, groups, kept, WIDTH=width, BLOCK=block
+        )
+
+
+def sweep_step(work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, group: tuple[int, int] | None) -> None:
+    """SparseGPT's walk over a few columns, one after the other.
+
+    Args:
+        work: (columns, out) W, contiguous, compensated in place; at most 64 columns.
+        keep: (columns, out) bool; read without `group`, otherwise overwritten.
+        factor: (columns, columns), the columns' part of U, any strides.
+        errors: (columns, out), overwritten.
+        group: None, or (N, M): the N best of every M consecutive columns by W²/U_jj² are kept, M a divisor of their
+            number.
+    """
+    columns, out = work.shape
+    kept, width = group or (0, 0)
+    block = 64
+    with torch.cuda.device_of(work):
+        _sweep_step[(triton.cdiv(out, block),)](
+            work, keep.view(torch.uint8), factor, errors, columns, out, *factor.stride(), kept,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(columns), BLOCK=block,
+        )  # fmt: skip
+
+
+def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Σ weight · part in float32, and the same rounded to a lower precision, in one pass.
+
+    Args:
+        parts: four contiguous float32 tensors of one shape.
+        weights: their weights.
+        low: the lower precision.
+    """
+    full = torch.empty_like(parts[0])
+    rounded = torch.empty_like(full, dtype=low)
+    size = full.numel()
+    with torch.cuda.device_of(full):
+        _combine[(triton.cdiv(size, _BLOCK),)](*parts, *weights, full, rounded, size, BLOCK=_BLOCK)
+    return full, rounded
+
+
+@triton.jit
+def _advance(b, target, support, scale):
+    """(former D, new B + V/ρ)."""
+    former = tl.where(support, target, 0.0)
+    return former, b + (target - former) * scale
+
+
+@triton.jit
+def _threshold_step(
+    b_at, target_at, support_at, change_at, threshold_at, count_at, scale, rho, size, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    b = tl.load(b_at + at, mask=inside, other=0.0)
+    support = tl.load(support_at + at, mask=inside, other=0) != 0
+    former, target = _advance(b, tl.load(target_at + at, mask=inside, other=0.0), support, scale)
+    support = (tl.abs(target) >= tl.load(threshold_at)) & inside
+    change = rho * (2 * tl.where(support, target, 0.0) - b - former)
+    tl.store(target_at + at, target, mask=inside)
+    tl.store(support_at + at, support.to(tl.uint8), mask=inside)
+    tl.store(change_at + at, change.to(change_at.dtype.element_ty), mask=inside)
+    tl.atomic_add(count_at, tl.sum(support.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _group_step(
+    b_at, target_at, support_at, change_at, scale, rho, groups, kept, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, WIDTH)
+    at = group[:, None] * WIDTH + place[None, :]
+    inside = (group < groups)[:, None] & (place >= 0)[None, :]
+    b = tl.load(b_at + at, mask=inside, other=0.0)
+    support = tl.load(support_at + at, mask=inside, other=0) != 0
+    former, target = _advance(b, tl.load(target_at + at, mask=inside, other=0.0), support, scale)
+    score = tl.abs(target)
+    own, other = score[:, :, None], score[:, None, :]
+    beaten = (other > own) | ((other == own) & (place[None, :] < place[:, None])[None, :, :])
+    support = tl.sum(beaten.to(tl.int32), axis=2) < kept
+    change = rho * (2 * tl.where(support, target, 0.0) - b - former)
+    tl.store(target_at + at, target, mask=inside)
+    tl.store(support_at + at, support.to(tl.uint8), mask=inside)
+    tl.store(change_at + at, change.to(change_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sweep_step(
+    work_at, keep_at, factor_at, errors_at, columns, out, factor_row, factor_column, kept,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = column[:, None].to(tl.int64) * out + row[None, :]
+    inside = (column < columns)[:, None] & (row < out)[None, :]
+    work = tl.load(work_at + at, mask=inside, other=0.0)
+    inverse = 1 / tl.load(factor_at + column * (factor_row + factor_column), mask=column < columns, other=1.0)
+    keep = tl.zeros((COLUMNS, BLOCK), dtype=tl.int32)
+    if WIDTH == 0:
+        keep += tl.load(keep_at + at, mask=inside, other=0).to(tl.int32)
+    errors = tl.zeros((COLUMNS, BLOCK), dtype=tl.float32)
+    for current in range(COLUMNS):
+        if WIDTH > 0:  # noqa: SIM102 (decided when compiling: a remainder by zero must not be compiled)
+            if current % WIDTH == 0:
+                score = work * inverse[:, None]
+                score = score * score
+                beaten = tl.zeros((COLUMNS, BLOCK), dtype=tl.int32)
+                for place in range(WIDTH):
+                    other = tl.sum(tl.where((column == current + place)[:, None], score, 0.0), axis=0)[None, :]
+                    earlier = (column > current + place)[:, None]
+                    beaten += ((other > score) | ((other == score) & earlier)).to(tl.int32)
+                group = ((column >= current) & (column < current + WIDTH))[:, None]
+                keep = tl.where(group & (beaten < kept), 1, keep)
+        here = (column == current)[:, None]
+        weight = tl.sum(tl.where(here, work, 0.0), axis=0)
+        kept_here = tl.sum(tl.where(here, keep, 0), axis=0)
+        scale = tl.sum(tl.where(column == current, inverse, 0.0), axis=0)
+        error = tl.where(kept_here > 0, 0.0, weight * scale)
+        later = (column > current) & (column < columns)
+        factor = tl.load(factor_at + current * factor_row + column * factor_column, mask=later, other=0.0)
+        work -= factor[:, None] * error[None, :]
+        errors = tl.where(here, error[None, :], errors)
+    tl.store(work_at + at, work, mask=inside)
+    tl.store(errors_at + at, errors, mask=inside)
+    if WIDTH > 0:
+        tl.store(keep_at + at, keep.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _combine(a_at, b_at, c_at, d_at, a, b, c, d, full_at, low_at, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = a * tl.load(a_at + at, mask=inside, other=0.0) + b * tl.load(b_at + at, mask=inside, other=0.0)
+    total += c * tl.load(c_at + at, mask=inside, other=0.0) + d * tl.load(d_at + at, mask=inside, other=0.0)
+    tl.store(full_at + at, total, mask=inside)
+    tl.store(low_at + at, total.to(low_at.dtype.element_ty), mask=inside)

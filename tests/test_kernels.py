@@ -1,0 +1,156 @@
+"""The Triton kernels against the same passes in torch: on CUDA, or in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+from helpers import planted
+
+from alps_exp import registry
+from alps_exp.baselines import sparsegpt
+from alps_exp.fused import kernels_for
+from alps_exp.patterns import parse_sparsity
+from alps_exp.precision import Multiplier, fast_products
+from alps_exp.problem import LayerProblem
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+cuda = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not cuda and os.environ.get("TRITON_INTERPRET") != "1", reason="neither CUDA nor TRITON_INTERPRET=1"
+)
+needs_cuda = pytest.mark.skipif(not cuda, reason="needs CUDA")
+DEVICE = torch.device("cuda" if cuda else "cpu")
+LOW = torch.bfloat16
+
+
+@pytest.fixture
+def kernels():
+    from alps_exp import triton_kernels
+
+    return triton_kernels
+
+
+def state(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    b, target, coin = (torch.randn(shape, generator=generator, device=DEVICE) for _ in range(3))
+    return b, target, coin > 0
+
+
+def reference(b, target, support, scale, rho, choose):
+    """T, support and ρ(2D - B - D_former) by their equations."""
+    former = target * support
+    new = b + (target - former) * scale
+    chosen = choose(new.abs())
+    return new, chosen, rho * (2 * new * chosen - b - former)
+
+
+def check(found, expected):
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found[2].float(), expected[2], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (33, 65), (1, 1), (70, 1024)])
+def test_threshold_step(kernels, shape):
+    b, target, support = state(shape)
+    expected = reference(b, target, support, 0.8, 0.3, lambda score: score >= 0.7)
+    change = torch.empty_like(b, dtype=LOW)
+    kept = kernels.threshold_step(b, target, support, 0.8, 0.3, change, torch.tensor(0.7, device=DEVICE))
+    check((target, support, change), expected)
+    assert int(kept) == int(support.sum())
+
+
+@pytest.mark.parametrize("written", ["1:2", "1:4", "2:4", "4:8", "3:16"])
+@pytest.mark.parametrize("shape", [(40, 96), (33, 64), (1, 16)])
+def test_group_step(kernels, shape, written):
+    b, target, support = state(shape)
+    b[0, :8] = target[0, :8] = 1.0  # ties: the first entries win
+    pattern = parse_sparsity(written)
+    expected = reference(b, target, support, 0.8, 0.3, pattern.keep)
+    change = torch.empty_like(b, dtype=LOW)
+    kernels.group_step(b, target, support, 0.8, 0.3, change, pattern.tracker().group)
+    check((target, support, change), expected)
+
+
+@pytest.mark.parametrize("written", [None, "2:4", "4:8", "1:4"])
+@pytest.mark.parametrize(("columns", "out"), [(32, 70), (16, 64), (24, 1), (8, 200)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sweep_step(kernels, columns, out, written, transposed):
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    factor = torch.randn(64, 64, generator=generator, device=DEVICE).triu(1) / 8 + torch.eye(64, device=DEVICE)
+    factor = factor.T.contiguous().T if transposed else factor
+    factor = factor[5 : 5 + columns, 5 : 5 + columns]
+    work = torch.randn(columns, out, generator=generator, device=DEVICE)
+    keep = torch.rand(columns, out, generator=generator, device=DEVICE) < 0.4
+    pattern = parse_sparsity(written or 0.6)
+
+    expected_work, expected_keep, expected_errors = work.double(), keep.clone(), torch.zeros_like(work).double()
+    for column in range(columns):
+        if written and column % pattern.group == 0:
+            chosen = slice(column, column + pattern.group)
+            score = (expected_work[chosen] / factor.diagonal()[chosen, None]).square().T
+            expected_keep[chosen] = pattern.keep(score.contiguous()).T
+        error = expected_work[column] / factor[column, column] * ~expected_keep[column]
+        expected_errors[column] = error
+        expected_work[column + 1 :] -= factor[column, column + 1 :, None].double() * error
+
+    errors = torch.empty_like(work)
+    kernels.sweep_step(work, keep, factor, errors, pattern.tracker().group if written else None)
+    assert torch.equal(keep, expected_keep)
+    torch.testing.assert_close(work.double(), expected_work, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(errors.double(), expected_errors, rtol=1e-4, atol=1e-4)
+
+
+def test_combine(kernels):
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    parts = [torch.randn(37, 41, generator=generator, device=DEVICE) for _ in range(4)]
+    weights = [0.3, -0.2, 1.4, -0.5]
+    full, low = kernels.combine(parts, weights, LOW)
+    torch.testing.assert_close(full, sum(w * part for w, part in zip(weights, parts, strict=True)))
+    torch.testing.assert_close(low.float(), full, rtol=1e-2, atol=1e-2)
+
+
+@needs_cuda
+def test_split_products_are_nearly_those_of_float32():
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    left, matrix = (torch.randn(512, 512, generator=generator, device=DEVICE) + 5 for _ in range(2))
+    exact = left.double() @ matrix.double()
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.double() - exact).abs().max() / exact.abs().max())
+
+    with fast_products(DEVICE):
+        tf32 = error(left @ matrix)
+    assert error(Multiplier(matrix)(left)) < 3e-6 < 1e-4 < tf32
+    assert torch.equal(Multiplier(matrix, exact=True)(left), left @ matrix)
+
+
+def on(problem: LayerProblem, device: torch.device, dtype: torch.dtype) -> LayerProblem:
+    return LayerProblem(problem.weight.to(device, dtype), gram=problem.gram.to(device, dtype))
+
+
+# Large enough (more than 2²⁰ weights) for the sampled threshold on CUDA.
+@needs_cuda
+@pytest.mark.parametrize("written", ["0.5", "0.7", "0.9", "2:4", "4:8"])
+def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written):
+    pattern = parse_sparsity(written)
+    problem = planted(rows=1200, width=1024, tokens=6000, seed=4)
+    found = registry.solver("alps").solve(on(problem, DEVICE, torch.float32), pattern)
+    exact = registry.solver("alps").solve(on(problem, DEVICE, torch.float64), pattern)
+    assert kernels_for(DEVICE) is not None
+    assert int(found.support.sum()) == int(exact.support.sum())
+    losses = [problem.relative_loss(solution.weight.cpu()) for solution in (found, exact)]
+    assert 0.998 < losses[0] / losses[1] < 1.002
+
+
+@needs_cuda
+@pytest.mark.parametrize("written", ["0.5", "0.7", "2:4", "4:8", "1:4"])
+def test_sparsegpt_with_and_without_kernels(written, monkeypatch):
+    pattern = parse_sparsity(written)
+    problem = planted(rows=300, width=700 // 8 * 8, tokens=3000, seed=5)
+    fused = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float32), pattern)
+    exact = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float64), pattern)
+    monkeypatch.setattr(sparsegpt, "kernels_for", lambda device: None)
+    plain = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float32), pattern)
+    losses = [problem.relative_loss(solution.weight.cpu()) for solution in (fused, plain, exact)]
+    assert losses == pytest.approx([losses[2]] * 3, rel=2e-3)

@@ -1,0 +1,17 @@
+"""Triangular inverses and their Gram matrices against the library's."""
+
+import pytest
+import torch
+
+from alps_exp.triangular import lower_gram, triangular_inverse
+
+
+@pytest.mark.parametrize("size", [1, 7, 1024, 2500, 4099])
+def test_by_halves(size):
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(size, size, generator=generator) / size**0.5 + 2 * torch.eye(size)
+    result = triangular_inverse(factor)
+    factor = factor.tril()
+    assert torch.equal(result, result.tril())
+    torch.testing.assert_close(result @ factor, torch.eye(size), rtol=0, atol=1e-4)
+    torch.testing.assert_close(lower_gram(result), result.T @ result, rtol=1e-4, atol=1e-5)
