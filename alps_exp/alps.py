@@ -82,7 +82,7 @@ class Alps(Solver):
     support_tolerance: float = 1e-3
     damping: float = 0.003
     pcg_iterations: int = 100
-    pcg_tolerance: float = 1e-5
+    pcg_tolerance: float = 3e-5
     exact: bool = False
 
     def __post_init__(self) -> None:

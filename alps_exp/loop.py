@@ -48,9 +48,9 @@ class PruneJob:
     quiet: bool = False
 
     @property
-    def level(self) -> Statistics:
-        """Statistics that the loop collects."""
-        return max(self.solver.statistics, Statistics.GRAM if self.losses else Statistics.NONE)
+    def statistics(self) -> Statistics:
+        """What the loop collects."""
+        return self.solver.statistics | (Statistics.GRAM if self.losses else Statistics.NONE)
 
 
 def linear_shapes(model: nn.Module, selection: Selection) -> dict[str, tuple[int, int]]:
@@ -91,7 +91,7 @@ def prune_blocks(model: BlockModel, job: PruneJob) -> PruneResult:
         return result
     watch = Stopwatch(model.device)
     hidden = None
-    if job.level > Statistics.NONE:
+    if job.statistics:
         hidden = HiddenStates(model, job.tokens, job.batch_size)
         watch.lap("calibrate")
     booked = sum(watch.seconds.values())
@@ -135,7 +135,7 @@ def _capture(
     """Groups of layers that share an input, each with the fields of their problems' statistics."""
     if hidden is None or not linears:
         return [([name], {}) for name in linears]
-    collector = Collector(dict(linears), job.level)
+    collector = Collector(dict(linears), job.statistics)
     for batch in hidden:
         collector.begin(batch)
         model.forward_block(index, block, batch)

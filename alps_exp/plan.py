@@ -20,7 +20,7 @@ from .registry import build
 from .run import DTYPES, selection_of, validate
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
-_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 9)}
+_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
 
 
 def plan(cfg: Mapping) -> str:
@@ -38,7 +38,7 @@ def plan(cfg: Mapping) -> str:
     skeleton = models.skeleton(config)
     shapes = linear_shapes(skeleton, selection_of(cfg))
     solver = build(cfg["method"])
-    level = max(solver.statistics, Statistics.GRAM if cfg["losses"] else Statistics.NONE) if patterns else None
+    needed = solver.statistics | (Statistics.GRAM if cfg["losses"] and patterns else Statistics.NONE)
 
     source = cfg["model"].get("path") or cfg["model"].get("package")
     lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({source})"]
@@ -50,19 +50,19 @@ def plan(cfg: Mapping) -> str:
         f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
         for (suffix, shape, pattern), count in kinds.items()
     ]
-    lines += _time_lines(cfg, skeleton, shapes, patterns, solver, level, device)
-    lines += _memory_lines(cfg, config, skeleton, shapes, patterns, level, device)
+    lines += _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device)
+    lines += _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device)
     return "\n".join(lines)
 
 
-def _time_lines(cfg, skeleton, shapes, patterns, solver, level, device) -> list[str]:
+def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list[str]:
     _, blocks = find_blocks(skeleton)
     block_weights = sum(p.numel() for p in blocks.parameters())
     tokens = cfg["nsamples"] * cfg["seqlen"]
-    passes = 0 if level in (None, Statistics.NONE) else 1 if cfg["propagate"] == "dense" else 2
+    passes = 0 if not needed else 1 if cfg["propagate"] == "dense" else 2
     forward = 2 * block_weights * tokens * passes
     inputs = _distinct_inputs(patterns, shapes)
-    gram = sum(2 * tokens * width**2 for width in inputs) if level == Statistics.GRAM else 0
+    gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
     solving = sum(solver.flops(*shapes[name]) for name in patterns)
     windows = cfg["eval"]["windows"]
     everything = sum(p.numel() for p in skeleton.parameters())
@@ -79,7 +79,7 @@ def _time_lines(cfg, skeleton, shapes, patterns, solver, level, device) -> list[
     ]
 
 
-def _memory_lines(cfg, config, skeleton, shapes, patterns, level, device) -> list[str]:
+def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> list[str]:
     _, blocks = find_blocks(skeleton)
     size = _element_size(cfg, config, device)
     weights = sum(p.numel() for p in skeleton.parameters())
@@ -89,12 +89,12 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, level, device) -> lis
     statistics = workspace = 0
     if patterns:
         first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
-        if level == Statistics.GRAM:
+        if Statistics.GRAM in needed:
             statistics = 4 * sum(width**2 for width in _distinct_inputs(first, shapes))
-        copies = _WORKSPACE[level]
+        copies = _WORKSPACE[Statistics.GRAM if Statistics.GRAM in needed else needed]
         workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
     model_bytes = weights * size
-    step = statistics + workspace + (0 if level in (None, Statistics.NONE) else hidden)
+    step = statistics + workspace + (hidden if needed else 0)
     lines = []
     if device.type == "cuda":
         lines.append(

@@ -11,7 +11,7 @@ Glossary:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Flag
 from functools import cached_property
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from .errors import UserError
 
 
-class Statistics(IntEnum):
-    """What a solver must know of a layer's inputs; each level includes those below it."""
+class Statistics(Flag):
+    """What a solver must know of a layer's inputs. Both MOMENTS and GRAM include the diagonal; ALL is both."""
 
     NONE = 0
     DIAGONAL = 1
-    MOMENTS = 2
-    GRAM = 3
+    MOMENTS = DIAGONAL | 2
+    GRAM = DIAGONAL | 4
+    ALL = MOMENTS | GRAM
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,29 +118,28 @@ class LayerProblem:
 
     @property
     def available(self) -> Statistics:
-        """The highest level of statistics that this problem carries."""
-        if self.gram is not None:
-            return Statistics.GRAM
-        if self.diagonal is None:
-            return Statistics.NONE
-        return Statistics.DIAGONAL if self.mean is None or self.var is None else Statistics.MOMENTS
+        """The statistics that this problem carries."""
+        found = Statistics.NONE
+        if self.diagonal is not None:
+            found |= Statistics.DIAGONAL
+            found |= Statistics.GRAM if self.gram is not None else Statistics.NONE
+            found |= Statistics.NONE if self.mean is None or self.var is None else Statistics.MOMENTS
+        return found
 
-    def require(self, level: Statistics) -> None:
-        """Raise UserError, naming what to give, unless the statistics of `level` are here.
+    def require(self, statistics: Statistics) -> None:
+        """Raise UserError, naming what to give, unless these statistics are here.
 
         MOMENTS also needs the counts of tokens and sequences, which turn means into sums.
         """
-        needed = {
-            Statistics.NONE: (),
-            Statistics.DIAGONAL: ("diagonal",),
-            Statistics.MOMENTS: ("diagonal", "mean", "var", "tokens", "sequences"),
-            Statistics.GRAM: ("gram",),
-        }[level]
-        missing = ["gram" if name == "diagonal" else name for name in needed if getattr(self, name) is None]
+        needed = ["diagonal"] if Statistics.DIAGONAL in statistics else []
+        needed += ["gram"] if Statistics.GRAM in statistics else []
+        moments = Statistics.MOMENTS in statistics
+        needed += ["mean", "var", "tokens", "sequences"] if moments else []
+        missing = dict.fromkeys("gram" if n == "diagonal" else n for n in needed if getattr(self, n) is None)
         if missing:
             raise UserError(
                 f"{self.name}: this method needs statistics of the layer's inputs that are missing; give inputs=X"
-                f"{', sequences=N' if level is Statistics.MOMENTS else ''}, or {', '.join(f'{n}=' for n in missing)}"
+                f"{', sequences=N' if moments else ''}, or {', '.join(f'{n}=' for n in missing)}"
             )
 
     @cached_property

@@ -15,22 +15,23 @@ from .problem import Statistics
 # 0.65 of the time of the whole product at 1536 inputs, on an H200 stripes of 1280 take 0.67 at 5120 and 0.48 at 20480.
 _CPU_STRIPES = 4
 _CUDA_STRIPE = 1280
+_ALIGNED = 16  # matrix units are slow on odd sizes
 
 
 class Accumulator:
-    """Sums over tokens of one input, as far as a `Statistics` level asks for them.
+    """Sums over tokens of one input.
 
     Args:
         width: number of inputs.
-        level: which statistics to collect.
+        needed: which statistics to collect.
         device: where they live.
     """
 
-    def __init__(self, width: int, level: Statistics, device: torch.device) -> None:
-        self.level = level
+    def __init__(self, width: int, needed: Statistics, device: torch.device) -> None:
+        self.needed = needed
         self.tokens = 0
         self.sequences = 0
-        shape = (width, width) if level == Statistics.GRAM else (width,)
+        shape = (width, width) if Statistics.GRAM in needed else (width,)
         self._squares = torch.zeros(shape, dtype=torch.float32, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._variances = torch.zeros(width, dtype=torch.float64, device=device)
@@ -41,15 +42,16 @@ class Accumulator:
         x = inputs.reshape(-1, width)
         self.tokens += x.shape[0]
         self.sequences += sequences
-        if self.level == Statistics.GRAM:
+        if Statistics.GRAM in self.needed:
             self._add_gram(x)
         else:
             self._squares += x.float().square().sum(0)
-        exact = inputs.float()
-        means = exact.mean(1, keepdim=True)
-        self._sum += means.sum((0, 1), dtype=torch.float64) * length
-        # Tensor.var along this axis takes more than twice the time.
-        self._variances += (exact - means).square_().mean(1).sum(0, dtype=torch.float64)
+        if Statistics.MOMENTS in self.needed:
+            exact = inputs.float()
+            means = exact.mean(1, keepdim=True)
+            self._sum += means.sum((0, 1), dtype=torch.float64) * length
+            # Tensor.var along this axis takes more than twice the time.
+            self._variances += (exact - means).square_().mean(1).sum(0, dtype=torch.float64)
 
     def _add_gram(self, x: Tensor) -> None:
         # Products of half-precision numbers are exact in float32, so with sums in float32 this equals the float32
@@ -58,7 +60,7 @@ class Accumulator:
         x = x if half else x.float()
         width = x.shape[1]
         stripes = max(width // _CUDA_STRIPE, 1) if x.is_cuda else _CPU_STRIPES
-        step = -(-width // stripes)
+        step = -(-width // (stripes * _ALIGNED)) * _ALIGNED
         for begin in range(0, width, step):
             end = begin + step
             sums, left, right = self._squares[begin:end, begin:], x[:, begin:end].T, x[:, begin:]
@@ -70,11 +72,12 @@ class Accumulator:
     def problem_fields(self) -> dict:
         """The fields of a `LayerProblem` that these sums determine."""
         fields = {"tokens": self.tokens, "sequences": self.sequences}
-        if self.level >= Statistics.DIAGONAL:
+        if Statistics.MOMENTS in self.needed:
             fields["mean"] = (self._sum / self.tokens).float()
             fields["var"] = (self._variances / self.sequences).float()
-            fields["gram" if self.level == Statistics.GRAM else "diagonal"] = self._squares
-        if self.level == Statistics.GRAM:
+        if Statistics.DIAGONAL in self.needed:
+            fields["gram" if Statistics.GRAM in self.needed else "diagonal"] = self._squares
+        if Statistics.GRAM in self.needed:
             # Only the part on and above the diagonal stripes was summed.
             upper = self._squares.triu()
             self._squares.copy_(upper).add_(upper.triu(1).T)
@@ -88,12 +91,12 @@ class Collector:
 
     Args:
         linears: layers by name.
-        level: which statistics to collect.
+        needed: which statistics to collect.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], level: Statistics) -> None:
+    def __init__(self, linears: dict[str, nn.Module], needed: Statistics) -> None:
         self._linears = linears
-        self._level = level
+        self._needed = needed
         self._leader: dict[str, str] = {}
         self._accumulators: dict[str, Accumulator] = {}
         self._seen: dict[str, Tensor] = {}
@@ -112,7 +115,7 @@ class Collector:
             if self._leader[name] != name:
                 return
             if name not in self._accumulators:
-                self._accumulators[name] = Accumulator(inputs.shape[-1], self._level, inputs.device)
+                self._accumulators[name] = Accumulator(inputs.shape[-1], self._needed, inputs.device)
             self._accumulators[name].add(self._by_sequence(inputs))
 
         return hook

@@ -78,7 +78,7 @@ class DSnoT(Solver):
 
     @property
     def statistics(self) -> Statistics:
-        return Statistics.GRAM if self.start == "sparsegpt" else Statistics.MOMENTS
+        return Statistics.ALL if self.start == "sparsegpt" else Statistics.MOMENTS
 
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         watch = Stopwatch(problems[0].weight.device)

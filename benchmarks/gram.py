@@ -3,9 +3,9 @@
     python benchmarks/gram.py --device cuda --widths 2048,5120,20480 --tokens 2048 --dtype float16
 
 Rates are in 10¹² floating-point operations per second. The accumulation's counts 2 · tokens · width², all of the
-symmetric matrix, although only about half is computed, and its time includes the means and variances. `matrix_rate` is
-that of a product of two square matrices of 8192 (2048 on a CPU) in the same dtype with float32 sums. The error is the
-largest entry's, against float64, relative to the largest entry; `float32_error` is that of a product in float32.
+symmetric matrix, although little more than half of it is computed. `matrix_rate` is that of a product of two square
+matrices of 8192 (2048 on a CPU) in the same dtype with float32 sums. The error is the largest entry's, against float64,
+relative to the largest entry; `float32_error` is that of a product in float32.
 """
 
 from __future__ import annotations

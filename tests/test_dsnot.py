@@ -179,7 +179,7 @@ def test_constant_and_dead_inputs(written):
 def test_statistics_follow_the_start():
     assert registry.solver("dsnot").statistics is Statistics.MOMENTS
     assert registry.solver("dsnot", start="magnitude").statistics is Statistics.MOMENTS
-    assert registry.solver("dsnot", start="sparsegpt").statistics is Statistics.GRAM
+    assert registry.solver("dsnot", start="sparsegpt").statistics is Statistics.ALL
     problem = planted()
     moments = LayerProblem(
         problem.weight, diagonal=problem.diagonal, mean=problem.mean, var=problem.var, tokens=400, sequences=4

@@ -121,7 +121,7 @@ def test_split_products_are_nearly_those_of_float32():
 
     with fast_products(DEVICE):
         tf32 = error(left @ matrix)
-    assert error(Multiplier(matrix)(left)) < 3e-6 < 1e-4 < tf32
+    assert error(Multiplier(matrix)(left)) < 1e-5 < 1e-4 < tf32
     assert torch.equal(Multiplier(matrix, exact=True)(left), left @ matrix)
 
 

@@ -65,9 +65,9 @@ def test_available_and_required_statistics():
     assert LayerProblem(weight).available is Statistics.NONE
     assert LayerProblem(weight, diagonal=full.diagonal).available is Statistics.DIAGONAL
     assert LayerProblem(weight, **moments).available is Statistics.MOMENTS
-    assert full.available is Statistics.GRAM
-    for level in Statistics:
-        full.require(level)
+    assert LayerProblem(weight, gram=full.gram).available is Statistics.GRAM
+    assert full.available is Statistics.ALL
+    full.require(Statistics.ALL)
     LayerProblem(weight).require(Statistics.NONE)
     LayerProblem(weight, **moments, tokens=400, sequences=4).require(Statistics.MOMENTS)
 
