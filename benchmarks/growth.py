@@ -42,16 +42,24 @@ def widths(options: argparse.Namespace, device: torch.device) -> None:
 
 def models(options: argparse.Namespace, device: torch.device, axis: str, values: list[int]) -> None:
     """Seconds of a model's blocks per number of tokens or of blocks, and method."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     for value in values:
         blocks, windows = (value, options.windows[0]) if axis == "blocks" else (2, value)
         for method in options.methods:
-            network = end_to_end.build(options.shape, blocks, dtype, device)
-            job = argparse.Namespace(
-                **vars(options) | {"blocks": blocks, "windows": windows, "seqlen": 2048, "batch_size": 1, "dtype": ""}
-            )
-            line = end_to_end.measure(network, job, method, device)
+            network = end_to_end.build(options.shape, blocks, dtype_on(device), device)
+            line = end_to_end.measure(network, job(options, blocks, windows), method, device)
             report(axis, value * 2048 if axis == "tokens" else value, method, line["seconds"], shape=options.shape)
+
+
+def job(options: argparse.Namespace, blocks: int, windows: int) -> argparse.Namespace:
+    """What end_to_end.py takes."""
+    return argparse.Namespace(
+        **vars(options) | {"blocks": blocks, "windows": windows, "seqlen": 2048, "batch_size": 1, "dtype": ""}
+    )
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Half precision on a GPU only."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def report(axis: str, value: int, method: str, seconds: float, **more: str) -> None:
@@ -81,6 +89,8 @@ def plot(source: Path, target: Path) -> None:
         panel.set_xticks(values, [f"{v // 1024}k" if axis == "tokens" else str(v) for v in values], minor=False)
         panel.set_xticks([], minor=True)
         panel.tick_params(axis="x", labelrotation=45)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False)
     figure.savefig(target, metadata={"Date": None})
@@ -107,6 +117,8 @@ def main() -> None:
     device = torch.device(options.device)
     for method in options.methods:  # libraries load, kernels compile
         layer.measure(layer.generated(2048, 2048, 1, 4096, 0, device), method, options.sparsity, {}, 1)
+        network = end_to_end.build(options.shape, 1, dtype_on(device), device)
+        end_to_end.measure(network, job(options, 1, 2), method, device)
     widths(options, device)
     models(options, device, "tokens", options.windows)
     models(options, device, "blocks", options.blocks)
