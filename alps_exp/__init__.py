@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["NM", "LayerProblem", "Pattern", "Solution", "Solver", "Unstructured", "prune_layer", "prune_model"]
+__all__ = [
+    "NM",
+    "LayerProblem",
+    "Pattern",
+    "Solution",
+    "Solver",
+    "Unstructured",
+    "load_packed",
+    "prune_layer",
+    "prune_model",
+]
 
 # In a checkout (and an editable install) conf/, sweeps/ and baselines/ lie beside this package; in a wheel they lie
 # inside it. Either way they are alps_exp.conf, alps_exp.sweeps and alps_exp.baselines, so that nothing of this project
@@ -17,6 +27,7 @@ if not (Path(__file__).parent / "conf").is_dir():
 
 if TYPE_CHECKING:
     from .api import prune_layer, prune_model
+    from .packed import load_packed
     from .patterns import NM, Pattern, Unstructured
     from .problem import LayerProblem
     from .solver import Solution, Solver
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "prune_layer": "api",
     "prune_model": "api",
+    "load_packed": "packed",
     "NM": "patterns",
     "Pattern": "patterns",
     "Unstructured": "patterns",

@@ -127,7 +127,7 @@ class Alps(Solver):
         for layer in layers:
             support = layer.pattern.keep(layer.b.abs())
             weight, steps = fit_on_support(
-                multiply, layer.w, support, layer.b * support, self.pcg_iterations, self.pcg_tolerance
+                multiply, layer.w, support, layer.b.masked_fill(~support, 0), self.pcg_iterations, self.pcg_tolerance
             )
             weight = scaled.unscale(weight)
             support &= ~scaled.dead

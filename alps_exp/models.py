@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import hub
+from . import hub, packed
 from .errors import UserError
 from .gguf_files import converted_folder
 from .packages import package_folder
@@ -84,11 +84,16 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
     """
     source = _locate(model)
     config = _config(source)
+    kind, where = AutoModelForCausalLM, source.arguments()
+    if packed.is_packed(Path(source.path)):
+        # Tensors instead of files: the model's own class takes them, the automatic one wants a path.
+        kind = type(skeleton(config))
+        where = {"pretrained_model_name_or_path": None, "state_dict": packed.read_folder(Path(source.path))}
     try:
         with _errors_only():
             # Mismatched sizes are let pass here because the report names them, and are refused below.
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                **source.arguments(),
+            loaded, report = kind.from_pretrained(
+                **where,
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,

@@ -66,7 +66,8 @@ def prepare(words: Sequence[str]) -> list[str]:
         UserError: a sparsity that is not allowed, or one given twice in different terms.
         OverrideParseException: not in Hydra's syntax.
     """
-    overrides = OverridesParser.create().parse_overrides([_with_plain_keys(word) for word in words])
+    words = _with_saving_by_format([_with_plain_keys(word) for word in words])
+    overrides = OverridesParser.create().parse_overrides(words)
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
         if values and override.key_or_group.startswith("sparsity."):
@@ -246,6 +247,15 @@ def _with_plain_keys(word: str) -> str:
         return match[1] + re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", match[3]) + ":"
 
     return key + equals + re.sub(r"""([{,]\s*)(["'])(.*?)\2\s*:""", plain, value)
+
+
+def _with_saving_by_format(words: list[str]) -> list[str]:
+    """save.format=packed is save=packed; a save=true beside it says nothing more."""
+    if not any(word.startswith("save.format=") for word in words):
+        return words
+    if "save=false" in words:
+        raise UserError("save=false and save.format are inconsistent: give one of them, as in save=packed")
+    return [re.sub(r"^save\.format=", "save=", word) for word in words if word != "save=true"]
 
 
 def _open(override: Override) -> str:

@@ -90,6 +90,7 @@ class RunRecord:
         phases: seconds of load, calibrate, solve, propagate, evaluate, save; peak device and host memory in bytes.
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
         sample: prompt and what the dense and the pruned model make of it.
+        saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
         warnings: what was unusual and was handled.
         environment: versions, device, git commit.
         error: type and message, of a failed run.
@@ -108,6 +109,7 @@ class RunRecord:
     phases: dict = field(default_factory=dict)
     evaluations: list[dict] = field(default_factory=list)
     sample: dict | None = None
+    saved: dict | None = None
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     error: dict | None = None

@@ -23,6 +23,7 @@ from .loggers import check_logger, log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from .naming import config_hash, model_name
 from .overrides import pattern_of
+from .packed import pack_folder
 from .patterns import Pattern
 from .record import FILE, RunRecord, environment, is_complete, peak_memory
 from .registry import build
@@ -30,6 +31,7 @@ from .selection import Selection
 from .solver import Solver, Stopwatch
 from .workspace import Workspace
 
+SAVE = (False, True, "dense", "packed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,8 +55,9 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         require(key, cfg[key], int, low, float("inf"))
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
-    for key in ("losses", "save", "plan"):
+    for key in ("losses", "plan"):
         one_of(key, cfg[key], (True, False))
+    one_of("save", cfg["save"], SAVE)
     parse_device(cfg["device"])
     check_logger(cfg["logger"])
     _check_texts(cfg)
@@ -215,7 +218,7 @@ def _dtype(cfg: Mapping, device: torch.device) -> torch.dtype | str:
 def save(network: torch.nn.Module, tokenizer, record: RunRecord, directory: Path) -> Path:
     """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
 
-    The folder appears whole or not at all; an earlier one is replaced.
+    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder appears whole or not at all; an earlier one is replaced.
     """
     target = directory / "model"
     size = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -225,6 +228,8 @@ def save(network: torch.nn.Module, tokenizer, record: RunRecord, directory: Path
     temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
     try:
         network.save_pretrained(temporary)
+        if record.config["save"] == "packed":
+            record.saved = pack_folder(temporary)
         tokenizer.save_pretrained(temporary)
         dataclasses.replace(record, status="complete").write(temporary)
         temporary.chmod(0o755)
@@ -264,6 +269,9 @@ def describe(record: RunRecord, directory: Path) -> str:
             f"  {item['metric']} {item['value']:.4g} on {item['dataset']} "
             f"({item['windows']}{partial} windows of {item['seqlen']} tokens)"
         )
+    if record.saved:
+        dense, packed = record.saved["dense_bytes"], record.saved["packed_bytes"]
+        lines.append(f"  saved packed: {packed / 1e6:.4g} MB, {packed / dense:.1%} of {dense / 1e6:.4g} MB dense")
     seconds = {k.removesuffix("_seconds"): v for k, v in record.phases.items() if k.endswith("_seconds")}
     lines.append(f"  {sum(seconds.values()):.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     lines.append(f"  {directory / FILE}")
