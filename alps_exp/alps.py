@@ -40,7 +40,7 @@ from .errors import UserError, nearest
 from .fused import kernels_for
 from .patterns import Pattern, Tracker
 from .precision import Multiplier, fast_products, low_precision
-from .problem import LayerProblem, Statistics
+from .problem import LayerProblem, Statistics, power_of_two
 from .resolvent import Resolvent, ScaledGram
 from .solver import Solution, Solver, Stopwatch
 
@@ -112,7 +112,7 @@ class Alps(Solver):
         watch = Stopwatch(device)
         exact = self.exact or problems[0].weight.dtype == torch.float64
         scaled = ScaledGram(problems[0], self.damping)
-        resolvent = Resolvent(scaled.gram, self.rho, exact)
+        resolvent = Resolvent(scaled.gram, self.rho, exact, problems[0].name)
         with nullcontext() if exact else fast_products(device):
             layers = [
                 _Layer(scaled, resolvent, problem, pattern, self.rho, exact)
@@ -129,7 +129,7 @@ class Alps(Solver):
             weight, steps = fit_on_support(
                 multiply, layer.w, support, layer.b.masked_fill(~support, 0), self.pcg_iterations, self.pcg_tolerance
             )
-            weight = scaled.unscale(weight)
+            weight = scaled.unscale(weight * layer.unit) * layer.factor
             support &= ~scaled.dead
             seconds = {phase: spent / len(layers) for phase, spent in shared.items()}
             seconds["pcg"] = watch.lap("pcg")
@@ -184,7 +184,11 @@ class _Layer:
         pattern.check(tuple(problem.weight.shape), problem.name)
         self.pattern = pattern
         self.rho = rho
-        self.w = scaled.scale(problem.weight)
+        # Exact factors that bring the weights near 1: squares of 1e-20 and 1e20 do not fit float32.
+        self.factor = power_of_two(float(problem.weight.abs().max()))
+        self.w = scaled.scale(problem.weight / self.factor)
+        self.unit = power_of_two(float(self.w.abs().max()))
+        self.w /= self.unit
         self.iterations = 0
         self.stopped = False
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet

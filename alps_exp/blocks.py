@@ -284,13 +284,13 @@ class HiddenStates:
         Raises:
             UserError: the output has NaN or infinite entries.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self._device)
+        bad = torch.zeros((), dtype=torch.int64, device=self._device)
         for position, hidden in enumerate(self):
             output = model.forward_block(index, block, hidden)
-            finite &= torch.isfinite(output).all()
+            bad += (~torch.isfinite(output)).sum()
             self.batches[position] = output.to(self._store)
-        if not bool(finite):
+        if int(bad):
             raise UserError(
-                f"{model.name(index)} produces NaN or infinite activations: check the checkpoint, or use another dtype "
-                "(dtype=bfloat16 or dtype=float32 where float16 overflows)"
+                f"{model.name(index)} produces {int(bad)} NaN or infinite activations: check the checkpoint, or use "
+                "another dtype (dtype=bfloat16 or dtype=float32 where float16 overflows)"
             )

@@ -174,11 +174,13 @@ def _row(
     seconds: float,
     job: PruneJob,
 ) -> LayerRow:
+    if bad := int((~torch.isfinite(written)).sum()):
+        raise UserError(
+            f"{problem.name}: {type(job.solver).__name__} gave {bad} NaN or infinite weights; use dtype=float32"
+        )
     loss = problem.relative_loss(written) if problem.gram is not None else None
     if loss is not None and not math.isfinite(loss):
         raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
-    if not bool(torch.isfinite(written).all()):
-        raise UserError(f"{problem.name}: {type(job.solver).__name__} gave NaN or infinite weights; use dtype=float32")
     return LayerRow(
         name=problem.name,
         block=index,

@@ -55,7 +55,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 _FITS, _FILLED, _INDICES = _tables()
-_IS_FILLED = _FITS & (_FILLED == np.arange(256))
+_IS_FILLED = _FITS & (np.arange(256) == _FILLED)
 _FROM_INDICES = np.zeros(256, np.uint8)  # no mask has 0 bits in both groups: 0 stands for indices that are none
 _FROM_INDICES[_INDICES[_IS_FILLED]] = np.arange(256, dtype=np.uint8)[_IS_FILLED]
 

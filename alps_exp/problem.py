@@ -10,6 +10,7 @@ Glossary:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Flag
 from functools import cached_property
@@ -72,7 +73,14 @@ class LayerProblem:
             if tuple(value.shape) != shape:
                 raise UserError(f"{self.name}: {label} must have shape {shape}, got {tuple(value.shape)}")
             if not bool(torch.isfinite(value).all()):
-                raise UserError(f"{self.name}: {label} of the inputs has NaN or infinite entries")
+                bad = ~torch.isfinite(value if value.ndim == 1 else value.diagonal())  # one bad input spoils its row
+                if not bool(bad.any()):
+                    bad = (~torch.isfinite(value)).any(0)
+                raise UserError(
+                    f"{self.name}: {label} of the inputs has NaN or infinite entries at {int(bad.sum())} of {width} "
+                    f"inputs (the first is {int(bad.nonzero()[0])}): NaN or overflow in the activations; check the "
+                    "checkpoint, or use another dtype"
+                )
             object.__setattr__(self, label, value.to(self.weight))
         if not bool(torch.isfinite(self.weight).all()):
             bad = int((~torch.isfinite(self.weight)).sum())
@@ -154,6 +162,10 @@ class LayerProblem:
         """tr(W G Wᵀ), the squared norm of the dense layer's output."""
         return self._quadratic(self.weight)
 
+    @cached_property
+    def _root_scale(self) -> float:
+        return power_of_two(float(self.diagonal.max()) ** 0.5)
+
     def relative_loss(self, weight: Tensor) -> float:
         """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², undamped; 0 when both vanish. Needs the Gram matrix.
 
@@ -168,4 +180,13 @@ class LayerProblem:
     def _quadratic(self, delta: Tensor) -> float:
         if self.gram is None:
             raise UserError(f"{self.name}: the loss needs the Gram matrix of the inputs; give inputs=X or gram=G")
-        return max(float(((delta @ self.gram) * delta).sum(dtype=torch.float64)), 0.0)
+        # Squares of 1e-20 and 1e20 do not fit float32: both factors are first brought near 1, exactly.
+        scale = power_of_two(float(delta.abs().max()))
+        delta = (delta / scale).div_(self._root_scale)
+        value = float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
+        return max(value, 0.0) * (scale * self._root_scale) ** 2
+
+
+def power_of_two(value: float) -> float:
+    """The power of two next below a positive number, 1 for 0: dividing by it changes a float's exponent only."""
+    return 2.0 ** (math.frexp(value)[1] - 1) if 0 < value < math.inf else 1.0

@@ -37,7 +37,7 @@ class ScaledGram:
         problem.require(Statistics.GRAM)
         self.dead = problem.dead
         ridge = damping * float(problem.diagonal.mean())
-        diagonal = problem.diagonal + (ridge if ridge > 0 else 1.0)
+        diagonal = (problem.diagonal + ridge).masked_fill(self.dead, 1.0)
         self._e = diagonal.rsqrt()
         self.gram = problem.gram * self._e * self._e[:, None]
         self.gram.diagonal().fill_(1.0)
@@ -58,13 +58,15 @@ class Resolvent:
         gram: (in, in) H, symmetric positive definite.
         start: the first ρ; spans of interpolation begin there.
         exact: one factorisation for every ρ, no interpolation.
+        name: the layer's, for messages.
 
     Attributes:
         seconds: wall time spent on factorisations and interpolation.
     """
 
-    def __init__(self, gram: Tensor, start: float, exact: bool) -> None:
+    def __init__(self, gram: Tensor, start: float, exact: bool, name: str = "the layer") -> None:
         self._gram = gram
+        self._name = name
         self._start = start
         self._exact = exact
         self._rho: float | None = None
@@ -80,7 +82,7 @@ class Resolvent:
             watch = Stopwatch(self._gram.device)
             self._low = None
             self._inverse = None  # free the former ρ's before making this one
-            self._inverse = inverse(self._gram, rho) if self._exact else self._interpolate(rho)
+            self._inverse = inverse(self._gram, rho, self._name) if self._exact else self._interpolate(rho)
             self._rho = rho
             self.seconds += watch.lap("resolvent")
         return self._inverse
@@ -104,7 +106,7 @@ class Resolvent:
             # Chebyshev nodes of the first kind on [0, 1], in units of the span.
             places = [0.5 - 0.5 * math.cos(math.pi * (k + 0.5) / _NODES) for k in range(_NODES)]
             self._nodes = []  # free the former span's before making new ones
-            self._nodes = [(p, inverse(self._gram, self._start * _SPAN ** (span + p))) for p in places]
+            self._nodes = [(p, inverse(self._gram, self._start * _SPAN ** (span + p), self._name)) for p in places]
             self._span = span
         at = position - span
         weights = [
@@ -122,7 +124,7 @@ class Resolvent:
         return result
 
 
-def inverse(gram: Tensor, rho: float) -> Tensor:
+def inverse(gram: Tensor, rho: float, name: str = "the layer") -> Tensor:
     """(H + ρI)⁻¹ by Cholesky.
 
     Raises:
@@ -133,8 +135,8 @@ def inverse(gram: Tensor, rho: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):
         raise UserError(
-            "the Gram matrix is not positive semi-definite: pass XᵀX summed in float32 or better, undamped, or raise "
-            "method.damping"
+            f"{name}: the Gram matrix is not positive semi-definite: pass XᵀX summed in float32 or better, undamped, "
+            "or raise method.damping"
         )
     del damped
     if not gram.is_cuda:

@@ -218,7 +218,8 @@ def _dtype(cfg: Mapping, device: torch.device) -> torch.dtype | str:
 def save(network: torch.nn.Module, tokenizer, record: RunRecord, directory: Path) -> Path:
     """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
 
-    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder appears whole or not at all; an earlier one is replaced.
+    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder
+    appears whole or not at all; an earlier one is replaced.
     """
     target = directory / "model"
     size = sum(p.numel() * p.element_size() for p in network.parameters())

@@ -84,9 +84,9 @@ class DSnoT(Solver):
         watch = Stopwatch(problems[0].weight.device)
         seconds, importance = {}, None
         if self.start == "sparsegpt":
-            # 1 / U_jj², shared by all layers of one Gram matrix; dead inputs are worth nothing.
+            # 1 / U_jj, shared by all layers of one Gram matrix; dead inputs are worth nothing.
             diagonal = reversed_cholesky(problems[0], self.damping).diagonal().flip(0)
-            importance = diagonal.square().masked_fill(problems[0].dead, 0)
+            importance = diagonal.masked_fill(problems[0].dead, 0)
             seconds["factorisation"] = watch.lap("factorisation") / len(problems)
         solutions = []
         for problem, pattern in zip(problems, patterns, strict=True):
@@ -112,12 +112,17 @@ class DSnoT(Solver):
             return wanda_score(problem)
         if self.start == "magnitude":
             return problem.weight.abs()
-        return problem.weight.square() * importance
+        return problem.weight.abs() * importance  # in the order of its square, which float32 may not hold
 
     def _refine(self, problem: LayerProblem, pattern: Pattern, score: Tensor) -> tuple[Tensor, Tensor]:
         """The refined support (out, in) and the number of swaps of each row (out,)."""
         support = pattern.keep(score, "row")
         contribution = problem.weight * (problem.mean * (problem.tokens / problem.sequences))
+        if bad := int((~torch.isfinite(contribution)).sum()):
+            raise UserError(
+                f"{problem.name}: {bad} weights times their inputs' sums overflow {contribution.dtype}: check the "
+                "checkpoint's weights"
+            )
         # A constant input regrows first: its infinite ratio becomes the largest finite one; 0 / 0 of a dead one is 0.
         ratio = torch.nan_to_num(contribution / problem.var**self.power, nan=0.0)
         order = ratio.masked_fill_(support, -torch.inf).sort(dim=1, descending=True, stable=True).indices

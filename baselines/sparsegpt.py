@@ -165,7 +165,7 @@ def _select(score: Tensor, rows: list[int], pattern: Pattern) -> Tensor:
     Args:
         score: (width, out) W / U_jj.
     """
-    score = score.square_().T
+    score = score.abs_().T  # in the order of its square, which float32 may not hold
     return torch.cat([pattern.keep(layer, "block") for layer in score.split(rows)]).T
 
 

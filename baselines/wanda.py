@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.problem import LayerProblem, Statistics, power_of_two
 from alps_exp.solver import Solution, Solver, Stopwatch
 
 
@@ -34,5 +34,6 @@ class Wanda(Solver):
 
 
 def wanda_score(problem: LayerProblem) -> Tensor:
-    """(out, in) |W_ij| ‖X_:j‖₂."""
-    return problem.weight.abs() * problem.diagonal.sqrt()
+    """(out, in) |W_ij| ‖X_:j‖₂, over a power of two that keeps it within float32."""
+    norms = problem.diagonal.sqrt()
+    return problem.weight.abs() * (norms / power_of_two(float(norms.max())))

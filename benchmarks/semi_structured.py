@@ -4,8 +4,8 @@
     python benchmarks/semi_structured.py --shapes 4096x4096 --tokens 1,64 --dtypes bfloat16 --repeat 50
     python benchmarks/semi_structured.py --folder results/runs/…/model        # the 2:4 layers of a saved packed model
 
-Needs CUDA, torch, numpy, PyYAML and this checkout (safetensors for --folder). Prints one JSON line per weight (is it the
-same after conversion and back) and one per product Y = XWᵀ, X (tokens, in), W (out, in) 2:4, by both of torch's
+Needs CUDA, torch, numpy, PyYAML and this checkout (safetensors for --folder). Prints one JSON line per weight (is it
+the same after conversion and back) and one per product Y = XWᵀ, X (tokens, in), W (out, in) 2:4, by both of torch's
 backends:
 
     dense_us, sparse_us    median time of one product, microseconds; the two are measured in turns
