@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from . import __version__, naming, overrides
 from .errors import UserError
+from .redaction import redacted
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -237,7 +238,7 @@ def job(cfg: DictConfig) -> Outcome:
         return Outcome(directory.name, "refused", str(error) + _trace())
     except Exception as error:
         log.exception("failed")
-        where = directory / f"{HydraConfig.get().job.name}.log"
+        where = directory / "alps_exp.log"
         return Outcome(directory.name, "failed", f"{_describe(error)}; the trace is in {where}{_trace()}")
     return Outcome(directory.name, "completed")
 
@@ -255,9 +256,9 @@ def _exit_status(outcomes: list[Outcome], total: int = 1) -> int:
 
 def _report(message: str, status: int) -> int:
     if _full_error() and sys.exc_info()[0] is not None:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
     sys.stdout.flush()
-    print(f"alps_exp: {message}", file=sys.stderr)
+    print(redacted(f"alps_exp: {message}"), file=sys.stderr)
     return status
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .checks import one_of
+from .redaction import redacted
 
 _MODES = ("online", "offline", "disabled", "shared")
 
@@ -34,7 +35,8 @@ def log_record(record: Mapping, node: Mapping, directory: Path) -> str | None:
     try:
         _log_wandb(record, node, directory)
     except Exception as error:  # whatever W&B raises, the record on disk is the result
-        line = f"W&B logging failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        first = redacted(str(error).splitlines()[0]) if str(error) else ""
+        line = f"W&B logging failed ({type(error).__name__}: {first})"
         print(f"alps_exp: {line}; the record is complete without it", file=sys.stderr)
         return line
     return None

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from . import hub, packed
+from .checks import one_of
 from .errors import UserError
 from .gguf_files import converted_folder
 from .packages import package_folder
@@ -187,7 +188,10 @@ def _locate(model: Mapping) -> _Source:
     """Where a model node's files are; local ones are looked at, the hub is asked whether it can be reached."""
     name, path = model.get("name"), model.get("path")
     gguf_file, package = model.get("gguf_file"), model.get("package")
-    revision, trust = model.get("revision"), bool(model.get("trust_remote_code", False))
+    revision, trust = model.get("revision"), model.get("trust_remote_code", False)
+    one_of("model.trust_remote_code", trust, (True, False))
+    if gguf_file and Path(gguf_file).name != gguf_file:
+        raise UserError(f"model.gguf_file={gguf_file} is not allowed: give the name of a file in model.path")
     if package:
         if path:
             raise UserError(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from .redaction import redacted
+
 SCHEMA = 1
 FILE = "record.json"
 
@@ -234,11 +236,14 @@ def peak_memory(device: torch.device) -> dict:
 
 
 def _plain(value):
-    """JSON has no NaN or infinity: they become strings, so that a reader notices instead of failing to parse."""
+    """JSON has no NaN or infinity: they become strings, so that a reader notices instead of failing to parse. Keys of
+    online services are left out."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -26,6 +26,7 @@ from .overrides import pattern_of
 from .packed import pack_folder
 from .patterns import Pattern
 from .record import FILE, RunRecord, environment, is_complete, peak_memory
+from .redaction import refuse_keys
 from .registry import build
 from .selection import Selection
 from .solver import Solver, Stopwatch
@@ -49,6 +50,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     """
     from . import models
 
+    refuse_keys(cfg)
     solver, selection = build(cfg["method"]), selection_of(cfg)
     pattern = pattern_of(cfg["sparsity"])
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
@@ -122,6 +124,7 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
     if not sys.stderr.isatty():  # the libraries' own bars fill a log with thousands of lines
         transformers_logging.disable_progress_bar()
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    refuse_keys(plain)
     solver = build(plain["method"])
     record = RunRecord(
         status="running",

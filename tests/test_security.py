@@ -1,0 +1,246 @@
+"""No pickle is run, no model code unless asked for, no name leads out of a folder, no key is written anywhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from alps_exp import cli, models, naming, redaction, run
+from alps_exp.errors import UserError
+from alps_exp.loggers import log_record
+from alps_exp.overrides import compose
+from alps_exp.redaction import RedactingFormatter, redacted
+from alps_exp.registry import resource_root
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path for folder in ("alps_exp", "baselines", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+class _Bomb:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+@pytest.fixture
+def copy(tiny_llama, tmp_path) -> Path:
+    """A copy of the tiny Llama that a test may spoil."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+
+
+def local(path: Path, **fields) -> dict:
+    return {"name": "local", "path": str(path), **fields}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_reads_pickles(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            roots = {name.partition(".")[0] for name in names}
+            assert not roots & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, node.lineno
+        if isinstance(node, ast.Call):
+            called, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called in ("torch.load", "load_state_dict"):
+                assert options.get("weights_only") == "True", node.lineno
+            assert options.get("allow_pickle") != "True" and options.get("trust_remote_code") != "True", node.lineno
+            assert called not in ("eval", "exec", "torch.hub.load", "pd.read_pickle"), node.lineno
+
+
+@pytest.mark.parametrize("protocol", ["torch", "plain"])
+def test_a_bin_checkpoint_with_code_in_it_runs_nothing(copy, tmp_path, protocol):
+    marker = tmp_path / "marker"
+    (copy / "model.safetensors").unlink()
+    state = {"model.embed_tokens.weight": _Bomb(marker)}
+    file = copy / "pytorch_model.bin"
+    if protocol == "torch":
+        torch.save(state, file)
+    else:
+        file.write_bytes(pickle.dumps(state))
+    with pytest.raises(UserError, match=r"weights of model\.path=") as error:
+        models.load_model(local(copy))
+    assert "\n" not in str(error.value) and not marker.exists()
+    # The bomb is one: whoever unpickles it, or trusts the file, sets it off.
+    if protocol == "plain":
+        pickle.loads(file.read_bytes())
+        assert marker.exists()
+
+
+def with_code(folder: Path, marker: Path) -> None:
+    """Let configuration, model and tokenizer name code in the folder."""
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    for name, keys in (("config", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config", ("AutoTokenizer",))):
+        content = json.loads((folder / f"{name}.json").read_text())
+        own = {key: ["own.Own", None] if key == "AutoTokenizer" else "own.Own" for key in keys}
+        (folder / f"{name}.json").write_text(json.dumps({**content, "auto_map": own}))
+
+
+def test_model_code_is_not_run_unless_asked_for(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked whether to trust the code"))
+    marker = tmp_path / "marker"
+    with_code(copy, marker)
+    models.load_model(local(copy))
+    models.load_tokenizer(local(copy))
+    assert not marker.exists()
+    with pytest.raises(UserError):
+        models.load_model(local(copy, trust_remote_code=True))
+    assert marker.exists(), "asked for by name, it is run"
+
+
+@pytest.mark.parametrize("value", ["no", "false", "true", None, 2])
+def test_trust_is_true_or_false(copy, value):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code="):
+        models.load_config(local(copy, trust_remote_code=value))
+
+
+def test_no_configuration_trusts_code():
+    for path in (resource_root() / "conf" / "model").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))["trust_remote_code"] is False, path
+
+
+@pytest.mark.parametrize("name", ["../../escape", "/etc/passwd", "..", ".", "a/b\\c", "-rf", "x\ny", "名", "a" * 500])
+def test_names_of_runs_stay_in_their_folder(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose(["model=opt-125m", "data=wikitext2"])
+    for owner in ("model", "method"):
+        spoiled = cfg.copy()
+        spoiled[owner].name = name
+        word = naming.run_name(spoiled)
+        assert Path(word).name == word and not word.startswith((".", "-")) and len(word) < 200 and word.isascii()
+        assert Path("results/runs", word).resolve().parent == tmp_path / "results" / "runs"
+
+
+@pytest.mark.parametrize("name", ["../../etc/hosts", "/etc/hosts", "../c4"])
+def test_names_of_data_sets_lead_to_no_other_file(name):
+    with pytest.raises(UserError, match="unknown data set"):
+        run.validate(compose([f"eval.datasets=['{name}']"]))
+
+
+def test_a_gguf_file_is_one_in_its_folder(copy, tmp_path):
+    (tmp_path / "other.gguf").touch()
+    for name in ("../other.gguf", str(tmp_path / "other.gguf"), "a/b.gguf"):
+        with pytest.raises(UserError, match=r"model\.gguf_file=.* is not allowed"):
+            models.load_config(local(copy, gguf_file=name))
+
+
+@pytest.fixture
+def words(tiny_llama, text_file) -> list[str]:
+    small = ["nsamples=2", "seqlen=32", "eval=none", "device=cpu", "method=magnitude"]
+    return ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", *small]
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words))
+    return end.value.code
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+@pytest.fixture
+def logger_with_key(tmp_path, monkeypatch) -> list[str]:
+    """Words that choose a logger whose yaml carries a key."""
+    content = yaml.safe_load((resource_root() / "conf" / "logger" / "wandb.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "mine" / "logger").mkdir(parents=True)
+    (tmp_path / "mine" / "logger" / "keyed.yaml").write_text(yaml.safe_dump({**content, "api_key": KEY}))
+    return ["--config-dir", str(tmp_path / "mine"), "logger=keyed", "logger.mode=disabled"]
+
+
+def test_a_configuration_with_a_key_is_refused_before_anything_is_written(
+    words, logger_with_key, tmp_path, monkeypatch, capfd
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert call(*words, *logger_with_key) == cli.USER_ERROR
+    error = capfd.readouterr().err
+    assert "logger.api_key holds a key" in error and "WANDB_API_KEY" in error and KEY not in error
+    assert not list(here.iterdir())
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert call(*words, "logger=wandb", f"logger.group=x{KEY}") == cli.USER_ERROR
+    printed = capfd.readouterr()
+    assert "logger.group holds a key" in printed.err and KEY not in printed.err + printed.out
+    assert not list(here.iterdir())
+
+
+def test_a_key_in_python_is_refused_before_the_record(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    with pytest.raises(UserError, match=r"eval\.prompt holds a key"):
+        run.run(compose([*words, f"eval.prompt=say {KEY}"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("full", ["0", "1"])
+def test_a_key_in_an_error_reaches_neither_record_nor_log_nor_terminal(words, tmp_path, monkeypatch, capfd, full):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+
+    def explode(*arguments):
+        logging.getLogger("some.library").warning("using key %s", KEY)
+        raise RuntimeError(f"login with {KEY} failed")
+
+    monkeypatch.setattr(run, "prune_blocks", explode)
+    assert call(*words) == cli.FAILURE
+    (folder,) = (tmp_path / "results" / "runs").iterdir()
+    assert "login with <WANDB_API_KEY> failed" in (folder / "record.json").read_text()
+    log = (folder / "alps_exp.log").read_text()
+    assert "using key <WANDB_API_KEY>" in log and "RuntimeError: login with <WANDB_API_KEY> failed" in log
+    printed = capfd.readouterr()
+    assert "login with <WANDB_API_KEY> failed" in printed.err and KEY not in printed.err + printed.out
+    assert not files_with(KEY, tmp_path)
+
+
+def test_weights_and_biases_gets_the_key_from_the_environment_and_writes_it_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    record = {
+        "config": {"seed": 3},
+        "config_hash": "4567",
+        **{"status": "complete", "model": "tiny", "method": "alps", "sparsity": "2:4", "seed": 3},
+        **{"layers": [], "summary": {}, "phases": {}, "evaluations": [], "environment": {}},
+    }
+    assert log_record(record, compose(["logger=wandb", "logger.mode=offline"]).logger, tmp_path) is None
+    assert list(tmp_path.rglob("*.wandb")) and not files_with(KEY, tmp_path)
+
+
+def test_redaction_leaves_ordinary_words_alone(monkeypatch):
+    for name in redaction.VARIABLES:
+        monkeypatch.setenv(name, "short")
+    assert redacted("a short text") == "a short text"
+    monkeypatch.setenv("HF_TOKEN", "hf_" + KEY)
+    line = logging.LogRecord("x", logging.INFO, "f", 1, "token hf_%s", (KEY,), None)
+    assert RedactingFormatter("%(message)s").format(line) == "token <HF_TOKEN>"
+    redaction.refuse_keys({"eval": {"sample_tokens": 3, "prompt": "a token"}, "token": None, "list": ["x"]})
+    for cfg in (
+        {"a": {"token": "x"}},
+        {"API_KEY": "x"},
+        {"apikey": "x"},
+        {"a": [{"hf_token": "x"}]},
+        {"password": "x"},
+    ):
+        with pytest.raises(UserError, match="holds a key"):
+            redaction.refuse_keys(cfg)
+
+
+def test_log_files_go_through_the_redaction():
+    for path in (resource_root() / "conf" / "hydra" / "job_logging").glob("*.yaml"):
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        formatters = {handler["formatter"] for handler in node["handlers"].values()}
+        assert all(node["formatters"][name]["class"] == "alps_exp.redaction.RedactingFormatter" for name in formatters)
+        assert os.path.basename(node["handlers"]["file"]["filename"]) == "alps_exp.log"
