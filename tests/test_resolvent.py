@@ -36,7 +36,7 @@ def test_a_span_is_factorised_once(monkeypatch):
     from alps_exp import resolvent
 
     made = []
-    monkeypatch.setattr(resolvent, "inverse", lambda h, rho: made.append(rho) or inverse(h, rho))
+    monkeypatch.setattr(resolvent, "inverse", lambda h, rho, name: made.append(rho) or inverse(h, rho))
     shared = Resolvent(gram(), 0.1, exact=False)
     for step in range(14):
         shared.at(0.1 * 1.2**step)
