@@ -124,8 +124,7 @@ def _unpacked(name: str, entry: Mapping, stored: Mapping[str, Tensor]) -> Tensor
     if not fits:
         raise UserError(f"{name} is damaged: its parts do not fit its entry in {FILE}; copy or save the model again")
     tensor = torch.zeros(size, dtype=values.dtype)
-    tensor[torch.from_numpy(mask)] = values
-    return tensor.view(shape)
+    return tensor.masked_scatter_(torch.from_numpy(mask), values).view(shape)
 
 
 def _unpacked_bits(bits: np.ndarray, size: int) -> np.ndarray:

@@ -160,7 +160,7 @@ def _sweep_step(
         if WIDTH > 0:  # noqa: SIM102 (decided when compiling: a remainder by zero must not be compiled)
             if current % WIDTH == 0:
                 score = work * inverse[:, None]
-                score = score * score
+                score = tl.abs(score)  # in the order of its square, which float32 may not hold
                 beaten = tl.zeros((COLUMNS, BLOCK), dtype=tl.int32)
                 for place in range(WIDTH):
                     other = tl.sum(tl.where((column == current + place)[:, None], score, 0.0), axis=0)[None, :]

@@ -29,7 +29,6 @@ METHODS = [name for name in registry.methods() if registry.solver(name).prunes]
 VARIANTS = [(name, {}) for name in METHODS] + [
     ("dsnot", {"start": "sparsegpt"}),
     ("dsnot", {"start": "magnitude", "same_sign": False}),
-    ("alps", {"schedule": "paper"}),
 ]
 INPUT_DEFECTS = ("dead", "all dead", "constant", "copies", "outlier", "tiny", "rank one")
 WEIGHT_DEFECTS = ("zero", "zero rows", "alike", "zero on the living", "wide range")
@@ -137,7 +136,7 @@ def assert_valid(solution, problem: LayerProblem, written: str, selection: str) 
 
 @each_variant
 @each_pattern
-@bounded(16)
+@bounded(12)
 @given(data=st.data())
 def test_degenerate_layers_are_solved_at_any_scale(method, options, written, data):
     solver, layer = registry.solver(method, **options), data.draw(layers(written))
@@ -158,7 +157,7 @@ def test_degenerate_layers_are_solved_at_any_scale(method, options, written, dat
 
 
 @each_variant
-@bounded(12)
+@bounded(10)
 @given(data=st.data())
 def test_scales_at_the_end_of_float32_are_solved_or_named(method, options, data):
     solver, written = registry.solver(method, **options), data.draw(st.sampled_from(PATTERNS))
@@ -191,7 +190,7 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused_or_does_no_harm(method, opti
     try:
         solution = solver.solve(problem, parse_sparsity(written))
     except UserError as error:
-        assert solver.statistics is Statistics.GRAM
+        assert Statistics.GRAM in solver.statistics
         assert str(error).startswith("layers.7.mlp.fc1: the Gram matrix") and "\n" not in str(error)
         return
     assert_valid(solution, problem, written, solver.selection)
