@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -113,6 +114,8 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
                 f"{source.what} {problem} {', '.join(names[:3])}{more} of {type(loaded).__name__}; "
                 f"copy or download the checkpoint again"
             )
+    if kind is not AutoModelForCausalLM and (Path(source.path) / "generation_config.json").is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(source.path)
     return _freeze(loaded)
 
 

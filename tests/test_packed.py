@@ -132,7 +132,9 @@ def saved(tiny_llama, text_file, tmp_path_factory):
 
 def test_a_packed_run_holds_the_weights_of_a_dense_one(saved):
     folder, dense, record, _ = saved
-    network, expected = alps_exp.load_packed(folder), AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    network, plain = alps_exp.load_packed(folder), AutoModelForCausalLM.from_pretrained(dense)
+    assert network.generation_config.to_dict() == plain.generation_config.to_dict()
+    expected = plain.state_dict()
     assert network.state_dict().keys() == expected.keys()
     assert all(same_bits(tensor, expected[name]) for name, tensor in network.state_dict().items())
     assert not network.training
