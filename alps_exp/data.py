@@ -3,7 +3,7 @@
 Calibration follows SparseGPT's and Wanda's loaders: windows at random offsets in documents longer than a window; with
 the C4 shard that they use and the same seed, the same windows. Where too few documents are that long, the windows are
 pieces of the joined documents, and the description that goes into the record says so. Evaluation cuts the joined text
-into consecutive windows.
+into consecutive windows, or draws them from documents in the same way (ALPS on C4), the same ones every time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .registry import resource_root
 from .texts import Text, calibration_text, evaluation_text
 
 SAMPLINGS = ("auto", "documents", "concatenated")
+EVALUATION_SAMPLINGS = ("consecutive", "documents")
 BOS_RULES = ("auto", "window", "true", "false")
 
 # Joining a whole C4 shard would hold tens of GB of token offsets; a run of documents of this many characters is joined.
@@ -110,10 +111,11 @@ def evaluation_tokens(
     bos: str | bool = "auto",
     path: str | None = None,
 ) -> tuple[torch.LongTensor, dict]:
-    """Consecutive windows of a data node's evaluation text, from its start.
+    """Windows of a data node's evaluation text: consecutive ones from its start, or a fixed draw from documents.
 
     Args:
-        data: a data node.
+        data: a data node; its `evaluation_sampling` is "consecutive" (of the joined text), or "documents": its
+            `evaluation_windows` windows at random offsets in random documents longer than a window, seed 0.
         tokenizer: the model's.
         seqlen: tokens in a window; a last, shorter piece is dropped.
         windows: how many; None is all that the protocol has.
@@ -130,18 +132,26 @@ def evaluation_tokens(
     if windows is not None:
         _at_least_one("windows", windows)
     text = evaluation_text(data, path)
-    ids = encoder.encode([text.joined])[0]
-    limit = data.get("evaluation_windows")
-    available = len(ids) // encoder.payload
-    available = available if limit is None else min(available, limit)
+    limit, sampled = data.get("evaluation_windows"), data.get("evaluation_sampling") == "documents"
+    if sampled:
+        available = limit if encoder.longer_than_window(text.documents, 1) else 0
+        reading = f"{limit} windows at random offsets in random documents longer than a window, seed 0"
+    else:
+        ids = encoder.encode([text.joined])[0]
+        available = len(ids) // encoder.payload
+        available = available if limit is None else min(available, limit)
+        reading = f"documents joined by {text.join!r}, consecutive windows"
+        reading += "" if limit is None else f", at most {limit}"
     count = available if windows is None else windows
     if count > available or not available:
         raise _too_short(data["name"], "evaluation", available, max(count, 1), seqlen, "windows")
-    rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
+    if sampled:
+        rows, _ = _from_documents(text, encoder, count, random.Random(0))
+    else:
+        rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
     description = _description(data, text, encoder, count) | {
-        "protocol": f"documents joined by {text.join!r}, consecutive windows"
-        + ("" if limit is None else f", at most {limit}")
-        + f", {'all' if count == available else f'the first {count}'} of {available}",
+        "reading": f"{reading}, {'all' if count == available else f'the first {count}'} of {available}",
+        "join": None if sampled else text.join,
         "total_windows": available,
         "partial": count < available,
     }
@@ -151,6 +161,7 @@ def evaluation_tokens(
 def check_node(data: Mapping, bos: str | bool = "auto") -> None:
     """Raise UserError for a value of a data node (or of model.bos) that is not allowed, before any text is read."""
     one_of("data.sampling", str(data.get("sampling") or "auto"), SAMPLINGS)
+    one_of("data.evaluation_sampling", data.get("evaluation_sampling") or "consecutive", EVALUATION_SAMPLINGS)
     one_of("model.bos", str(bos).lower(), BOS_RULES)
     for key in ("join", "column"):
         if not isinstance(data.get(key), (str, type(None))):
@@ -211,14 +222,19 @@ class _Encoder:
 
     def describe(self) -> str:
         """What happened to BOS, for the record."""
-        if self.rule == "window":
-            return "every window starts with BOS"
-        if self.rule != "auto":
-            return "BOS before each text" if self.rule == "true" else "none"
-        plain = len(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        added = self.tokenizer("a")["input_ids"]
-        names = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(added[: len(added) - plain])))
-        return f"auto: the tokenizer adds {names} to each text" if names else "auto: the tokenizer adds none"
+        return describe_bos(self.tokenizer, self.rule)
+
+
+def describe_bos(tokenizer: PreTrainedTokenizerBase, rule: str) -> str:
+    """What a rule for BOS does with this tokenizer, for the record."""
+    if rule == "window":
+        return "every window starts with BOS"
+    if rule != "auto":
+        return "BOS before each text" if rule == "true" else "none"
+    plain = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    added = tokenizer("a")["input_ids"]
+    names = " ".join(map(str, tokenizer.convert_ids_to_tokens(added[: len(added) - plain])))
+    return f"auto: the tokenizer adds {names} to each text" if names else "auto: the tokenizer adds none"
 
 
 def _from_documents(text: Text, encoder: _Encoder, nsamples: int, generator: random.Random) -> tuple[list, int]:

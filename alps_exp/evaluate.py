@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from .blocks import BlockModel, HiddenStates
 from .errors import UserError
 from .models import context_length
 from .progress import Progress
+
+# At most this many logits at once (256 MB in float32): a window of a large vocabulary would take gigabytes.
+_LOGITS = 2**26
 
 
 @torch.no_grad()
@@ -33,15 +38,67 @@ def perplexity(model: BlockModel, tokens: Tensor, batch_size: int = 1, label: st
     for index in Progress(range(len(model)), f"perplexity {label}".strip(), lines=2, quiet=quiet):
         with model.block(index) as block:
             hidden.advance(model, index, block)
-    losses = []
-    for chunk, states in zip(tokens.split(batch_size), hidden, strict=True):
-        logits = model.head(chunk, states)
-        for row, targets in zip(logits, chunk.to(logits.device), strict=True):
-            losses.append(functional.cross_entropy(row[:-1].float(), targets[1:]).double())
-    mean = float(torch.stack(losses).mean())
+    chunks = zip(tokens.split(batch_size), hidden, strict=True)
+    mean = float(torch.cat([_window_losses(model, chunk, states) for chunk, states in chunks]).mean())
     if not math.isfinite(mean):
         raise UserError(f"the loss on {label or 'the text'} is {mean}: the model's head overflows; try dtype=float32")
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _window_losses(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Mean loss of each window's seqlen - 1 targets, (windows,) in float64.
+
+    The final norm and the head act on each position by itself, so slices of positions go through them in turn.
+    """
+    windows, seqlen = tokens.shape
+    step = max(1, _LOGITS // (windows * model.model.config.get_text_config(decoder=True).vocab_size))
+    total = torch.zeros(windows, dtype=torch.float64, device=hidden.device)
+    for start in range(0, seqlen - 1, step):
+        part = slice(start, min(start + step, seqlen - 1))
+        logits = model.head(tokens[:, part], hidden[:, part]).float()
+        targets = tokens[:, part.start + 1 : part.stop + 1].to(logits.device)
+        losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        total += losses.view(windows, -1).double().sum(1)
+    return total / (seqlen - 1)
+
+
+@contextmanager
+def whole_model(model: BlockModel) -> Iterator[bool]:
+    """The network ready for its own forward on the device: moved there as a whole if it fits, else block by block.
+
+    Yields:
+        Whether the blocks stay on the device; otherwise each comes for its own forward, which is slow.
+    """
+    if not model.offload:
+        yield True
+        return
+    size = sum(p.numel() * p.element_size() for p in model.model.parameters())
+    if size <= 0.8 * torch.cuda.mem_get_info(model.device)[0]:
+        home = [next(block.parameters()).device for block in model.blocks]
+        model.model.to(model.device)
+        try:
+            yield True
+        finally:
+            for block, place in zip(model.blocks, home, strict=True):
+                block.to(place)
+        return
+    handles = []
+    for index, block in enumerate(model.blocks):
+        visit = []
+
+        def enter(*_, index=index, visit=visit):
+            visit.append(model.block(index))
+            visit[-1].__enter__()
+
+        def leave(*_, visit=visit):
+            visit.pop().__exit__(None, None, None)
+
+        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, always_call=True)]
+    try:
+        yield False
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -64,14 +121,10 @@ def sample(model: BlockModel, tokenizer, prompt: str, new_tokens: int) -> str | 
             f"eval.prompt ({length} tokens) and eval.sample_tokens={new_tokens} are beyond the model's context of "
             f"{context} tokens: shorten either"
         )
-    if model.offload:
-        size = sum(p.numel() * p.element_size() for p in network.parameters())
-        if size > 0.8 * torch.cuda.mem_get_info(device)[0]:
-            return None
-        home = [next(block.parameters()).device for block in model.blocks]
-        network.to(device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    try:
+    with whole_model(model) as resident:
+        if not resident:
+            return None
         output = network.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
@@ -83,8 +136,4 @@ def sample(model: BlockModel, tokenizer, prompt: str, new_tokens: int) -> str | 
             pad_token_id=padding if padding is not None else 0,
             use_cache=True,
         )
-    finally:
-        if model.offload:
-            for block, place in zip(model.blocks, home, strict=True):
-                block.to(place)
     return tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)

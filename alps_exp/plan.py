@@ -13,6 +13,7 @@ import torch
 from . import models
 from .blocks import find_blocks
 from .checks import parse_device
+from .evaluation import seqlen
 from .loop import linear_shapes
 from .naming import run_name
 from .problem import Statistics
@@ -66,12 +67,14 @@ def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list
     solving = sum(solver.flops(*shapes[name]) for name in patterns)
     windows = cfg["eval"]["windows"]
     everything = sum(p.numel() for p in skeleton.parameters())
-    evaluation = 2 * everything * (windows or 0) * cfg["eval"]["seqlen"] * len(cfg["eval"]["datasets"])
+    texts = len(cfg["eval"]["datasets"])
+    evaluation = 2 * everything * (windows or 0) * texts * (seqlen(cfg) if texts else 0)
     rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
-    whole = not windows and cfg["eval"]["datasets"]
-    unknown = "; evaluation on whole texts is not in it (eval.windows)" if whole else ""
+    missing = ["evaluation on whole texts (eval.windows)"] if texts and not windows else []
+    missing += ["tasks"] if cfg["eval"]["tasks"] else []
+    unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     return [
         f"tokens     {cfg['nsamples']} windows of {cfg['seqlen']}",
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",

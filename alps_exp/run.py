@@ -7,7 +7,7 @@ import errno
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate
+from . import data, evaluate, evaluation
 from .blocks import BlockModel
 from .checks import one_of, parse_device, require
 from .errors import UserError
@@ -66,38 +66,24 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
 
     config = models.load_config(cfg["model"])
     context = models.context_length(config)
-    asked = {"seqlen": cfg["seqlen"], **{f"eval.{key}": cfg["eval"][key] for key in ("seqlen", "sample_tokens")}}
-    for key, length in asked.items():
-        if context is not None and length > context:
-            raise UserError(f"{key}={length} is beyond the model's context of {context} tokens: give at most that")
+    if solver.prunes and context is not None and cfg["seqlen"] > context:
+        raise UserError(f"seqlen={cfg['seqlen']} is beyond the model's context of {context} tokens: give at most that")
     network = models.skeleton(config)
     shapes = linear_shapes(network, selection)
-    return selection.patterns_for(shapes, pattern, other_names(network)) if solver.prunes else {}
+    patterns = selection.patterns_for(shapes, pattern, other_names(network)) if solver.prunes else {}
+    evaluation.check(cfg)
+    return patterns
 
 
 def _check_texts(cfg: Mapping) -> None:
-    """What the configuration says about calibration and evaluation texts, without reading them."""
-    options, own = cfg["eval"], cfg["data"]
-    for key in ("seqlen", "batch_size", "windows"):
-        if not (key == "windows" and options["windows"] is None):
-            require(f"eval.{key}", options[key], int, 2 if key == "seqlen" else 1, float("inf"))
-    require("eval.sample_tokens", options["sample_tokens"], int, 0, float("inf"))
-    if not isinstance(options["prompt"], str):
-        raise UserError(f"eval.prompt={options['prompt']} is not allowed: give a text, as in eval.prompt='\"Once\"'")
-    data.check_node(own, cfg["model"]["bos"])
-    names = options["datasets"]
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")
-    for name in names:
-        if name != own["name"]:
-            data.data_node(name)
-    if options["path"] is not None and len(names) > 1:
-        raise UserError("eval.path stands in for one data set: name that one alone, eval.datasets=[NAME]")
-    for owner, key in (("data", "path"), ("data", "eval_path"), ("eval", "path")):
-        path = cfg[owner].get(key)
+    """What the configuration says about calibration texts, and about BOS, without reading them."""
+    for rule in (cfg["model"]["bos"], cfg["eval"]["bos"]):
+        data.check_node(cfg["data"], rule)
+    for key in ("path", "eval_path"):
+        path = cfg["data"].get(key)
         if path is not None and not Path(str(path)).expanduser().is_file():
             raise UserError(
-                f"{owner}.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
+                f"data.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
             )
 
 
@@ -163,11 +149,10 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
     watch = Stopwatch(device)
     patterns = validate(cfg)
 
-    tokens, evaluations = None, []
+    tokens = None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
-    for name in cfg["eval"]["datasets"]:
-        evaluations.append((name, *workspace.evaluation(cfg, name)))
+    prepared = evaluation.prepare(cfg, workspace)
     network = workspace.network(cfg, _dtype(cfg, device))
     record.environment["dtype"] = str(network.dtype).removeprefix("torch.")
     model = BlockModel(network, device)
@@ -191,9 +176,7 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
-    for name, windows, description in evaluations:
-        value = evaluate.perplexity(model, windows, cfg["eval"]["batch_size"], name)
-        record.evaluations.append({**description, "dataset": name, "metric": "perplexity", "value": value})
+    record.evaluations = evaluation.measure(prepared, cfg, model, workspace.tokenizer(cfg))
     if sampling and solver.prunes:
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])
         record.sample["pruned"] = text
@@ -267,12 +250,7 @@ def describe(record: RunRecord, directory: Path) -> str:
             f"  {record.summary['layers']} layers, {record.summary['sparsity']:.4f} zeros, mean relative loss "
             + (f"{loss:.4g}" if loss is not None else "not measured")
         )
-    for item in record.evaluations:
-        partial = f" of {item['total_windows']}, partial" if item.get("partial") else ""
-        lines.append(
-            f"  {item['metric']} {item['value']:.4g} on {item['dataset']} "
-            f"({item['windows']}{partial} windows of {item['seqlen']} tokens)"
-        )
+    lines += [f"  {line}" for line in evaluation.describe(record.evaluations)]
     if record.saved:
         dense, packed = record.saved["dense_bytes"], record.saved["packed_bytes"]
         lines.append(f"  saved packed: {packed / 1e6:.4g} MB, {packed / dense:.1%} of {dense / 1e6:.4g} MB dense")

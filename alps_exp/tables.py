@@ -36,11 +36,16 @@ def read_records(folder: Path) -> list[dict]:
     return records
 
 
-def comparison(records: Iterable[Mapping]) -> pd.DataFrame:
-    """One row per record: what ran, the sparsity reached, mean relative loss, perplexities and seconds.
+def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.DataFrame:
+    """One row per record: what ran, the sparsity reached, mean relative loss, perplexities, task scores and seconds.
 
-    Perplexity columns name data set, windows and seqlen, since a perplexity without them means nothing. The seconds are
-    those of calibration, solving and propagation; loading and evaluation are left out.
+    Perplexity columns name data set, windows and seqlen, since a perplexity without them means nothing; columns of
+    tasks that were evaluated in part say so. The seconds are those of calibration, solving and propagation; loading
+    and evaluation are left out.
+
+    Args:
+        records: run records as plain values.
+        every_metric: all metrics with their standard errors, instead of each task's usual one.
     """
     rows = []
     for record in records:
@@ -55,7 +60,10 @@ def comparison(records: Iterable[Mapping]) -> pd.DataFrame:
             "mean relative loss": summary.get("mean_relative_loss"),
         }
         for item in record["evaluations"]:
-            row[f"{item['dataset']} {item['metric']} ({item['windows']} × {item['seqlen']})"] = float(item["value"])
+            if every_metric or item.get("shown", True):
+                row[_column(item)] = float(item["value"])
+                if every_metric and item.get("stderr") is not None:
+                    row[f"{_column(item)} ±"] = float(item["stderr"])
         spent = [phases.get(f"{phase}_seconds") for phase in ("calibrate", "solve", "propagate")]
         row["seconds"] = sum(value for value in spent if value is not None) if any(spent) else None
         rows.append(row)
@@ -70,6 +78,13 @@ def comparison(records: Iterable[Mapping]) -> pd.DataFrame:
         .drop(columns="_order")
         .reset_index(drop=True)
     )
+
+
+def _column(item: Mapping) -> str:
+    name = f"{item['dataset']} {item['metric']}"
+    if "windows" in item:
+        return f"{name} ({item['windows']} × {item['seqlen']})"
+    return f"{name} ({item['samples']} of {item['total_samples']})" if item["partial"] else name
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -111,9 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alps_exp.tables", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, default=Path("results/runs"), help="folder of run records")
     parser.add_argument("tables", nargs="?", type=Path, default=Path("results/tables"), help="folder to write to")
+    parser.add_argument("--all-metrics", action="store_true", help="every metric of every task, with standard errors")
     options = parser.parse_args(arguments)
     try:
-        frame = comparison(read_records(options.runs))
+        frame = comparison(read_records(options.runs), options.all_metrics)
         if frame.empty:
             raise UserError(f"no {FILE} below {options.runs}: run something first, such as make demo")
         paths = write(frame, options.tables, "comparison")

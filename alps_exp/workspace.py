@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import data, evaluate, models
+from . import data, evaluate, evaluation, models
 from .blocks import BlockModel, block_linears, find_blocks
-from .errors import UserError
 
 
 class Workspace:
@@ -50,19 +49,18 @@ class Workspace:
 
     def evaluation(self, cfg: Mapping, name: str) -> tuple[Tensor, dict]:
         """Evaluation windows (windows, seqlen) of the data set `name`, and where they came from."""
-        options = cfg["eval"]
-        if options["path"] is not None and len(options["datasets"]) != 1:
-            raise UserError("eval.path stands in for one data set: name that one alone, eval.datasets=[NAME]")
+        options, seqlen = cfg["eval"], evaluation.seqlen(cfg)
+        path = evaluation.local_path(options, name)
         node = cfg["data"] if name == cfg["data"]["name"] else data.data_node(name)
-        key = _key(cfg["model"], node, options)
+        key = _key(cfg["model"], node, seqlen, options["windows"], options["bos"], path)
         if key not in self._texts:
             self._texts[key] = data.evaluation_tokens(
                 node,
                 self.tokenizer(cfg),
-                seqlen=options["seqlen"],
+                seqlen=seqlen,
                 windows=options["windows"],
-                bos=cfg["model"]["bos"],
-                path=options["path"],
+                bos=options["bos"],
+                path=path,
             )
         return self._texts[key]
 

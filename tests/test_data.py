@@ -162,10 +162,10 @@ def test_evaluation_windows(gpt2, tmp_path, text_file):
     tokens, description = data.evaluation_tokens(local, gpt2, seqlen=100, path=str(text_file))
     assert tokens.tolist() == [stream[start : start + 100] for start in range(0, len(stream) - 99, 100)]
     assert description["windows"] == description["total_windows"] == len(stream) // 100
-    assert not description["partial"] and "all of" in description["protocol"]
+    assert not description["partial"] and "all of" in description["reading"]
     some, description = data.evaluation_tokens(local, gpt2, seqlen=100, windows=3, path=str(text_file))
     assert torch.equal(some, tokens[:3]) and description["partial"] and description["windows"] == 3
-    assert f"the first 3 of {len(tokens)}" in description["protocol"]
+    assert f"the first 3 of {len(tokens)}" in description["reading"]
 
 
 def test_c4_evaluates_1100_documents_and_at_most_256_windows(gpt2, tmp_path):
@@ -354,7 +354,7 @@ def test_real_web_text(shared):
 
 def test_every_data_yaml_has_the_same_keys_and_its_command():
     files = sorted((CONF / "data").glob("*.yaml"))
-    assert [file.stem for file in files] == ["c4", "demo", "local", "ptb", "wikitext2"]
+    assert [file.stem for file in files] == ["c4", "c4_sampled", "demo", "local", "ptb", "ptb_valid", "wikitext2"]
     for file in files:
         fields = data.data_node(file.stem)
         assert sorted(fields) == sorted(data.data_node("c4")) and fields["name"] == file.stem
