@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 from .errors import UserError
 
@@ -22,21 +21,18 @@ def main(overrides: list[str]) -> int:
     """Run the demo with further overrides (`python -m alps_exp.demo nsamples=32`); returns the exit status."""
     start = time.perf_counter()
     # Imported here so that the time of importing counts: it is part of what the user waits for.
-    from . import tables
-    from .naming import run_name
+    from . import sweep, tables
     from .overrides import compose
-    from .run import run
-    from .workspace import Workspace
 
-    workspace, records = Workspace(keep=True), []
+    sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}", f"sparsity={SPARSITY}"]
     try:
-        for method in METHODS:
-            sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}"]
-            cfg = compose([f"method={method}", f"sparsity={SPARSITY}", *sizes, *overrides])
-            records.append(run(cfg, Path("results/runs") / run_name(cfg), workspace))
+        configs = [compose([f"method={method}", *sizes, *overrides]) for method in METHODS]
+        records, failed = sweep.execute(configs, again=True)
     except UserError as error:
         print(f"alps_exp: {error}", file=sys.stderr)
         return 2
+    if failed:
+        return 1
     frame = tables.comparison(records).drop(columns=["status", "seed"])
     frame.loc[frame["method"] == "dense", "sparsity"] = "0"
     print(f"\n{tables.markdown(frame)}")

@@ -147,8 +147,8 @@ def describe(rows: Sequence[Mapping]) -> list[str]:
             partial = f" of {row['total_windows']}, partial" if row["partial"] else ""
             size = f"{row['windows']}{partial} windows of {row['seqlen']} tokens"
         else:
-            partial = f" of {row['total_samples']}, partial" if row["partial"] else ""
-            size = f"{row['samples']}{partial} examples"
+            partial = f"of {row['total_samples']} examples, partial" if row["partial"] else "examples"
+            size = f"{row['samples']} {partial}"
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.2g}"
         lines.append(f"{row['metric']} {row['value']:.4g}{error} on {row['dataset']} ({size})")
     return lines

