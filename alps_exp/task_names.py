@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import lm_eval.utils
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import __file__ as _lm_eval_tasks
 
@@ -74,7 +76,7 @@ def _manager(names: tuple[str, ...]) -> TaskManager:
     usual = _usual_tasks(root)
     if set(names) <= set(usual.all_tasks):
         return usual
-    with quiet():
+    with calling_lm_eval():
         everything = _all_tasks()
     for name in names:
         if name not in everything.task_index:
@@ -86,7 +88,7 @@ def _manager(names: tuple[str, ...]) -> TaskManager:
 
 @cache
 def _usual_tasks(root: Path) -> TaskManager:
-    with quiet():
+    with calling_lm_eval():
         return TaskManager(include_path=[root / folder for folder in _USUAL], include_defaults=False)
 
 
@@ -125,10 +127,10 @@ def load(names: list[str], shots: int | None, source: str) -> tuple[Mapping, dic
         folder, sources = cached_tasks(leaves, open_source(source))
         root = Path(_lm_eval_tasks).parent
         roots = [root / part for part in _USUAL] if manager is _usual_tasks(root) else [root]
-        with quiet():
+        with calling_lm_eval():
             manager = TaskManager(include_path=[*roots, folder], include_defaults=False)
     try:
-        with quiet():
+        with calling_lm_eval():
             return manager.load(list(names)), sources
     except Exception as error:  # datasets, jinja and the tasks' own code raise whatever they stumble on
         where = "the hub" if source == "hub" else f"eval.task_source={source}"
@@ -164,21 +166,20 @@ def _check_hub(manager: TaskManager, names: list[str], shots: int | None) -> Non
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval's lines and bars from logs (a terminal gets bars), and let it start no processes beside a GPU."""
-    logger = logging.getLogger("lm_eval")
-    level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
+def calling_lm_eval() -> Iterator[None]:
+    """Around calls into lm-eval: no lines and bars in logs, templates compiled once, no processes beside a GPU."""
+    logger, templates = logging.getLogger("lm_eval"), lm_eval.utils.env
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"
+    # lm-eval compiles a task's templates again for every row: of the time to make prompts that is nine tenths.
+    compiled = cache(templates.from_string)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"))
+            stack.enter_context(mock.patch.object(templates, "from_string", compiled))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if not sys.stderr.isatty():
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before

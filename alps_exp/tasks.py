@@ -25,7 +25,7 @@ from .blocks import BlockModel
 from .checks import one_of, require
 from .errors import UserError
 from .evaluate import whole_model
-from .task_names import Request, load, quiet, request
+from .task_names import Request, calling_lm_eval, load, request
 
 # The seeds of lm-eval's command line.
 _RANDOM_SEED, _SEED = 0, 1234
@@ -163,7 +163,7 @@ class _Lengths:
             )
         if self.context is None:
             return 0
-        with quiet():
+        with calling_lm_eval():
             task.set_fewshot_seed(seed=_SEED)
             task.build_all_requests(samples=rows, rank=0, world_size=1)
         if generates:
@@ -208,7 +208,7 @@ def measure(passes: tuple[Pass, ...], cfg: Mapping, model: BlockModel, tokenizer
     if size == "auto" and device.type == "cpu":
         size = _CPU_BATCH
     rows = []
-    with whole_model(model), quiet():
+    with whole_model(model), calling_lm_eval():
         # A copy: lm-eval gives the tokenizer a padding token, which must not be saved with the model.
         network = TaskModel(
             model.model,
