@@ -194,6 +194,16 @@ def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, s
     assert [row["value"] for row in sample["evaluations"]] == [row["value"] for row in alone["evaluations"]]
 
 
+def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeypatch):
+    from alps_exp import tasks
+
+    fixed = runs.run(compose([*settings, "eval.task_batch_size=3"]), tmp_path / "fixed")
+    monkeypatch.setattr(tasks, "_CPU_BATCH", "auto")  # as on a GPU
+    monkeypatch.setattr(tasks, "_MOST_BATCH", 8)
+    found = runs.run(compose(settings), tmp_path / "found")
+    assert [row["value"] for row in found["evaluations"]] == [row["value"] for row in fixed["evaluations"]]
+
+
 def test_groups_and_examples_in_the_prompt(settings, tmp_path, source, monkeypatch):
     from alps_exp.task_model import TaskModel
 
