@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import naming, overrides
 from .errors import UserError
+from .redaction import redacted
 
 RUNS = Path("results/runs")
 
@@ -82,8 +83,8 @@ def execute(configs: Sequence[DictConfig], again: bool = False, minutes: float |
         except Exception as error:
             failed += 1
             if not isinstance(error, UserError):
-                traceback.print_exc()
-            print(f"alps_exp: {directory.name}: {error}", file=sys.stderr, flush=True)
+                print(redacted(traceback.format_exc()), file=sys.stderr)
+            print(redacted(f"alps_exp: {directory.name}: {error}"), file=sys.stderr, flush=True)
         gc.collect()  # the network of the run before refers to itself
         longest = max(longest, time.perf_counter() - begin)
     return records, failed
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records, failed = execute(configurations(options.words), minutes=options.minutes)
     except UserError as error:
-        print(f"alps_exp: {error}", file=sys.stderr)
+        print(redacted(f"alps_exp: {error}"), file=sys.stderr)
         return 2
     if records:
         print(f"\n{tables.markdown(tables.comparison(records).drop(columns=['status']))}")
