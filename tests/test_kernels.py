@@ -149,7 +149,8 @@ def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written):
 def test_a_gram_matrix_from_half_precision_inputs_loses_nothing(dtype):
     generator = torch.Generator(DEVICE).manual_seed(6)
     mixing = torch.randn(128, 512, generator=generator, device=DEVICE)
-    x = (torch.randn(4, 2048, 128, generator=generator, device=DEVICE) @ mixing / 8 + 0.3).to(dtype)
+    noise = torch.randn(4, 2048, 512, generator=generator, device=DEVICE)
+    x = (torch.randn(4, 2048, 128, generator=generator, device=DEVICE) @ mixing / 8 + 0.5 * noise + 0.3).to(dtype)
     weight = torch.randn(384, 512, generator=generator, device=DEVICE)
     accumulator = Accumulator(512, Statistics.GRAM, DEVICE)
     for window in x.split(1):
