@@ -6,7 +6,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format tables bench clean
+.PHONY: help setup demo test crash lint format tables bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: setup ## Prune a real model with all five methods and print the table
 
 test: setup ## Run the tests
 	@$(python) -m pytest $(ARGS)
+
+crash: setup ## Kill runs of a tiny model at random moments and see that each goes on to the same result (minutes)
+	@$(python) tests/crash.py $(ARGS)
 
 lint: setup ## Check style
 	@$(python) -m ruff check .

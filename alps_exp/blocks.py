@@ -8,14 +8,21 @@ and positions differ between layer types) or hand in finished hidden states, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import assign
 from .errors import UserError
+from .memory import free_device
+
+if TYPE_CHECKING:
+    from .streaming import StreamedBlocks
 
 # A model that takes less than this share of the free device memory stays there; a larger one visits block by block.
 _RESIDENT_SHARE = 0.1
@@ -103,25 +110,43 @@ class BlockModel:
         device: where the blocks compute.
         offload: keep the blocks where they are and bring one at a time to `device`; by default so unless the model is
             small beside the device's free memory.
+        source: reads the blocks from files, for a model of which only the rest is in memory (`open_streamed`).
+        hidden_states: where hidden states lie between blocks, one of `hidden.PLACES`.
+        scratch: folder for those on disk; the system's for temporary files by default.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, offload: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        offload: bool | None = None,
+        source: StreamedBlocks | None = None,
+        hidden_states: str = "auto",
+        scratch: Path | None = None,
+    ) -> None:
         self.model = model
         self.device = device
+        self.source = source
+        self.hidden_states = hidden_states
+        self.scratch = scratch
         self.prefix, self.blocks = find_blocks(model)
         self._returns_tuple: bool | None = None
         self._calls: dict[tuple[int, int], list[Call]] = {}  # by (windows, seqlen) of a batch
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
         if offload is None:
-            offload = device.type == "cuda" and size > _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-        self.offload = offload
-        if offload:
+            offload = device.type == "cuda" and self.size > _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+        self.offload = offload or source is not None
+        if self.offload:
             self._move_outside_blocks()
         else:
             model.to(device)
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parameters, wherever they are."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def name(self, index: int) -> str:
         """Full name of a block."""
@@ -135,17 +160,51 @@ class BlockModel:
             self.model.to(self.device)
         finally:
             setattr(owner, attribute, self.blocks)
+        if self.source is not None:  # what blocks hold besides the weights that are read, such as rotary frequencies
+            for module in self.blocks.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and not buffer.is_meta:
+                        module._buffers[name] = buffer.to(self.device)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """A block, on the device for the length of the context."""
+    def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
+        """A block, on the device for the length of the context.
+
+        Args:
+            index: which one.
+            dense: of a streamed model, the unpruned one although it was pruned already.
+        """
         block = self.blocks[index]
-        home = next(block.parameters()).device
-        block.to(self.device)
+        if self.source is None:
+            home = next(block.parameters()).device
+            block.to(self.device)
+            try:
+                yield block
+            finally:
+                block.to(home)
+            return
+        tensors = self.source.take(index, dense)
+        self.source.prefetch(index + 1)
+        assign(block, {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()})
+        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        del tensors  # on a GPU the host's copy is of no use any more
         try:
             yield block
         finally:
-            block.to(home)
+            assign(block, empty)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module | None]:
+        """The model with all blocks on the device for the length of the context; None where they do not fit."""
+        if not self.offload:
+            yield self.model
+        elif self.size > 0.8 * free_device(self.device):
+            yield None
+        else:
+            with ExitStack() as stack:
+                for index in range(len(self)):
+                    stack.enter_context(self.block(index))
+                yield self.model
 
     @contextmanager
     def _stubs(self, stub: Callable[..., Tensor | tuple]) -> Iterator[None]:
@@ -207,6 +266,11 @@ class BlockModel:
             output = type(block).forward(block, hidden[:, :1].expand_as(hidden), *call.args, **call.kwargs)
         self._returns_tuple = isinstance(output, tuple)
 
+    def know_calls(self, tokens: Tensor) -> None:
+        """Record the blocks' arguments for windows of this shape, (windows, seqlen), unless they are known."""
+        if tuple(tokens.shape) not in self._calls:
+            self.embed(tokens)
+
     def check_calls(self, tokens: Tensor) -> None:
         """Refuse a model whose blocks take arguments that depend on the tokens, since each block's are recorded once.
 
@@ -248,49 +312,3 @@ def _equal(one, other) -> bool:
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return type(one) is type(other)
-
-
-class HiddenStates:
-    """The hidden states of all windows between two blocks, in batches, on the device or in host memory.
-
-    Args:
-        model: the model, which embeds the windows.
-        tokens: (windows, seqlen).
-        batch_size: windows per forward.
-    """
-
-    def __init__(self, model: BlockModel, tokens: Tensor, batch_size: int) -> None:
-        self._device = model.device
-        self._store = model.device
-        self.batches: list[Tensor] = []
-        chunks = tokens.split(batch_size)
-        for index, chunk in enumerate(chunks):
-            hidden = model.embed(chunk)
-            if index == 0 and model.device.type == "cuda":
-                free = torch.cuda.mem_get_info(model.device)[0]
-                if hidden.numel() * hidden.element_size() * len(chunks) > 0.25 * free:
-                    self._store = torch.device("cpu")
-            if index == 1 and chunk.shape == chunks[0].shape:
-                model.check_calls(chunk)
-            self.batches.append(hidden.to(self._store))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self.batches:
-            yield batch.to(self._device, non_blocking=True)
-
-    def advance(self, model: BlockModel, index: int, block: nn.Module) -> None:
-        """Replace every batch by the block's output.
-
-        Raises:
-            UserError: the output has NaN or infinite entries.
-        """
-        bad = torch.zeros((), dtype=torch.int64, device=self._device)
-        for position, hidden in enumerate(self):
-            output = model.forward_block(index, block, hidden)
-            bad += (~torch.isfinite(output)).sum()
-            self.batches[position] = output.to(self._store)
-        if int(bad):
-            raise UserError(
-                f"{model.name(index)} produces {int(bad)} NaN or infinite activations: check the checkpoint, or use "
-                "another dtype (dtype=bfloat16 or dtype=float32 where float16 overflows)"
-            )

@@ -47,8 +47,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         status = _report(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        status = _report("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        status = _report(str(error) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader (head, less) has gone; say nothing, and keep Python from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .blocks import BlockModel, HiddenStates
+from .blocks import BlockModel
 from .errors import UserError
+from .hidden import HiddenStates
 from .models import context_length
 from .progress import Progress
 
@@ -38,7 +39,7 @@ def perplexity(model: BlockModel, tokens: Tensor, batch_size: int = 1, label: st
     for index in Progress(range(len(model)), f"perplexity {label}".strip(), lines=2, quiet=quiet):
         with model.block(index) as block:
             hidden.advance(model, index, block)
-    chunks = zip(tokens.split(batch_size), hidden, strict=True)
+    chunks = zip(tokens.split(hidden.sizes), hidden, strict=True)
     mean = float(torch.cat([_window_losses(model, chunk, states) for chunk, states in chunks]).mean())
     if not math.isfinite(mean):
         raise UserError(f"the loss on {label or 'the text'} is {mean}: the model's head overflows; try dtype=float32")
@@ -69,19 +70,10 @@ def whole_model(model: BlockModel) -> Iterator[bool]:
     Yields:
         Whether the blocks stay on the device; otherwise each comes for its own forward, which is slow.
     """
-    if not model.offload:
-        yield True
-        return
-    size = sum(p.numel() * p.element_size() for p in model.model.parameters())
-    if size <= 0.8 * torch.cuda.mem_get_info(model.device)[0]:
-        home = [next(block.parameters()).device for block in model.blocks]
-        model.model.to(model.device)
-        try:
+    with model.whole() as whole:
+        if whole is not None:
             yield True
-        finally:
-            for block, place in zip(model.blocks, home, strict=True):
-                block.to(place)
-        return
+            return
     handles = []
     for index, block in enumerate(model.blocks):
         visit = []

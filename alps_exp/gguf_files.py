@@ -52,13 +52,13 @@ def _converted(file: Path, size: int, modified: int) -> Path:
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
         try:
             _convert(file, scratch)
-            _publish(scratch, target)
+            publish(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
-def _publish(scratch: Path, target: Path) -> None:
+def publish(scratch: Path, target: Path) -> None:
     """Give the finished folder its name in one step; another process may have been faster, with the same content."""
     try:
         scratch.rename(target)

@@ -6,12 +6,19 @@ own retries wait 23 s for each missing file of a machine without network.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 from .errors import UserError
 
 PROBE_SECONDS = 10
+
+# Index and single file of a checkpoint, the kinds in the order of preference.
+_WEIGHTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 
 
 def offline_only(repo: str, revision: str | None, kind: str, remedy: str) -> bool:
@@ -82,6 +89,39 @@ def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[
         raise UserError(explain(error, f"data set {repo!r} ({filename})", revision, remedy)) from None
     # The cache's layout is …/snapshots/COMMIT/FILENAME.
     return Path(path), Path(path).parents[filename.count("/")].name
+
+
+def checkpoint_folder(repo: str, revision: str | None, remedy: str) -> Path:
+    """The folder in the hub's cache with all weight files of a model, downloaded once; safetensors before `.bin`.
+
+    Raises:
+        UserError: hub not reachable and files not cached, no such repository or revision, no weights, access refused.
+    """
+    import httpx
+    from huggingface_hub import errors, hf_hub_download
+
+    local = offline_only(repo, revision, "model", remedy)
+
+    def get(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local))
+        except errors.EntryNotFoundError:  # also one that is not in the cache
+            return None
+
+    try:
+        get("generation_config.json")
+        for listing, single in _WEIGHTS:
+            index = get(listing)
+            if index is None and (file := get(single)) is not None:
+                return file.parent
+            if index is not None:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if missing := [name for name in names if get(name) is None]:
+                    raise UserError(f"model {repo!r} lacks {missing[0]}, which {listing} names; {remedy}")
+                return index.parent
+    except (httpx.HTTPError, OSError) as error:
+        raise UserError(explain(error, f"model {repo!r}", revision, remedy)) from None
+    raise UserError(f"model {repo!r} has no weights in safetensors or .bin files that can be reached; {remedy}")
 
 
 def explain(error: BaseException, what: str, revision: str | None, remedy: str) -> str:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import BlockModel, HiddenStates, block_linears, find_blocks
+from .blocks import BlockModel, block_linears, find_blocks
 from .errors import UserError
+from .hidden import HiddenStates
 from .patterns import Pattern
 from .problem import LayerProblem, Statistics
 from .progress import Progress
+from .progress_store import FinishedBlock, ProgressStore
 from .record import LayerRow, PruneResult
 from .selection import Selection
 from .solver import Solution, Solver, Stopwatch, full_precision
 from .statistics import Collector
+from .thrift import Thrift, naming_the_step
 
 PROPAGATE = ("pruned", "dense")
+Group = tuple[list[str], dict]  # layers that share an input, and its statistics
 
 
 @dataclass(frozen=True)
@@ -79,70 +85,210 @@ def out_major(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def prune_blocks(model: BlockModel, job: PruneJob) -> PruneResult:
-    """Prune the model in place, block by block.
+def prune_blocks(model: BlockModel, job: PruneJob, store: ProgressStore | None = None) -> PruneResult:
+    """Prune the model in place, block by block; of a streamed model, into the store's shards.
+
+    Args:
+        model: the model.
+        job: what to do.
+        store: where finished blocks are kept; those that it holds are taken from there and not solved again.
 
     Raises:
-        UserError: NaN or infinite weights or activations (the layer or block is named), or a layer that the method
-            cannot solve.
+        UserError: NaN or infinite weights or activations (the layer or block is named), a layer that the method
+            cannot solve, or a device whose memory does not suffice after every measure.
     """
-    result = PruneResult()
-    if not job.patterns:
-        return result
-    watch = Stopwatch(model.device)
-    hidden = None
-    if job.statistics:
-        hidden = HiddenStates(model, job.tokens, job.batch_size)
-        watch.lap("calibrate")
-    booked = sum(watch.seconds.values())
-    progress = Progress(range(len(model)), "pruning blocks", quiet=job.quiet)
-    for index in progress:
+    return _Loop(model, job, store).run() if job.patterns else PruneResult()
+
+
+class _Loop:
+    """The state of one pass over the blocks."""
+
+    def __init__(self, model: BlockModel, job: PruneJob, store: ProgressStore | None) -> None:
+        if model.source is not None and store is None:
+            raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
+        self.model, self.job, self.store = model, job, store
+        self.thrift = Thrift(**store.thrift) if store is not None else Thrift()
+        self.hidden: HiddenStates | None = None
+        self.result = PruneResult()
+
+    def run(self) -> PruneResult:
+        finished = self.store.finished if self.store is not None else []
+        watch = Stopwatch(self.model.device)
+        if self.job.statistics and len(finished) < len(self.model):
+            self.hidden = self._embedded()
+            watch.lap("calibrate")
+        progress = Progress(range(len(self.model)), "pruning blocks", quiet=self.job.quiet)
+        for index in progress:
+            if index < len(finished):
+                block = finished[index]
+                self._restore(index, block)
+                watch.lap("restore")
+            else:
+                if index == len(finished) and self.hidden is not None and self.thrift.sizes:
+                    self.hidden.rechunk(self.thrift.sizes)
+                block, tensors = self._prune(index)
+                watch.lap("blocks")
+                self._keep(index, block, tensors)
+                watch.lap("write")
+            self._book(block)
+            if losses := [row.relative_loss for row in block.rows if row.relative_loss is not None]:
+                progress.note(f"mean relative loss {math.fsum(losses) / len(losses):.4g}")
+        if self.store is not None:
+            self.store.wait()
+            watch.lap("write")
+        watch.seconds.pop("blocks", None)  # the blocks have booked theirs
+        self._add(watch.seconds)
+        self.result.notes = list(self.thrift.notes)
+        return self.result
+
+    def _embedded(self) -> HiddenStates:
+        with naming_the_step("embedding"):
+            hidden = HiddenStates(self.model, self.job.tokens, self.job.batch_size, self.thrift.place)
+        self._take_over("embedding", hidden)
+        return hidden
+
+    def _book(self, block: FinishedBlock) -> None:
+        self.result.layers += block.rows
+        self.result.block_seconds.append(sum(block.seconds.values()))
+        self._add(block.seconds)
+
+    def _add(self, seconds: Mapping[str, float]) -> None:
+        for phase, spent in seconds.items():
+            self.result.seconds[phase] = self.result.seconds.get(phase, 0.0) + spent
+
+    def _take_over(self, where: str, hidden: HiddenStates) -> None:
+        if self.thrift.take_over(where, hidden):
+            self._remember_thrift()
+
+    def _remember_thrift(self) -> None:
+        if self.store is not None:
+            self.store.keep_thrift(dataclasses.asdict(self.thrift))
+
+    def _restore(self, index: int, block: FinishedBlock) -> None:
+        """Take over a finished block, and bring the hidden states behind it."""
+        dense = self.job.propagate == "dense"
+        if self.model.source is not None:
+            self.model.source.replace(index, self.store.shard(index))
+        if self.hidden is not None:
+            self.hidden.rechunk(block.sizes)
+            with self.model.block(index, dense) as module:
+                if not dense:
+                    self._load(index, module)
+                with naming_the_step(self.model.name(index)):
+                    self.hidden.advance(self.model, index, module)
+        if dense or self.hidden is None:
+            self._load(index, self.model.blocks[index])
+
+    def _load(self, index: int, module: nn.Module) -> None:
+        """Put a finished block's weights into a model that is in memory as a whole."""
+        if self.model.source is None:
+            prefix = f"{self.model.name(index)}."
+            shard = load_file(self.store.shard(index))
+            module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in shard.items()})
+
+    def _prune(self, index: int) -> tuple[FinishedBlock, dict[str, Tensor]]:
+        """Solve a block and advance the hidden states; the block's tensors are returned in host memory."""
+        model, job = self.model, self.job
+        watch, name = Stopwatch(model.device), model.name(index)
+        propagating = self.hidden is not None and index < len(model) - 1
+        sizes: list[int] = []
         with model.block(index) as block:
             linears = {
-                name: module
-                for name, module in block_linears(block, model.name(index), job.selection.excluded).items()
-                if name in job.patterns
+                layer: module
+                for layer, module in block_linears(block, name, job.selection.excluded).items()
+                if layer in job.patterns
             }
-            last = index == len(model) - 1
-            groups = _capture(model, index, block, linears, hidden, job)
-            if hidden is not None and job.propagate == "dense" and not last:
-                hidden.advance(model, index, block)
+            groups = self._capture(index, block, linears)
+            if propagating and job.propagate == "dense":
+                sizes = self._advance(index, block)
             watch.lap("calibrate")
-            rows = []
-            for names, fields in groups:
-                rows += _solve_group(index, {name: linears[name] for name in names}, fields, job)
+            rows = self._solve(index, linears, groups)
+            rows.sort(key=lambda row: list(linears).index(row.name))
             watch.lap("solve")
-            result.layers += sorted(rows, key=lambda row: list(linears).index(row.name))
-            if hidden is not None and job.propagate == "pruned" and not last:
-                hidden.advance(model, index, block)
-                watch.lap("propagate")
-        if losses := [row.relative_loss for row in rows if row.relative_loss is not None]:
-            progress.note(f"mean relative loss {math.fsum(losses) / len(losses):.4g}")
-        result.block_seconds.append(sum(watch.seconds.values()) - booked)
-        booked = sum(watch.seconds.values())
-    result.seconds = watch.seconds
-    return result
+            if propagating and job.propagate == "pruned":
+                sizes = self._advance(index, block)
+            watch.lap("propagate")
+            tensors = {}
+            if self.store is not None:
+                tensors = {f"{name}.{own}": tensor.detach().cpu() for own, tensor in block.state_dict().items()}
+        return FinishedBlock(rows, watch.seconds, sizes), tensors
+
+    def _keep(self, index: int, block: FinishedBlock, tensors: dict[str, Tensor]) -> None:
+        if self.store is None:
+            return
+        self.store.finish(index, tensors, block)
+        if self.model.source is not None:
+            self.model.source.replace(index, self.store.shard(index))
+
+    def _advance(self, index: int, block: nn.Module) -> list[int]:
+        """Replace the hidden states by the block's output; the windows of each forward."""
+        with naming_the_step(self.model.name(index)):
+            self.hidden.advance(self.model, index, block)
+        self._take_over(self.model.name(index), self.hidden)
+        return list(self.hidden.sizes)
+
+    def _capture(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group]:
+        """Groups of layers that share an input, each with the fields of their problems' statistics."""
+        if self.hidden is None or not linears:
+            return [([name], {}) for name in linears]
+        while (groups := self._collect(index, block, linears)) is None:
+            self.thrift.for_statistics(self.model.name(index), self.hidden, len(linears))
+            self._remember_thrift()
+        return groups
+
+    def _collect(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group] | None:
+        """None when the device's memory does not suffice."""
+        names, groups = list(linears), []
+        step = -(-len(names) // self.thrift.passes)
+        for begin in range(0, len(names), step):
+            collector = Collector({name: linears[name] for name in names[begin : begin + step]}, self.job.statistics)
+            try:
+                for batch in self.hidden:
+                    collector.begin(batch)
+                    self.model.forward_block(index, block, batch)
+                groups += self._thriftily([(members, sums.problem_fields()) for members, sums in collector.finish()])
+            except torch.OutOfMemoryError:
+                collector.remove()
+                return None
+        return groups
+
+    def _thriftily(self, groups: list[Group]) -> list[Group]:
+        """The same groups, as the measures against lack of memory have them: in host memory, layers one by one."""
+        if self.thrift.statistics_on_host:
+            groups = [(names, _moved(fields, torch.device("cpu"))) for names, fields in groups]
+        if self.thrift.one_by_one:
+            groups = [([name], fields) for names, fields in groups for name in names]
+        return groups
+
+    def _solve(self, index: int, linears: Mapping[str, nn.Module], groups: list[Group]) -> list[LayerRow]:
+        """Solve the groups and write the weights; a group's statistics are freed when it is done."""
+        rows = []
+        while groups:
+            names, fields = groups[0]
+            try:
+                rows += _solve_group(
+                    index, {name: linears[name] for name in names}, _moved(fields, self.model.device), self.job
+                )
+            except torch.OutOfMemoryError:
+                solved = False
+            else:
+                solved = True
+            del fields
+            if solved:
+                del groups[0]
+                continue
+            self.thrift.for_solving(self.model.name(index), self.hidden, len(names))
+            self._remember_thrift()
+            groups[:] = self._thriftily(groups)
+        return rows
 
 
-def _capture(
-    model: BlockModel,
-    index: int,
-    block: nn.Module,
-    linears: Mapping[str, nn.Module],
-    hidden: HiddenStates | None,
-    job: PruneJob,
-) -> list[tuple[list[str], dict]]:
-    """Groups of layers that share an input, each with the fields of their problems' statistics."""
-    if hidden is None or not linears:
-        return [([name], {}) for name in linears]
-    collector = Collector(dict(linears), job.statistics)
-    for batch in hidden:
-        collector.begin(batch)
-        model.forward_block(index, block, batch)
-    return [(names, accumulator.problem_fields()) for names, accumulator in collector.finish()]
+def _moved(fields: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
 
 
 def _solve_group(index: int, linears: Mapping[str, nn.Module], fields: dict, job: PruneJob) -> list[LayerRow]:
+    """Rows of layers that share an input; their weights are written once all of it has succeeded."""
     with full_precision():
         problems = [
             LayerProblem(out_major(module).to(torch.float32, copy=True), name=name, **fields)
@@ -158,10 +304,12 @@ def _solve_group(index: int, linears: Mapping[str, nn.Module], fields: dict, job
                 "(nsamples) or more damping (method.damping)"
             ) from None
         seconds = watch.lap("solve") / len(problems)
-        rows = []
+        rows, written = [], []
         for problem, pattern, solution, module in zip(problems, patterns, solutions, linears.values(), strict=True):
-            out_major(module).copy_(solution.weight)
-            rows.append(_row(index, problem, pattern, solution, out_major(module).float(), seconds, job))
+            written.append(solution.weight.to(module.weight.dtype))
+            rows.append(_row(index, problem, pattern, solution, written[-1].float(), seconds, job))
+    for module, weight in zip(linears.values(), written, strict=True):
+        out_major(module).copy_(weight)
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,13 @@ from transformers import (
 )
 
 from . import hub, packed
+from .bin_files import safetensors_folder
+from .checkpoint import Checkpoint, check_folder, fingerprint
 from .checks import one_of
 from .errors import UserError
 from .gguf_files import converted_folder
 from .packages import package_folder
+from .streaming import StreamedBlocks, open_streamed
 
 _REMEDY = "give a folder with model=local model.path=DIR"
 
@@ -119,17 +122,71 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
     return _freeze(loaded)
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def load_streamed(
+    model: Mapping, dtype: torch.dtype | str = "auto", pin: bool = False
+) -> tuple[PreTrainedModel, StreamedBlocks]:
+    """The model with the weights outside its decoder blocks, and the source from which the blocks are read.
+
+    Args:
+        model: a model node; a checkpoint on the hub is downloaded, one in `.bin` files converted, once.
+        dtype: of the weights; "auto" is the checkpoint's own.
+        pin: read blocks into page-locked memory, for a CUDA device.
+
+    Raises:
+        UserError: as `load_model`; also a model whose weights cannot be read block by block.
+    """
+    source = _locate(model)
+    config = _config(source)
+    if source.trust_remote_code:
+        raise UserError(f"{source.what} brings model code of its own, which is not streamed: give stream=false")
+    folder = Path(source.path)
+    if not folder.is_dir():
+        folder = hub.checkpoint_folder(source.path, source.revision, _REMEDY)
+    if packed.is_packed(folder):
+        raise UserError(f"{source.what} holds packed weights, which are not streamed: give stream=false")
+    checkpoint = Checkpoint(safetensors_folder(folder))
+    if dtype == "auto":
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else checkpoint.dtype()
+    network = skeleton(config, dtype)
+    network.config.name_or_path = source.path
+    with suppress(OSError):  # not every checkpoint has one; the model's configuration stands in for it then
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+    return network, open_streamed(network, checkpoint, source.what, pin)
+
+
+def check_weights(model: Mapping) -> None:
+    """Refuse a local checkpoint with files that are missing, truncated or damaged, without reading its weights."""
+    folder = Path(_locate(model).path)
+    if folder.is_dir():
+        check_folder(folder)
+
+
+def identity(model: Mapping) -> dict[str, str]:
+    """What tells this checkpoint from others: a local one's files (see `fingerprint`), the commit of one on the hub."""
+    source = _locate(model)
+    folder = Path(source.path)
+    if folder.is_dir() and folder.parent.name != "snapshots":
+        return fingerprint(folder)
+    commit = folder.name if folder.is_dir() else getattr(_config(source), "_commit_hash", None)
+    return {"commit": str(commit)}
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model without weights: parameters on the meta device, buffers (rotary frequencies) real, frozen, eval mode.
+
+    Args:
+        config: the model's.
+        dtype: of the parameters; transformers' choice by default.
 
     Raises:
         UserError: the configuration is not one of a causal language model.
     """
     from accelerate import init_empty_weights
 
+    arguments = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights(include_buffers=False):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **arguments)
     except ValueError as error:
         raise UserError(f"{config.model_type} is not a causal language model ({hub.first_line(error)})") from None
     # Each parameter was replaced by a tensor of its own as it was registered, which undid the tying of lm_head.

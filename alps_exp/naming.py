@@ -9,13 +9,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-# Where the run is logged and whether it is only planned change neither weights nor evaluations.
-_NOT_HASHED = ("hydra", "logger", "plan")
+# Where the run is logged, whether it is only planned or resumed, and what is in memory when, change neither weights nor
+# evaluations.
+NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume")
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """sha256 (hex) of the resolved configuration, without Hydra's own part, the logger and `plan`."""
-    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _NOT_HASHED])
+    """sha256 (hex) of the resolved configuration, without Hydra's own part and the keys that change no result."""
+    kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_HASHED])
     content = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -38,9 +39,15 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def register() -> None:
-    """Make `${run_name:}` known to OmegaConf; conf/config.yaml names the run's directory by it."""
+    """Make `${run_name:}` and `${run_dir:}` known to OmegaConf; conf/config.yaml names the run's directory by them."""
     OmegaConf.register_new_resolver("run_name", _resolve_run_name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _resolve_run_dir, replace=True)
 
 
 def _resolve_run_name(*, _root_: DictConfig) -> str:
     return run_name(_root_)
+
+
+def _resolve_run_dir(*, _root_: DictConfig) -> str:
+    resume = _root_.get("resume", "auto")
+    return str(resume) if resume not in ("auto", False) else f"results/runs/{run_name(_root_)}"

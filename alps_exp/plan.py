@@ -14,11 +14,13 @@ from . import models
 from .blocks import find_blocks
 from .checks import parse_device
 from .evaluation import seqlen
+from .hidden import choose_place
 from .loop import linear_shapes
 from .naming import run_name
 from .problem import Statistics
 from .registry import build
-from .run import DTYPES, selection_of, validate
+from .run import DTYPES, dtype_of, selection_of, validate
+from .workspace import streams
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
 _WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
@@ -96,25 +98,37 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> li
             statistics = 4 * sum(width**2 for width in _distinct_inputs(first, shapes))
         copies = _WORKSPACE[Statistics.GRAM if Statistics.GRAM in needed else needed]
         workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
-    model_bytes = weights * size
-    step = statistics + workspace + (hidden if needed else 0)
+    model_bytes, block_bytes, outside_bytes = weights * size, block * size, outside * size
+    streamed = streams(cfg, dtype_of(cfg, device))
+    place = _place(cfg, device, hidden) if needed else None
+    step = statistics + workspace
+    # Streamed, one block is in use, one on its way in, and one on its way out.
+    held = outside_bytes + 3 * block_bytes if streamed else model_bytes
     lines = []
     if device.type == "cuda":
-        lines.append(
-            f"device     about {_bytes((block + outside) * size + step)} with one block at a time, "
-            f"{_bytes(torch.cuda.mem_get_info(device)[0])} free"
-        )
-        lines.append(f"host       about {_bytes(model_bytes)} for the model")
+        there = block_bytes + outside_bytes + step + (hidden if place == "device" else 0)
+        free = torch.cuda.mem_get_info(device)[0]
+        lines.append(f"device     about {_bytes(there)} with one block at a time, {_bytes(free)} free")
+        rest = hidden if place == "host" else 0
     else:
         lines.append("device     none beside the CPU")
-        total = _bytes(model_bytes + step)
-        lines.append(f"host       about {total}: model {_bytes(model_bytes)}, the rest {_bytes(step)}")
+        rest = step + (hidden if place in ("host", "device") else 0)
+    what = "three blocks and what lies outside them" if streamed else "the model"
+    lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
     local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().is_dir()
-    disk = [("the saved model", model_bytes)] if cfg["save"] else []
+    disk = [("the saved model", outside_bytes if streamed and patterns else model_bytes)] if cfg["save"] else []
     disk += [] if local else [("the download", model_bytes)]
+    if patterns and cfg["resumable"]:
+        kept = " (they become the saved model)" if cfg["save"] and streamed else " while it runs"
+        disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
+    disk += [("hidden states while it runs", hidden)] if place == "disk" else []
     parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
     lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
     return lines
+
+
+def _place(cfg, device, hidden: int) -> str:
+    return choose_place(device, hidden) if cfg["hidden_states"] == "auto" else cfg["hidden_states"]
 
 
 def _distinct_inputs(names, shapes) -> list[int]:

@@ -71,11 +71,13 @@ class PruneResult:
         layers: one row per pruned layer, in the model's order.
         seconds: wall time of calibrate, solve and propagate.
         block_seconds: wall time of each block, all phases.
+        notes: what was done for want of device memory.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     block_seconds: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +98,8 @@ class RunRecord:
         warnings: what was unusual and was handled.
         environment: versions, device, git commit.
         error: type and message, of a failed run.
+        attempts: how often the run was begun. Seconds of calibrate, solve and propagate are those of every block where
+            it was finished; all else in `phases` is of the last attempt, `restore` the time that it took to get there.
     """
 
     status: str
@@ -115,6 +119,7 @@ class RunRecord:
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     error: dict | None = None
+    attempts: int = 1
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -123,7 +128,7 @@ class RunRecord:
         self.layers = result.layers
         self.summary = summarise(result.layers)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
-        self.warnings = warnings_of(result.layers)
+        self.warnings = warnings_of(result.layers) + result.notes
 
     def to_dict(self) -> dict:
         """Plain JSON values."""

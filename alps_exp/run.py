@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate, evaluation
-from .blocks import BlockModel
+from . import data, evaluate, evaluation, resume
 from .checks import one_of, parse_device, require
 from .errors import UserError
+from .hidden import PLACES
 from .loggers import check_logger, log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from .naming import config_hash, model_name
 from .overrides import pattern_of
-from .packed import pack_folder
 from .patterns import Pattern
-from .record import FILE, RunRecord, environment, is_complete, peak_memory
+from .progress_store import ProgressStore, locked
+from .record import FILE, RunRecord, environment, peak_memory
 from .redaction import refuse_keys
 from .registry import build
+from .saving import save
 from .selection import Selection
 from .solver import Solver, Stopwatch
 from .workspace import Workspace
@@ -57,14 +55,20 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         require(key, cfg[key], int, low, float("inf"))
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
-    for key in ("losses", "plan"):
+    for key in ("losses", "plan", "resumable"):
         one_of(key, cfg[key], (True, False))
     one_of("save", cfg["save"], SAVE)
+    one_of("stream", cfg["stream"], ("auto", True, False))
+    one_of("hidden_states", cfg["hidden_states"], PLACES)
+    if cfg["stream"] is True and not cfg["resumable"] and solver.prunes:
+        raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
+    resume.check(cfg)
     parse_device(cfg["device"])
     check_logger(cfg["logger"])
     _check_texts(cfg)
 
     config = models.load_config(cfg["model"])
+    models.check_weights(cfg["model"])
     context = models.context_length(config)
     if solver.prunes and context is not None and cfg["seqlen"] > context:
         raise UserError(f"seqlen={cfg['seqlen']} is beyond the model's context of {context} tokens: give at most that")
@@ -96,6 +100,8 @@ def selection_of(cfg: Mapping) -> Selection:
 def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) -> dict:
     """Run one configuration and write its record into `directory`.
 
+    What an interrupted run of the same configuration has finished there is not done again.
+
     Args:
         cfg: the composed configuration.
         directory: the run's own directory; a complete record of an earlier run there is kept as record.previous.json.
@@ -106,6 +112,7 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
 
     Raises:
         UserError and others: after a record with status "failed" and the error was written.
+        KeyboardInterrupt: likewise; its text says from where the same command goes on.
     """
     if not sys.stderr.isatty():  # the libraries' own bars fill a log with thousands of lines
         transformers_logging.disable_progress_bar()
@@ -122,25 +129,33 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         seed=plain["seed"],
     )
     directory.mkdir(parents=True, exist_ok=True)
-    if is_complete(directory / FILE):
-        (directory / FILE).replace(directory / "record.previous.json")
-    record.write(directory)
-    try:
-        with _disk_errors(directory):
-            _execute(plain, solver, record, directory, workspace or Workspace())
-        record.status = "complete"
-    except BaseException as error:
-        record.status = "failed"
-        record.error = {"type": type(error).__name__, "message": str(error)}
+    with locked(directory), _disk_errors(directory):
+        resume.check(plain)
+        resume.prepare(directory, plain["resume"])
         record.write(directory)
-        raise
-    record.write(directory)
+        try:
+            store = _execute(plain, solver, record, directory, workspace or Workspace())
+            record.status = "complete"
+            record.write(directory)
+        except BaseException as error:
+            record.status = "failed"
+            record.error = {"type": type(error).__name__, "message": str(error)}
+            with suppress(OSError):  # on a full disk; what is reported is the error itself
+                record.write(directory)
+            if isinstance(error, KeyboardInterrupt) and plain["resumable"]:
+                raise KeyboardInterrupt(f"interrupted: the same command goes on from {directory}") from None
+            raise
+        if store is not None:
+            store.clear()
     log_record(record.to_dict(), plain["logger"], directory)
     print(describe(record, directory), flush=True)
     return record.to_dict()
 
 
-def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, workspace: Workspace) -> None:
+def _execute(
+    cfg: dict, solver: Solver, record: RunRecord, directory: Path, workspace: Workspace
+) -> ProgressStore | None:
+    """All of a run but its record's last word; hands back the finished blocks, for which there is no use any more."""
     device = parse_device(cfg["device"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,13 +164,20 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
     watch = Stopwatch(device)
     patterns = validate(cfg)
 
-    tokens = None
+    tokens, store = None, None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = evaluation.prepare(cfg, workspace)
-    network = workspace.network(cfg, _dtype(cfg, device))
-    record.environment["dtype"] = str(network.dtype).removeprefix("torch.")
-    model = BlockModel(network, device)
+    model = workspace.model(cfg, device, dtype_of(cfg, device), directory)
+    record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
+    record.environment["streamed"] = model.source is not None
+    if solver.prunes and cfg["resumable"]:
+        store = resume.open_store(
+            directory, resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
+        )
+        record.attempts = store.attempts
+        if store.finished:
+            print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
     watch.lap("load")
 
     sampling = cfg["eval"]["sample_tokens"] > 0
@@ -172,7 +194,7 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
             propagate=cfg["propagate"],
             losses=cfg["losses"],
         )
-        record.book(prune_blocks(model, job))
+        record.book(prune_blocks(model, job, store))
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
@@ -183,9 +205,10 @@ def _execute(cfg: dict, solver: Solver, record: RunRecord, directory: Path, work
     watch.lap("evaluate")
     _book_phases(record, watch, device)
     if cfg["save"]:
-        save(network, workspace.tokenizer(cfg), record, directory)
+        save(model, workspace.tokenizer(cfg), record, directory, store)
         watch.lap("save")
         _book_phases(record, watch, device)
+    return store
 
 
 def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device) -> None:
@@ -194,38 +217,14 @@ def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device) -> N
     record.phases |= peak_memory(device)
 
 
-def _dtype(cfg: Mapping, device: torch.device) -> torch.dtype | str:
-    """auto is the checkpoint's own on a GPU; CPUs compute half precision slowly, so there it is float32."""
+def dtype_of(cfg: Mapping, device: torch.device) -> torch.dtype | str:
+    """The dtype that a configuration asks for.
+
+    auto is the checkpoint's own on a GPU; CPUs compute half precision slowly, so there it is float32.
+    """
     if cfg["dtype"] != "auto":
         return DTYPES[cfg["dtype"]]
     return torch.float32 if device.type == "cpu" else "auto"
-
-
-def save(network: torch.nn.Module, tokenizer, record: RunRecord, directory: Path) -> Path:
-    """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
-
-    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder
-    appears whole or not at all; an earlier one is replaced.
-    """
-    target = directory / "model"
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
-    free = shutil.disk_usage(directory).free
-    if size > free:
-        raise UserError(f"saving needs {size / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free: make space")
-    temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
-    try:
-        network.save_pretrained(temporary)
-        if record.config["save"] == "packed":
-            record.saved = pack_folder(temporary)
-        tokenizer.save_pretrained(temporary)
-        dataclasses.replace(record, status="complete").write(temporary)
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 @contextmanager
@@ -236,7 +235,9 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):
-            raise UserError(f"the disk is full while writing to {directory}: make space and run again") from error
+            raise UserError(
+                f"the disk is full while writing to {directory}: make space, and the same command goes on from there"
+            ) from error
         raise
 
 

@@ -131,15 +131,19 @@ class Collector:
         self._shape = (hidden.shape[0], hidden.shape[1])
         self._seen.clear()
 
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+
     def finish(self) -> list[tuple[list[str], Accumulator]]:
         """Remove the hooks and return the groups of layers that share an input, with its statistics.
 
         Raises:
             UserError: a layer was never called.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._seen.clear()
+        self.remove()
         groups: dict[str, list[str]] = {}
         for name in self._linears:
             if name not in self._leader:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import data, evaluate, evaluation, models
 from .blocks import BlockModel, block_linears, find_blocks
+from .memory import free_host
 
 
 class Workspace:
@@ -84,6 +86,21 @@ class Workspace:
             network.get_submodule(name).weight.data.copy_(weight)
         return network
 
+    def model(self, cfg: Mapping, device: torch.device, dtype: torch.dtype | str, scratch: Path) -> BlockModel:
+        """The dense model, in memory as a whole or streamed from its files.
+
+        Args:
+            cfg: the configuration.
+            device: where the blocks compute.
+            dtype: of the weights; "auto" is the checkpoint's own.
+            scratch: folder for hidden states on disk.
+        """
+        options = {"hidden_states": cfg["hidden_states"], "scratch": scratch}
+        if streams(cfg, dtype):
+            network, source = models.load_streamed(cfg["model"], dtype, pin=device.type == "cuda")
+            return BlockModel(network, device, source=source, **options)
+        return BlockModel(self.network(cfg, dtype), device, **options)
+
     def dense_sample(self, cfg: Mapping, model: BlockModel) -> str | None:
         """The dense model's continuation of the prompt."""
         key = _key(cfg["model"], cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"], str(model.model.dtype))
@@ -93,6 +110,18 @@ class Workspace:
                 model, self.tokenizer(cfg), options["prompt"], options["sample_tokens"]
             )
         return self._samples[key]
+
+
+def streams(cfg: Mapping, dtype: torch.dtype | str) -> bool:
+    """Whether the blocks are read from files one at a time: as asked, or where they would fill half of the free host
+    memory and can be kept on disk once they are pruned."""
+    if cfg["stream"] != "auto":
+        return cfg["stream"]
+    config = models.load_config(cfg["model"])
+    if dtype == "auto":
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    size = sum(parameter.numel() for parameter in models.skeleton(config).parameters()) * dtype.itemsize
+    return cfg["resumable"] and size > 0.5 * free_host()
 
 
 def _key(*parts) -> str:

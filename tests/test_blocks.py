@@ -6,9 +6,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from alps_exp.blocks import BlockModel, HiddenStates, block_linears, find_blocks
+from alps_exp.blocks import BlockModel, block_linears, find_blocks
 from alps_exp.errors import UserError
 from alps_exp.evaluate import perplexity
+from alps_exp.hidden import HiddenStates
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 CPU = torch.device("cpu")

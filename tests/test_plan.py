@@ -30,3 +30,11 @@ def test_methods_that_need_less_are_planned_with_less(settings):
 def test_a_plan_is_validated(settings):
     with pytest.raises(UserError, match="beyond the model's context"):
         plan(compose([*settings, "seqlen=1000"]))
+
+
+def test_a_plan_counts_what_is_streamed_and_kept(settings):
+    whole = plan(compose([*settings, "stream=false", "resumable=false"]))
+    assert "for the model" in whole and "less than 1 MB for the record" in whole
+    streamed = plan(compose([*settings, "stream=true", "save=true", "hidden_states=disk"]))
+    assert "three blocks and what lies outside them" in streamed
+    assert "finished blocks (they become the saved model)" in streamed and "hidden states while it runs" in streamed

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp import run as runs
+from alps_exp import saving
 from alps_exp.errors import UserError
 from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
@@ -144,7 +145,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_model(settings, tmp_path, mo
     monkeypatch.setattr(AutoModelForCausalLM._model_mapping[_config(settings)], "save_pretrained", full)
     with pytest.raises(UserError, match=r"the disk is full.*make space"):
         execute(settings, tmp_path, "save=true", "method=magnitude")
-    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".progress", "record.json"]
 
 
 def _config(settings):
@@ -155,7 +156,7 @@ def _config(settings):
 
 def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"saving needs .* are free"):
         execute(settings, tmp_path, "save=true", "method=magnitude")
 

@@ -139,7 +139,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build(kind: str, folder: Path, steps: int = 0, seed: int = 0) -> Path:
+def build(kind: str, folder: Path, steps: int = 0, seed: int = 0, blocks: int | None = None) -> Path:
     """Write a tiny model of a family and its tokenizer to `folder` (float32 safetensors).
 
     Args:
@@ -147,8 +147,11 @@ def build(kind: str, folder: Path, steps: int = 0, seed: int = 0) -> Path:
         folder: made if absent.
         steps: of training; 0 leaves the random initialisation, 100 take about 3 s on one core.
         seed: of initialisation and of the batches; the same seed gives the same weights.
+        blocks: decoder blocks, where it matters how many (not for gemma3).
     """
     config: PreTrainedConfig = CONFIGS[kind]()
+    if blocks is not None:
+        config.num_hidden_layers = blocks
     encoder = tokenizer(kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,0 +1,107 @@
+"""`.bin` checkpoints (pickles, as older hub repositories hold) as safetensors, converted once.
+
+They are read with `weights_only`, so nothing in them is executed, and memory-mapped, so that a checkpoint larger than
+the machine's memory is converted too. The copies are kept in the hub's cache of assets, as those of GGUF files are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import BIN_INDEX, BIN_SINGLE, INDEX, fingerprint, has_bin, has_safetensors, indexed_files
+from .errors import UserError
+from .gguf_files import publish
+from .hub import first_line
+
+# Part of the folder's name: raise it whenever `_convert` writes something else than before.
+_CONVERSION = 1
+_SHARD_BYTES = 2 << 30
+_NOT_COPIED = (".bin", ".h5", ".msgpack", ".pt", ".pth", ".ot")
+
+
+def safetensors_folder(folder: Path) -> Path:
+    """The folder itself if its weights are safetensors, otherwise that of the converted copy of its `.bin` files.
+
+    Raises:
+        UserError: no weights, files that cannot be read without executing them, or a cache that cannot be written.
+    """
+    if has_safetensors(folder) or not has_bin(folder):
+        return folder
+    from huggingface_hub import cached_assets_path
+
+    digest = hashlib.sha256(json.dumps(fingerprint(folder), sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        cache = cached_assets_path("alps_exp", namespace="bin", subfolder="converted")
+        target = cache / f"{folder.resolve().name}-{digest}-{_CONVERSION}"
+        if not target.is_dir():
+            scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+            try:
+                _convert(folder, scratch)
+                publish(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot convert the .bin files of {folder} ({first_line(error)}): make room, or set HF_ASSETS_CACHE to a "
+            "writable folder"
+        ) from None
+    return target
+
+
+def _convert(folder: Path, target: Path) -> None:
+    """Write the weights to `target` in shards of bounded size, with everything else that is small beside them."""
+    places: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal number
+        if shard:
+            number += 1
+            name = f"model-{number:05d}.safetensors"
+            save_file(shard, target / name, metadata={"format": "pt"})
+            places.update(dict.fromkeys(shard, name))
+            shard.clear()
+
+    for file in indexed_files(folder, BIN_INDEX, BIN_SINGLE):
+        for key, tensor in _load(file).items():
+            if not isinstance(tensor, Tensor) or key in places:
+                continue
+            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > _SHARD_BYTES:
+                flush()
+            # A copy: tied weights share their storage, which safetensors refuses.
+            shard[key] = tensor.detach().clone().contiguous()
+        flush()
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    for other in folder.iterdir():
+        if other.is_file() and other.suffix not in _NOT_COPIED and other.name != BIN_INDEX:
+            shutil.copyfile(other, target / other.name)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files older than torch 1.6 are not zip archives and cannot be mapped
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{file} is truncated, damaged, or holds more than weights ({first_line(error)}): copy or download it again"
+        ) from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} holds a {type(loaded).__name__} and no weights by name: give another checkpoint")
+    return loaded

@@ -1,0 +1,130 @@
+"""Whether a run can go on where an earlier attempt ended: the same configuration, code, versions, weights and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from . import __version__, baselines, models
+from .errors import UserError
+from .naming import NOT_HASHED
+from .progress_store import FOLDER, ProgressStore
+from .record import FILE, is_complete
+
+
+def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
+    """All that decides a run's weights, by name.
+
+    Args:
+        cfg: the configuration.
+        digest: its hash.
+        device: where it runs.
+        dtype: of the model.
+        tokens: (windows, seqlen) calibration windows.
+    """
+    return {
+        "configuration": digest[:16],
+        **_software(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "calibration": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+        **{f"checkpoint {name}": value for name, value in models.identity(cfg["model"]).items()},
+    }
+
+
+@cache
+def _software() -> dict[str, str]:
+    folders = [Path(__file__).parent, *map(Path, baselines.__path__)]
+    digest = hashlib.sha256()
+    for file in sorted((file for folder in folders for file in folder.glob("*.py")), key=lambda file: file.name):
+        digest.update(file.name.encode() + file.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"code": f"{__version__} ({digest.hexdigest()[:12]})", **versions}
+
+
+def check(cfg: Mapping) -> None:
+    """Look at the keys `resume` and `resumable`; of a directory to go on in, compare the configuration.
+
+    Raises:
+        UserError: a value that is not allowed, no run there, one that is complete, or one of another configuration.
+    """
+    if cfg["resume"] in ("auto", False):
+        return
+    if not isinstance(cfg["resume"], str):
+        raise UserError(f"resume={cfg['resume']} is not allowed: give auto, false, or the directory of a run")
+    if not cfg["resumable"]:
+        raise UserError(f"resume={cfg['resume']} needs resumable=true")
+    directory = Path(cfg["resume"]).expanduser()
+    try:
+        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        earlier = _flat(record["config"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(f"resume={directory} holds no run ({FILE}): give the directory of an interrupted run") from None
+    if record.get("status") == "complete":
+        raise UserError(f"resume={directory} holds a complete run: there is nothing to go on with")
+    now = _flat(OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg)
+    different = [key for key in sorted(earlier.keys() | now.keys()) if earlier.get(key) != now.get(key)]
+    if different:
+        shown = ", ".join(f"{key} {earlier.get(key)} → {now.get(key)}" for key in different[:4])
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise UserError(f"resume={directory} is a run of another configuration: {shown}{more}; leave out resume=")
+
+
+def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
+    """Dotted key → value as JSON, without the keys that change no result."""
+    flat = {}
+    for key, value in cfg.items():
+        if not prefix and key in NOT_HASHED:
+            continue
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return flat
+
+
+def prepare(directory: Path, resume: str | bool) -> None:
+    """Remove what a killed attempt left half-written; what it had finished too, where the run starts again.
+
+    An earlier complete record is kept as record.previous.json, and the run is a fresh one then.
+    """
+    for scratch in directory.glob(".model-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    for temporary in directory.glob(f".{FILE}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+    complete = is_complete(directory / FILE)
+    if complete or resume is False:
+        shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    if complete:
+        (directory / FILE).replace(directory / "record.previous.json")
+
+
+def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:
+    """The finished blocks of a run in its directory.
+
+    Args:
+        directory: the run's.
+        same: what `identity` gives.
+
+    Raises:
+        UserError: an earlier attempt has finished blocks there, and something that decides the weights has changed.
+    """
+    store = ProgressStore(directory, same)
+    if (different := store.differences()) and store.unfinished():
+        raise UserError(
+            f"{directory} holds {store.unfinished()} finished blocks of an interrupted run with other "
+            f"{', '.join(different)}: go back to that, or start again with resume=false"
+        )
+    if different:
+        store.clear()
+    store.open()
+    return store

@@ -1,0 +1,174 @@
+"""Runs that go on where an earlier attempt ended, and those that must not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alps_exp import loop, progress_store, resume
+from alps_exp import run as runs
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose
+
+
+@pytest.fixture
+def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
+    model = shutil.copytree(tiny_gemma3, tmp_path / "gemma")
+    text = shutil.copy(text_file, tmp_path / "text.txt")
+    words = ["model=local", f"model.path={model}", "data=local", f"data.path={text}", "nsamples=6", "seqlen=48"]
+    return [*words, "eval.windows=3", "eval.sample_tokens=2", "device=cpu", "save=true", "batch_size=2"]
+
+
+def execute(settings: list[str], folder: Path, *more: str) -> dict:
+    return runs.run(compose([*settings, *more]), folder)
+
+
+class Failure(RuntimeError):
+    pass
+
+
+def fail_at(monkeypatch, name: str, when: int) -> list[str]:
+    """Let the call number `when` of solving fail; the layers that were asked for are listed."""
+    original, solved = getattr(loop, name), []
+
+    def failing(index, linears, *rest):
+        solved.extend(linears)
+        if len(solved) >= when:
+            raise Failure("out of luck")
+        return original(index, linears, *rest)
+
+    monkeypatch.setattr(loop, name, failing)
+    return solved
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in (folder / "model").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+
+
+def interrupted(settings, folder, monkeypatch, *more: str) -> None:
+    """A run that failed in its third block."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, "_solve_group", 16)
+        with pytest.raises(Failure):
+            execute(settings, folder, *more)
+
+
+@pytest.mark.parametrize("more", [[], ["propagate=dense"], ["method=magnitude", "losses=false"], ["stream=true"]])
+def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatch, more):
+    expected = execute(settings, tmp_path / "whole", *more)
+    interrupted(settings, tmp_path / "run", monkeypatch, *more)
+    with monkeypatch.context() as patch:
+        solved = fail_at(patch, "_solve_group", 1000)
+        record = execute(settings, tmp_path / "run", *more)
+    assert {name.split(".")[2] for name in solved} == {"2"}
+    assert record["attempts"] == 2 and "restore_seconds" in record["phases"]
+    assert [row["name"] for row in record["layers"]] == [row["name"] for row in expected["layers"]]
+    assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
+    assert record["evaluations"] == expected["evaluations"] and record["sample"] == expected["sample"]
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not (tmp_path / "run" / ".progress").exists()
+
+
+def test_what_began_in_memory_goes_on_streamed(settings, tmp_path, monkeypatch):
+    expected = execute(settings, tmp_path / "whole")
+    interrupted(settings, tmp_path / "run", monkeypatch, "stream=false")
+    record = execute(settings, tmp_path / "run", "stream=true")
+    assert record["attempts"] == 2 and record["evaluations"] == expected["evaluations"]
+
+
+def change_text(settings, monkeypatch):
+    Path(settings[3].removeprefix("data.path=")).write_text("Something else was written here. " * 3000)
+
+
+def change_weights(settings, monkeypatch):
+    file = Path(settings[1].removeprefix("model.path=")) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, file)
+
+
+def change_code(settings, monkeypatch):
+    monkeypatch.setattr(resume, "_software", lambda: {"code": "0.0", "torch": "2", "transformers": "5"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_text, "calibration "),
+        (change_weights, "checkpoint model.safetensors "),
+        (change_code, r"code .* → 0\.0"),
+    ],
+)
+def test_what_has_changed_is_named_and_nothing_mixed(settings, tmp_path, monkeypatch, change, named):
+    interrupted(settings, tmp_path / "run", monkeypatch)
+    change(settings, monkeypatch)
+    with pytest.raises(UserError, match=rf"holds 2 finished blocks .*{named}.*resume=false") as error:
+        execute(settings, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert execute(settings, tmp_path / "run", "resume=false")["attempts"] == 1
+
+
+def test_a_directory_can_be_named(settings, tmp_path, monkeypatch):
+    place = tmp_path / "run"
+    interrupted(settings, place, monkeypatch)
+    again = f"resume={place}"
+    for words, message in (
+        (["sparsity=0.6"], r"another configuration: sparsity\.level 0\.7 → 0\.6"),
+        (["nsamples=5", "seed=1"], r"nsamples 6 → 5, seed 0 → 1"),
+        (["resumable=false"], "needs resumable=true"),
+    ):
+        with pytest.raises(UserError, match=message):
+            runs.validate(compose([*settings, again, *words]))
+    with pytest.raises(UserError, match="holds no run"):
+        runs.validate(compose([*settings, f"resume={tmp_path}"]))
+    assert str(compose([*settings, again]).resume) == str(place)
+    assert execute(settings, place, again)["attempts"] == 2
+    with pytest.raises(UserError, match="holds a complete run"):
+        execute(settings, place, again)
+    assert json.loads((place / "record.json").read_text())["status"] == "complete"
+
+
+def test_a_complete_run_starts_afresh(settings, tmp_path):
+    execute(settings, tmp_path / "run", "method=magnitude")
+    record = execute(settings, tmp_path / "run", "method=magnitude")
+    assert record["attempts"] == 1 and (tmp_path / "run" / "record.previous.json").is_file()
+
+
+def test_nothing_is_kept_when_it_is_switched_off(settings, tmp_path, monkeypatch):
+    interrupted(settings, tmp_path / "run", monkeypatch, "resumable=false")
+    assert not (tmp_path / "run" / ".progress").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings, tmp_path, monkeypatch):
+    original, written = progress_store.save_file, []
+
+    def full(tensors, path, **options):
+        written.append(path)
+        if len(written) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return original(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress_store, "save_file", full)
+        with pytest.raises(UserError, match=r"the disk is full .* make space, and the same command goes on") as error:
+            execute(settings, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    names = sorted(path.name for path in (tmp_path / "run" / ".progress").iterdir())
+    assert names == ["block-00000.json", "block-00000.safetensors", "run.json"]
+    expected = execute(settings, tmp_path / "whole")
+    record = execute(settings, tmp_path / "run")
+    assert record["attempts"] == 2 and record["evaluations"] == expected["evaluations"]
+
+
+def test_leftovers_of_killed_attempts_are_removed(settings, tmp_path):
+    place = tmp_path / "run"
+    (place / ".model-x").mkdir(parents=True)
+    (place / ".record.json.1.tmp").write_text("{")
+    execute(settings, place, "method=magnitude")
+    assert sorted(path.name for path in place.iterdir()) == ["model", "record.json"]

@@ -1,0 +1,172 @@
+"""Runs on a device whose memory does not suffice (the errors are raised by hand) give the same to rounding."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import alps_exp
+from alps_exp import loop, progress_store
+from alps_exp.alps import Alps
+from alps_exp.blocks import BlockModel
+from alps_exp.errors import UserError
+from alps_exp.evaluate import perplexity
+from alps_exp.hidden import HiddenStates
+from alps_exp.statistics import Collector
+
+CPU = torch.device("cpu")
+
+
+def tokens(windows: int = 6) -> torch.Tensor:
+    return torch.randint(3, 384, (windows, 48), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def out_of_memory(monkeypatch, owner, name: str, when) -> None:
+    original = getattr(owner, name)
+
+    def failing(self, *arguments, **options):
+        if when(self, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def prune(folder, **options) -> tuple[dict, torch.nn.Module]:
+    network = load(folder)
+    return alps_exp.prune_model(network, tokens(), method="sparsegpt", sparsity="2:4", **options), network
+
+
+def assert_close(one: dict, other: dict) -> None:
+    for a, b in zip(one["layers"], other["layers"], strict=True):
+        assert a["name"] == b["name"] and a["tokens"] == b["tokens"]
+        assert a["relative_loss"] == pytest.approx(b["relative_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_forwards_of_fewer_windows(tiny_llama, monkeypatch, limit):
+    expected, network = prune(tiny_llama, batch_size=6)
+    out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > limit)
+    record, thrifty = prune(tiny_llama, batch_size=6)
+    assert_close(record, expected)
+    assert record["warnings"] == [
+        f"device memory ran short at model.layers.0; from there on: {size} windows at a time"
+        for size in (3, 1)
+        if size >= limit
+    ]
+    with torch.no_grad():
+        one, other = network(tokens()).logits, thrifty(tokens()).logits
+    assert float((one - other).norm() / one.norm()) < 1e-3
+
+
+def test_embedding_and_perplexity_of_fewer_windows(tiny_opt, monkeypatch):
+    expected = perplexity(BlockModel(load(tiny_opt), CPU), tokens(), 6, quiet=True)
+    out_of_memory(monkeypatch, BlockModel, "embed", lambda self, chunk: len(chunk) > 3)
+    out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
+    assert perplexity(BlockModel(load(tiny_opt), CPU), tokens(), 6, quiet=True) == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_in_several_passes(tiny_llama, monkeypatch):
+    expected, _ = prune(tiny_llama)
+    out_of_memory(monkeypatch, Collector, "begin", lambda self, hidden: len(self._linears) > 2)
+    record, _ = prune(tiny_llama)
+    assert_close(record, expected)
+    assert [line.partition("on: ")[2] for line in record["warnings"]] == [
+        "statistics in 2 passes",
+        "statistics in 4 passes",
+    ]
+
+
+def test_layers_one_by_one(tiny_llama, monkeypatch):
+    network, expected = load(tiny_llama), None
+    expected = alps_exp.prune_model(network, tokens(), sparsity=0.6)
+    out_of_memory(monkeypatch, Alps, "solve_group", lambda self, problems, patterns: len(problems) > 1)
+    record = alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.6)
+    assert_close(record, expected)
+    assert [line.partition("on: ")[2] for line in record["warnings"]] == [
+        "statistics in host memory until they are needed",
+        "layers with the same input one by one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(BlockModel, "forward_block"), (BlockModel, "embed"), (Alps, "solve_group")]
+)
+def test_when_nothing_helps_it_says_what_to_do(tiny_llama, monkeypatch, owner, name):
+    out_of_memory(monkeypatch, owner, name, lambda self, *_: True)
+    with pytest.raises(UserError, match=r"(embedding|model\.layers\.0): the device's memory does not suffice.*seqlen"):
+        alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.6, batch_size=4)
+
+
+def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama, monkeypatch):
+    """A group is tried again from its dense weights: nothing is written before all of it is solved."""
+    original, seen = loop._row, []
+
+    def failing(index, problem, *rest):
+        seen.append(problem.weight.count_nonzero() == problem.weight.numel())
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+        return original(index, problem, *rest)
+
+    monkeypatch.setattr(loop, "_row", failing)
+    prune(tiny_llama)
+    assert all(seen) and len(seen) == 14 + 2
+
+
+def test_hidden_states_leave_the_device_first(tiny_llama, monkeypatch):
+    model = BlockModel(load(tiny_llama), CPU, hidden_states="device")
+    hidden = HiddenStates(model, tokens(), 4)
+    before = torch.cat(list(hidden))
+    assert hidden.relieve() == "hidden states in host memory" and hidden.place == "host"
+    assert hidden.relieve() == "2 windows at a time" and hidden.sizes == [2, 2, 2]
+    assert hidden.relieve(2) == "1 windows at a time" and hidden.sizes == [2, 1, 1, 1, 1]
+    assert hidden.relieve(2) is None
+    assert torch.equal(torch.cat(list(hidden)), before)
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_hidden_states_are_the_same_wherever_they_are(tiny_gemma3, tmp_path, place):
+    model = BlockModel(load(tiny_gemma3), CPU, hidden_states=place, scratch=tmp_path)
+    assert perplexity(model, tokens(), 4, quiet=True) == perplexity(
+        BlockModel(load(tiny_gemma3), CPU), tokens(), 4, quiet=True
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "place"), [(10**9, "host"), (1000, "disk")])
+def test_hidden_states_go_where_there_is_room(tiny_llama, tmp_path, monkeypatch, free, place):
+    monkeypatch.setattr("alps_exp.hidden.free_host", lambda: free)
+    assert HiddenStates(BlockModel(load(tiny_llama), CPU, scratch=tmp_path), tokens(), 2).place == place
+
+
+def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch):
+    """Memory is short in the first attempt only; the second goes on in the same small steps, bit by bit the same."""
+
+    def attempt(folder, fail: bool):
+        store = progress_store.ProgressStore(folder, {"same": "yes"})
+        store.open()
+        from alps_exp.patterns import parse_sparsity
+        from alps_exp.registry import solver
+        from alps_exp.selection import Selection
+
+        network = load(tiny_llama)
+        patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
+        job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(), batch_size=6, quiet=True)
+        with monkeypatch.context() as patch:
+            if fail:
+                out_of_memory(patch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
+                out_of_memory(patch, BlockModel, "name", lambda self, i: False)
+            return loop.prune_blocks(BlockModel(network, CPU), job, store), network
+
+    whole, expected = attempt(tmp_path / "whole", fail=True)
+    attempt(tmp_path / "run", fail=True)
+    for file in (tmp_path / "run" / ".progress").glob("block-00001.*"):
+        file.unlink()
+    result, network = attempt(tmp_path / "run", fail=False)
+    assert result.notes == whole.notes and len(result.notes) == 2
+    assert [row.relative_loss for row in result.layers] == [row.relative_loss for row in whole.layers]
+    one, other = network.state_dict(), expected.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
