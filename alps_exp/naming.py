@@ -50,4 +50,4 @@ def _resolve_run_name(*, _root_: DictConfig) -> str:
 
 def _resolve_run_dir(*, _root_: DictConfig) -> str:
     resume = _root_.get("resume", "auto")
-    return str(resume) if resume not in ("auto", False) else f"results/runs/{run_name(_root_)}"
+    return str(Path(str(resume)).expanduser()) if resume not in ("auto", False) else f"results/runs/{run_name(_root_)}"

@@ -51,8 +51,12 @@ def _software() -> dict[str, str]:
     return {"code": f"{__version__} ({digest.hexdigest()[:12]})", **versions}
 
 
-def check(cfg: Mapping) -> None:
+def check(cfg: Mapping, place: Path | None = None) -> None:
     """Look at the keys `resume` and `resumable`; of a directory to go on in, compare the configuration.
+
+    Args:
+        cfg: the configuration.
+        place: the directory that the run was given, where it is known.
 
     Raises:
         UserError: a value that is not allowed, no run there, one that is complete, or one of another configuration.
@@ -64,6 +68,8 @@ def check(cfg: Mapping) -> None:
     if not cfg["resumable"]:
         raise UserError(f"resume={cfg['resume']} needs resumable=true")
     directory = Path(cfg["resume"]).expanduser()
+    if place is not None and place.resolve() != directory.resolve():
+        raise UserError(f"resume={directory} is not where this run goes ({place}): leave out -m and hydra.run.dir")
     try:
         record = json.loads((directory / FILE).read_text(encoding="utf-8"))
         earlier = _flat(record["config"])

@@ -16,6 +16,7 @@ from . import data, evaluate, evaluation, resume
 from .checks import one_of, parse_device, require
 from .errors import UserError
 from .hidden import PLACES
+from .hub import first_line
 from .loggers import check_logger, log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from .naming import config_hash, model_name
@@ -129,8 +130,8 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         seed=plain["seed"],
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory), _disk_errors(directory):
-        resume.check(plain)
+    with locked(directory), _resource_errors(directory):
+        resume.check(plain, directory)
         resume.prepare(directory, plain["resume"])
         record.write(directory)
         try:
@@ -228,10 +229,15 @@ def dtype_of(cfg: Mapping, device: torch.device) -> torch.dtype | str:
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, however deep the library that met it."""
+def _resource_errors(directory: Path) -> Iterator[None]:
+    """A full disk or device is the user's to mend, however deep the library that met it."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device's memory does not suffice ({first_line(error)}): use shorter windows (seqlen, eval.seqlen), "
+            "eval.batch_size=1, or a larger device; the same command goes on from the last finished block"
+        ) from error
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):

@@ -127,6 +127,8 @@ def test_a_directory_can_be_named(settings, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no run"):
         runs.validate(compose([*settings, f"resume={tmp_path}"]))
     assert str(compose([*settings, again]).resume) == str(place)
+    with pytest.raises(UserError, match="is not where this run goes"):
+        execute(settings, tmp_path / "elsewhere", again)
     assert execute(settings, place, again)["attempts"] == 2
     with pytest.raises(UserError, match="holds a complete run"):
         execute(settings, place, again)

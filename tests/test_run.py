@@ -211,3 +211,13 @@ def test_few_tokens_and_more_inputs_are_handled_and_warned_of(settings, tmp_path
     assert any("more inputs than calibration tokens" in line for line in record["warnings"])
     assert capsys.readouterr().err.count("more inputs than calibration tokens") == 1
     assert all(torch.isfinite(torch.tensor(row["relative_loss"])) for row in record["layers"])
+
+
+def test_lack_of_device_memory_outside_the_blocks_is_one_line(settings, tmp_path, monkeypatch):
+    def failing(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory (not really)\nand much more")
+
+    monkeypatch.setattr(runs.evaluate, "perplexity", failing)
+    with pytest.raises(UserError, match=r"device's memory does not suffice .* goes on from the last") as error:
+        execute(settings, tmp_path, "method=magnitude")
+    assert "\n" not in str(error.value)

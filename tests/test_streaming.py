@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import alps_exp
 from alps_exp import models
 from alps_exp import run as runs
 from alps_exp.bin_files import safetensors_folder
@@ -264,6 +265,17 @@ def test_a_streamed_dense_model_is_evaluated_and_saved(settings, tiny_llama, tmp
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "model").state_dict()
     expected = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_streamed_model_is_saved_packed_and_not_streamed_from_there(settings, tmp_path):
+    dense = runs.run(compose([*settings, "stream=true", "method=magnitude"]), tmp_path / "dense")
+    packed = runs.run(compose([*settings, "stream=true", "method=magnitude", "save=packed"]), tmp_path / "packed")
+    assert packed["evaluations"] == dense["evaluations"] and packed["saved"]["ratio"] < 1
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "dense" / "model").state_dict()
+    other = alps_exp.load_packed(tmp_path / "packed" / "model").state_dict()
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    with pytest.raises(UserError, match="packed weights, which are not streamed"):
+        models.load_streamed(node(tmp_path / "packed" / "model"))
 
 
 def test_models_larger_than_half_of_the_free_memory_are_streamed(settings, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import loop, progress_store
+from alps_exp import loop, memory, progress_store
 from alps_exp.alps import Alps
 from alps_exp.blocks import BlockModel
 from alps_exp.errors import UserError
@@ -170,3 +170,19 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
     assert [row.relative_loss for row in result.layers] == [row.relative_loss for row in whole.layers]
     one, other = network.state_dict(), expected.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "3000", "memory.current": "2500", "memory.stat": "anon 9\ninactive_file 400"}, [900]),
+        ({"memory.max": "max", "memory.current": "2500", "memory.stat": "inactive_file 400"}, []),
+        ({}, []),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path, monkeypatch, files, left):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory._left_in_group() == left
+    assert memory.free_host() <= min([*left, 10**15])
