@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -98,7 +97,9 @@ def _load(file: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):  # files older than torch 1.6 are not zip archives and cannot be mapped
                 raise
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch's reader stumbles on
         raise UserError(
             f"{file} is truncated, damaged, or holds more than weights ({first_line(error)}): copy or download it again"
         ) from None

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import assign
 from .errors import UserError
-from .memory import free_device
+from .memory import free_device, trim_host
 
 if TYPE_CHECKING:
     from .streaming import StreamedBlocks
@@ -192,6 +192,7 @@ class BlockModel:
             yield block
         finally:
             assign(block, empty)
+            trim_host()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module | None]:

@@ -139,6 +139,7 @@ class _Loop:
         watch.seconds.pop("blocks", None)  # the blocks have booked theirs
         self._add(watch.seconds)
         self.result.notes = list(self.thrift.notes)
+        self.result.hidden_states = self.hidden.place if self.hidden is not None else None
         return self.result
 
     def _embedded(self) -> HiddenStates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,3 +42,13 @@ def _file_cache(stat: Path) -> int:
 def free_device(device: torch.device) -> int:
     """Bytes free on the device; the host's for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host()
+
+
+def trim_host() -> None:
+    """Give freed host memory back to the system, where the C library can (glibc).
+
+    It keeps what was freed between blocks that are in use: without this, a streamed model grew by half a block with
+    every block.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -72,12 +72,14 @@ class PruneResult:
         seconds: wall time of calibrate, solve and propagate.
         block_seconds: wall time of each block, all phases.
         notes: what was done for want of device memory.
+        hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     block_seconds: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hidden_states: str | None = None
 
 
 @dataclass
@@ -96,7 +98,7 @@ class RunRecord:
         sample: prompt and what the dense and the pruned model make of it.
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
         warnings: what was unusual and was handled.
-        environment: versions, device, git commit.
+        environment: versions, device, git commit; whether the model was streamed and where its hidden states were.
         error: type and message, of a failed run.
         attempts: how often the run was begun. Seconds of calibrate, solve and propagate are those of every block where
             it was finished; all else in `phases` is of the last attempt, `restore` the time that it took to get there.
@@ -129,6 +131,7 @@ class RunRecord:
         self.summary = summarise(result.layers)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
         self.warnings = warnings_of(result.layers) + result.notes
+        self.environment["hidden_states"] = result.hidden_states
 
     def to_dict(self) -> dict:
         """Plain JSON values."""

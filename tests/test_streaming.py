@@ -248,6 +248,7 @@ def test_a_streamed_run_equals_one_in_memory(request, settings, tmp_path, family
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["model", "record.json"]
     whole, streamed = records
     assert streamed["environment"]["streamed"] and not whole["environment"]["streamed"]
+    assert (whole["environment"]["hidden_states"], streamed["environment"]["hidden_states"]) == ("host", "disk")
     assert streamed["config_hash"] == whole["config_hash"]
     for key in ("evaluations", "sample", "summary", "calibration"):
         expected = {**whole[key], "solver_seconds": 0} if key == "summary" else whole[key]
