@@ -165,10 +165,10 @@ def identity(model: Mapping) -> dict[str, str]:
     """What tells this checkpoint from others: a local one's files (see `fingerprint`), the commit of one on the hub."""
     source = _locate(model)
     folder = Path(source.path)
-    if folder.is_dir() and folder.parent.name != "snapshots":
-        return fingerprint(folder)
-    commit = folder.name if folder.is_dir() else getattr(_config(source), "_commit_hash", None)
-    return {"commit": str(commit)}
+    if not folder.is_dir():
+        _config(source)  # puts its file into the cache, whose folders are named by their commits
+        folder = hub.cached_model(source.path, source.revision, _REMEDY)
+    return {"commit": folder.name} if folder.parent.name == "snapshots" else fingerprint(folder)
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
