@@ -40,12 +40,12 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
     """One row per record: what ran, the sparsity reached, mean relative loss, perplexities, task scores and seconds.
 
     Perplexity columns name data set, windows and seqlen, since a perplexity without them means nothing; columns of
-    tasks that were evaluated in part say so. The seconds are those of calibration, solving and propagation; loading
-    and evaluation are left out.
+    tasks that were evaluated in part say so, and a column "X ±" holds the standard errors of X. The seconds are those
+    of calibration, solving and propagation; loading and evaluation are left out.
 
     Args:
         records: run records as plain values.
-        every_metric: all metrics with their standard errors, instead of each task's usual one.
+        every_metric: all metrics instead of each task's usual one.
     """
     rows = []
     for record in records:
@@ -62,7 +62,7 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
         for item in record["evaluations"]:
             if every_metric or item.get("shown", True):
                 row[_column(item)] = float(item["value"])
-                if every_metric and item.get("stderr") is not None:
+                if item.get("stderr") is not None:
                     row[f"{_column(item)} ±"] = float(item["stderr"])
         spent = [phases.get(f"{phase}_seconds") for phase in ("calibrate", "solve", "propagate")]
         row["seconds"] = sum(value for value in spent if value is not None) if any(spent) else None
@@ -93,14 +93,21 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
-    def cell(column: str, value) -> str:
+    def cell(column: str, value, error=None) -> str:
         if value is None or pd.isna(value):
             return "–"
+        if error is not None and not pd.isna(error):
+            return f"{value:.4f} ± {error:.2g}"
         if isinstance(value, float):
             return f"{value:.1f}" if column == "seconds" else f"{value:.4f}" if column == "zeros" else f"{value:.4g}"
         return str(value)
 
-    return pd.DataFrame({column: [cell(column, value) for value in frame[column]] for column in frame})
+    shown = {}
+    for column in frame:
+        if not column.endswith(" ±"):
+            errors = frame.get(f"{column} ±", [None] * len(frame))
+            shown[column] = [cell(column, value, error) for value, error in zip(frame[column], errors, strict=True)]
+    return pd.DataFrame(shown)
 
 
 def write(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
@@ -126,10 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alps_exp.tables", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, default=Path("results/runs"), help="folder of run records")
     parser.add_argument("tables", nargs="?", type=Path, default=Path("results/tables"), help="folder to write to")
-    parser.add_argument("--all-metrics", action="store_true", help="every metric of every task, with standard errors")
+    parser.add_argument("--all-metrics", action="store_true", help="every metric of every task")
+    parser.add_argument("--no-seconds", action="store_true", help="leave out times, as of runs that shared a device")
     options = parser.parse_args(arguments)
     try:
         frame = comparison(read_records(options.runs), options.all_metrics)
+        frame = frame.drop(columns="seconds", errors="ignore") if options.no_seconds else frame
         if frame.empty:
             raise UserError(f"no {FILE} below {options.runs}: run something first, such as make demo")
         paths = write(frame, options.tables, "comparison")
