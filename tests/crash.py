@@ -157,6 +157,8 @@ def _child(place: Path, words: list[str], kill: Kill | None, watch: bool) -> Non
         if watch:
             for target in PHASES.values():
                 _patch(target, functools.partial(_timed, calls.setdefault(target, [])))
+        # Where the tests run in the background of a shell, processes are started with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if kill is not None:
             _patch(PHASES[kill.phase], functools.partial(_deadly, kill, [0]))
         from alps_exp import cli
