@@ -22,7 +22,8 @@ from .progress_store import FinishedBlock, ProgressStore
 from .record import LayerRow, PruneResult
 from .selection import Selection
 from .solver import Solution, Solver, Stopwatch, full_precision
-from .statistics import Collector
+from .statistics import Accumulator, Collector
+from .team import Team
 from .thrift import Thrift, naming_the_step
 
 PROPAGATE = ("pruned", "dense")
@@ -85,28 +86,32 @@ def out_major(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def prune_blocks(model: BlockModel, job: PruneJob, store: ProgressStore | None = None) -> PruneResult:
+def prune_blocks(
+    model: BlockModel, job: PruneJob, store: ProgressStore | None = None, team: Team | None = None
+) -> PruneResult:
     """Prune the model in place, block by block; of a streamed model, into the store's shards.
 
     Args:
         model: the model.
         job: what to do.
         store: where finished blocks are kept; those that it holds are taken from there and not solved again.
+        team: the processes that prune the same model together, each calling this with the same job.
 
     Raises:
         UserError: NaN or infinite weights or activations (the layer or block is named), a layer that the method
             cannot solve, or a device whose memory does not suffice after every measure.
     """
-    return _Loop(model, job, store).run() if job.patterns else PruneResult()
+    return _Loop(model, job, store, team).run() if job.patterns else PruneResult()
 
 
 class _Loop:
     """The state of one pass over the blocks."""
 
-    def __init__(self, model: BlockModel, job: PruneJob, store: ProgressStore | None) -> None:
+    def __init__(self, model: BlockModel, job: PruneJob, store: ProgressStore | None, team: Team | None) -> None:
         if model.source is not None and store is None:
             raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
-        self.model, self.job, self.store = model, job, store
+        self.model, self.job, self.store, self.team = model, job, store, team
+        self.writes = store is not None and (team is None or team.leads)
         self.thrift = Thrift(**store.thrift) if store is not None else Thrift()
         self.hidden: HiddenStates | None = None
         self.result = PruneResult()
@@ -124,7 +129,7 @@ class _Loop:
                 self._restore(index, block)
                 watch.lap("restore")
             else:
-                if index == len(finished) and self.hidden is not None and self.thrift.sizes:
+                if index == len(finished) and self.hidden is not None and self.thrift.sizes and self.team is None:
                     self.hidden.rechunk(self.thrift.sizes)
                 block, tensors = self._prune(index)
                 watch.lap("blocks")
@@ -144,7 +149,8 @@ class _Loop:
 
     def _embedded(self) -> HiddenStates:
         with naming_the_step("embedding"):
-            hidden = HiddenStates(self.model, self.job.tokens, self.job.batch_size, self.thrift.place)
+            tokens = self.job.tokens if self.team is None else self.team.share(self.job.tokens)
+            hidden = HiddenStates(self.model, tokens, self.job.batch_size, self.thrift.place)
         self._take_over("embedding", hidden)
         return hidden
 
@@ -162,7 +168,7 @@ class _Loop:
             self._remember_thrift()
 
     def _remember_thrift(self) -> None:
-        if self.store is not None:
+        if self.writes:
             self.store.keep_thrift(dataclasses.asdict(self.thrift))
 
     def _restore(self, index: int, block: FinishedBlock) -> None:
@@ -171,7 +177,8 @@ class _Loop:
         if self.model.source is not None:
             self.model.source.replace(index, self.store.shard(index))
         if self.hidden is not None:
-            self.hidden.rechunk(block.sizes)
+            if self.team is None:  # whose processes have each its own
+                self.hidden.rechunk(block.sizes)
             with self.model.block(index, dense) as module:
                 if not dense:
                     self._load(index, module)
@@ -204,18 +211,20 @@ class _Loop:
                 sizes = self._advance(index, block)
             watch.lap("calibrate")
             rows = self._solve(index, linears, groups)
+            if self.team is not None:
+                rows = self.team.exchange({layer: module.weight.data for layer, module in linears.items()}, rows)
             rows.sort(key=lambda row: list(linears).index(row.name))
             watch.lap("solve")
             if propagating and job.propagate == "pruned":
                 sizes = self._advance(index, block)
             watch.lap("propagate")
             tensors = {}
-            if self.store is not None:
+            if self.writes:
                 tensors = {f"{name}.{own}": tensor.detach().cpu() for own, tensor in block.state_dict().items()}
         return FinishedBlock(rows, watch.seconds, sizes), tensors
 
     def _keep(self, index: int, block: FinishedBlock, tensors: dict[str, Tensor]) -> None:
-        if self.store is None:
+        if not self.writes:
             return
         self.store.finish(index, tensors, block)
         if self.model.source is not None:
@@ -231,8 +240,13 @@ class _Loop:
     def _capture(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group]:
         """Groups of layers that share an input, each with the fields of their problems' statistics."""
         if self.hidden is None or not linears:
-            return [([name], {}) for name in linears]
+            return self._own([([name], None) for name in linears], linears)
         while (groups := self._collect(index, block, linears)) is None:
+            if self.team is not None:
+                raise UserError(
+                    f"{self.model.name(index)}: its statistics do not fit on each of {self.team.size} devices: run on "
+                    "one (devices=1), which takes smaller steps then"
+                )
             self.thrift.for_statistics(self.model.name(index), self.hidden, len(linears))
             self._remember_thrift()
         return groups
@@ -247,11 +261,20 @@ class _Loop:
                 for batch in self.hidden:
                     collector.begin(batch)
                     self.model.forward_block(index, block, batch)
-                groups += self._thriftily([(members, sums.problem_fields()) for members, sums in collector.finish()])
+                groups += self._thriftily(self._own(collector.finish(), linears))
             except torch.OutOfMemoryError:
                 collector.remove()
                 return None
         return groups
+
+    def _own(self, groups: list[tuple[list[str], Accumulator | None]], linears: Mapping[str, nn.Module]) -> list[Group]:
+        """The groups that this process solves: of a team its part, with the sums of all."""
+        own = range(len(groups))
+        if self.team is not None:
+            flops = self.job.solver.flops
+            costs = [sum(1 + flops(*out_major(linears[name]).shape) for name in names) for names, _ in groups]
+            own = self.team.divide(groups, costs)
+        return [(names, sums.problem_fields() if sums is not None else {}) for names, sums in (groups[i] for i in own)]
 
     def _thriftily(self, groups: list[Group]) -> list[Group]:
         """The same groups, as the measures against lack of memory have them: in host memory, layers one by one."""

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate, evaluation, resume
+from . import data, evaluate, evaluation, launch, resume
 from .checks import one_of, parse_device, require
 from .errors import UserError
 from .hidden import PLACES
@@ -52,8 +53,9 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     refuse_keys(cfg)
     solver, selection = build(cfg["method"]), selection_of(cfg)
     pattern = pattern_of(cfg["sparsity"])
-    for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("seed", 0)):
+    for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
         require(key, cfg[key], int, low, float("inf"))
+    launch.check(cfg)
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
     for key in ("losses", "plan", "resumable"):
@@ -169,6 +171,11 @@ def _execute(
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = evaluation.prepare(cfg, workspace)
+    together, peak = solver.prunes and cfg["devices"] > 1, None
+    if together:
+        # Its blocks are on the disk afterwards; what follows takes them from there, as when a run goes on.
+        peak = launch.prune_together(cfg, record.config_hash, directory, device)
+        watch.lap("prune")
     model = workspace.model(cfg, device, dtype_of(cfg, device), directory)
     record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
     record.environment["streamed"] = model.source is not None
@@ -176,8 +183,8 @@ def _execute(
         store = resume.open_store(
             directory, resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
         )
-        record.attempts = store.attempts
-        if store.finished:
+        record.attempts = store.attempts - together
+        if store.finished and not together:
             print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
     watch.lap("load")
 
@@ -186,16 +193,7 @@ def _execute(
         record.sample = {"prompt": cfg["eval"]["prompt"], "dense": workspace.dense_sample(cfg, model)}
         watch.lap("evaluate")
     if solver.prunes:
-        job = PruneJob(
-            solver=solver,
-            patterns=patterns,
-            selection=selection_of(cfg),
-            tokens=tokens,
-            batch_size=cfg["batch_size"],
-            propagate=cfg["propagate"],
-            losses=cfg["losses"],
-        )
-        record.book(prune_blocks(model, job, store))
+        record.book(prune_blocks(model, job_of(cfg, solver, patterns, tokens), store))
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
@@ -204,18 +202,36 @@ def _execute(
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])
         record.sample["pruned"] = text
     watch.lap("evaluate")
-    _book_phases(record, watch, device)
+    _book_phases(record, watch, device, peak)
     if cfg["save"]:
         save(model, workspace.tokenizer(cfg), record, directory, store)
         watch.lap("save")
-        _book_phases(record, watch, device)
+        _book_phases(record, watch, device, peak)
     return store
 
 
-def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device) -> None:
+def job_of(
+    cfg: Mapping, solver: Solver, patterns: Mapping[str, Pattern], tokens: Tensor, quiet: bool = False
+) -> PruneJob:
+    """What the configuration asks the block loop to do."""
+    return PruneJob(
+        solver=solver,
+        patterns=patterns,
+        selection=selection_of(cfg),
+        tokens=tokens,
+        batch_size=cfg["batch_size"],
+        propagate=cfg["propagate"],
+        losses=cfg["losses"],
+        quiet=quiet,
+    )
+
+
+def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device, peak: int | None) -> None:
     # The loop books its own phases, which "prune" spans.
     record.phases |= {f"{phase}_seconds": seconds for phase, seconds in watch.seconds.items() if phase != "prune"}
     record.phases |= peak_memory(device)
+    if peak is not None:
+        record.phases["peak_device_bytes"] = max(peak, record.phases["peak_device_bytes"] or 0)
 
 
 def dtype_of(cfg: Mapping, device: torch.device) -> torch.dtype | str:

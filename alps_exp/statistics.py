@@ -53,6 +53,11 @@ class Accumulator:
             # Tensor.var along this axis takes more than twice the time.
             self._variances += (exact - means).square_().mean(1).sum(0, dtype=torch.float64)
 
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, for adding those of other processes in place."""
+        moments = [self._sum, self._variances] if Statistics.MOMENTS in self.needed else []
+        return [self._squares, *moments] if self.needed else []
+
     def _add_gram(self, x: Tensor) -> None:
         # Products of half-precision numbers are exact in float32, so with sums in float32 this equals the float32
         # product of the upcast inputs but for the order of summation, at the matrix units' rate.

@@ -1,0 +1,128 @@
+"""Several processes that prune one model, against one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alps_exp import run as runs
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose
+from alps_exp.team import Team
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, text_file: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={tiny_llama}",
+        "data=local",
+        f"data.path={text_file}",
+        "nsamples=5",
+        "seqlen=64",
+        "eval.windows=2",
+        "eval.sample_tokens=0",
+        "device=cpu",
+        "method=sparsegpt",
+    ]
+
+
+def execute(settings: list[str], folder: Path, *more: str) -> dict:
+    return runs.run(compose([*settings, *more]), folder)
+
+
+# Uneven shares (3 and 2 windows); DSnoT also sums means and variances.
+@pytest.mark.parametrize("more", [["stream=true"], ["method=dsnot", "propagate=dense"]])
+def test_the_same_as_one_process(settings, tmp_path, more):
+    one = execute(settings, tmp_path / "one", "save=true", *more)
+    two = execute(settings, tmp_path / "two", "save=true", "devices=2", *more)
+    assert (two["status"], two["attempts"]) == ("complete", 1)
+    assert not (tmp_path / "two" / ".progress").exists()
+    for row, other in zip(one["layers"], two["layers"], strict=True):
+        assert (row["name"], row["tokens"]) == (other["name"], other["tokens"])
+        assert other["relative_loss"] == pytest.approx(row["relative_loss"], rel=1e-4)
+    weights, others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight == 0, others[name] == 0)
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-5)
+    assert two["evaluations"][0]["value"] == pytest.approx(one["evaluations"][0]["value"], rel=1e-4)
+
+
+def test_a_process_that_fails_fails_the_run_in_one_line(settings, tmp_path, tiny_llama):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj.*1 NaN"):
+        execute(settings, tmp_path / "run", f"model.path={broken}", "devices=2")
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["devices=0"], "devices=0 is not allowed"),
+        (["devices=9"], "devices=9 is more than the windows"),
+        (["devices=2", "resumable=false"], "devices=2 needs resumable=true"),
+        (["devices=2", "device=cuda:1"], "names one device"),
+    ],
+)
+def test_refused_before_anything_starts(settings, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        runs.validate(compose([*settings, *more]))
+
+
+def test_work_goes_to_whoever_has_least():
+    team = Team(1, 2, torch.device("cpu"))
+    groups = [([name], None) for name in "abcd"]
+    assert team.divide(groups, [3.0, 9.0, 4.0, 1.0]) == [0, 2, 3]
+    assert [len(Team(rank, 3, torch.device("cpu")).share(torch.zeros(7, 4))) for rank in range(3)] == [3, 2, 2]
+
+
+def test_killed_processes_go_on(settings, tmp_path):
+    """The run is killed after its first block; its processes end with it, and the same command goes on."""
+    folder = tmp_path / "killed"
+    script = (
+        "import sys; from pathlib import Path; from alps_exp import run; from alps_exp.overrides import compose\n"
+        "run.run(compose(sys.argv[2:]), Path(sys.argv[1]))"
+    )
+    together = [*settings, "devices=2"]
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder), *together], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / ".progress" / "block-00000.json").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(_alive(child) for child in children):
+        assert time.monotonic() < deadline, "processes outlive their run"
+        time.sleep(0.05)
+    again = execute(settings, folder, "devices=2")
+    undisturbed = execute(settings, tmp_path / "whole")
+    assert again["status"] == "complete" and again["attempts"] >= 2
+    losses = [[row["relative_loss"] for row in record["layers"]] for record in (again, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
