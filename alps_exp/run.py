@@ -51,8 +51,8 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     from . import models
 
     refuse_keys(cfg)
-    solver, selection = build(cfg["method"]), selection_of(cfg)
-    pattern = pattern_of(cfg["sparsity"])
+    solver = build(cfg["method"])
+    selection_of(cfg), pattern_of(cfg["sparsity"])
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
         require(key, cfg[key], int, low, float("inf"))
     launch.check(cfg)
@@ -75,11 +75,24 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     context = models.context_length(config)
     if solver.prunes and context is not None and cfg["seqlen"] > context:
         raise UserError(f"seqlen={cfg['seqlen']} is beyond the model's context of {context} tokens: give at most that")
-    network = models.skeleton(config)
-    shapes = linear_shapes(network, selection)
-    patterns = selection.patterns_for(shapes, pattern, other_names(network)) if solver.prunes else {}
+    patterns = layer_patterns(cfg)
     evaluation.check(cfg)
     return patterns
+
+
+def layer_patterns(cfg: Mapping) -> dict[str, Pattern]:
+    """layer name → pattern, for every layer that the run prunes.
+
+    Raises:
+        UserError: names or patterns that do not fit the model.
+    """
+    from . import models
+
+    if not build(cfg["method"]).prunes:
+        return {}
+    network, selection = models.skeleton(models.load_config(cfg["model"])), selection_of(cfg)
+    shapes = linear_shapes(network, selection)
+    return selection.patterns_for(shapes, pattern_of(cfg["sparsity"]), other_names(network))
 
 
 def _check_texts(cfg: Mapping) -> None:

@@ -19,7 +19,7 @@ from .progress_store import ProgressStore
 from .record import peak_memory
 from .registry import build
 from .resume import identity, open_store
-from .run import dtype_of, job_of, validate
+from .run import dtype_of, job_of, layer_patterns
 from .team import Team
 from .workspace import Workspace
 
@@ -42,7 +42,7 @@ def _work(asked: dict) -> dict:
     cfg, directory = asked["config"], Path(asked["directory"])
     team = Team.join(asked["device"])
     torch.manual_seed(cfg["seed"])
-    workspace, patterns = Workspace(), validate(cfg)
+    workspace, patterns = Workspace(), layer_patterns(cfg)
     if not team.leads:
         dist.barrier()  # one process at a time fetches and converts files
     tokens, _ = workspace.calibration(cfg)
