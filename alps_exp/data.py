@@ -48,6 +48,7 @@ def calibration_tokens(
     nsamples: int,
     seqlen: int,
     seed: int,
+    holdout: int = 0,
     bos: str | bool = "auto",
 ) -> tuple[torch.LongTensor, dict]:
     """Random windows of a data node's calibration text.
@@ -59,11 +60,13 @@ def calibration_tokens(
         nsamples: windows.
         seqlen: tokens in a window.
         seed: same seed, same windows; no global generator is used or changed.
+        holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
+            windows before them are the same with and without.
         bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
             as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
 
     Returns:
-        Tokens (nsamples, seqlen), and their description for the record.
+        Tokens (nsamples + holdout, seqlen), and their description for the record.
 
     Raises:
         UserError: no such file or hub, or too little text (says how many windows there are).
@@ -82,7 +85,7 @@ def calibration_tokens(
             f"data.sampling=concatenated"
         )
     if sampling == "documents" or (sampling == "auto" and long >= nsamples):
-        rows, used = _from_documents(text, encoder, nsamples, generator)
+        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data["name"])
         facts = {
             "sampling": "documents",
             "documents": used,
@@ -90,7 +93,7 @@ def calibration_tokens(
             "protocol": "random offsets in random documents longer than a window",
         }
     else:
-        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"])
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"], holdout)
         facts = {
             "sampling": "concatenated",
             "documents": used,
@@ -98,6 +101,8 @@ def calibration_tokens(
             "protocol": f"random distinct windows of the documents joined by {text.join!r}",
         }
     description = _description(data, text, encoder, nsamples) | facts
+    if holdout:
+        description["held_out_windows"] = holdout
     description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
     return torch.tensor(rows, dtype=torch.long), description
 
@@ -237,7 +242,9 @@ def describe_bos(tokenizer: PreTrainedTokenizerBase, rule: str) -> str:
     return f"auto: the tokenizer adds {names} to each text" if names else "auto: the tokenizer adds none"
 
 
-def _from_documents(text: Text, encoder: _Encoder, nsamples: int, generator: random.Random) -> tuple[list, int]:
+def _from_documents(
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
+) -> tuple[list, int]:
     """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
 
     A document may be drawn twice, as there. At least one document must be longer than a window.
@@ -255,11 +262,21 @@ def _from_documents(text: Text, encoder: _Encoder, nsamples: int, generator: ran
         if ids is not None:
             rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
             used.add(index)
+    others = [index for index in range(len(text.documents)) if index not in used]
+    for index in generator.sample(others, len(others)) if holdout else ():
+        document = text.documents[index]
+        ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
+        if len(ids) > encoder.payload:
+            rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
+        if len(rows) == nsamples + holdout:
+            break
+    if len(rows) < nsamples + holdout:
+        raise _too_short(name, "held-out", len(rows) - nsamples, holdout, encoder.seqlen, "data.holdout")
     return rows, len(used)
 
 
 def _from_stream(
-    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str, holdout: int
 ) -> tuple[list, int, int]:
     """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there."""
     documents = _run_of(text.documents, generator)
@@ -268,6 +285,9 @@ def _from_stream(
     if available < nsamples:
         raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
     picks = generator.sample(range(available), nsamples)
+    if available - nsamples < holdout:
+        raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
+    picks += generator.sample(sorted(set(range(available)) - set(picks)), holdout)
     return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), available
 
 

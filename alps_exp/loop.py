@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .blocks import BlockModel, block_linears, find_blocks
 from .errors import UserError
 from .hidden import HiddenStates
+from .layers import out_major, solve_layers
 from .patterns import Pattern
-from .problem import LayerProblem, Statistics
+from .problem import Statistics
 from .progress import Progress
 from .progress_store import FinishedBlock, ProgressStore
 from .record import LayerRow, PruneResult
 from .selection import Selection
-from .solver import Solution, Solver, Stopwatch, full_precision
+from .solver import Solver, Stopwatch
 from .statistics import Accumulator, Collector
 from .team import Team
 from .thrift import Thrift, naming_the_step
@@ -42,6 +42,7 @@ class PruneJob:
         batch_size: windows per forward.
         propagate: "pruned" feeds each block what the pruned blocks before it produce, "dense" what the dense ones did.
         losses: measure every layer's relative loss, which takes the Gram matrix whatever the method needs.
+        held_out: (windows, seqlen) other windows, on which every layer's loss is measured too.
         quiet: no progress.
     """
 
@@ -52,6 +53,7 @@ class PruneJob:
     batch_size: int = 1
     propagate: str = "pruned"
     losses: bool = True
+    held_out: Tensor | None = None
     quiet: bool = False
 
     @property
@@ -78,12 +80,6 @@ def other_names(model: nn.Module) -> list[str]:
     """What else a user may name as excluded although it is never pruned: leaf modules and fused weights."""
     leaves = [name for name, module in model.named_modules() if not any(module.children())]
     return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 3]
-
-
-def out_major(module: nn.Module) -> Tensor:
-    """The layer's weight as (out, in), a view; GPT-2's Conv1D stores the transpose."""
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def prune_blocks(
@@ -114,6 +110,7 @@ class _Loop:
         self.writes = store is not None and (team is None or team.leads)
         self.thrift = Thrift(**store.thrift) if store is not None else Thrift()
         self.hidden: HiddenStates | None = None
+        self.held_out: HiddenStates | None = None
         self.result = PruneResult()
 
     def run(self) -> PruneResult:
@@ -121,6 +118,8 @@ class _Loop:
         watch = Stopwatch(self.model.device)
         if self.job.statistics and len(finished) < len(self.model):
             self.hidden = self._embedded()
+            if self.job.held_out is not None:
+                self.held_out = HiddenStates(self.model, self.job.held_out, self.job.batch_size)
             watch.lap("calibrate")
         progress = Progress(range(len(self.model)), "pruning blocks", quiet=self.job.quiet)
         for index in progress:
@@ -182,8 +181,7 @@ class _Loop:
             with self.model.block(index, dense) as module:
                 if not dense:
                     self._load(index, module)
-                with naming_the_step(self.model.name(index)):
-                    self.hidden.advance(self.model, index, module)
+                self._advance(index, module)
         if dense or self.hidden is None:
             self._load(index, self.model.blocks[index])
 
@@ -234,6 +232,8 @@ class _Loop:
         """Replace the hidden states by the block's output; the windows of each forward."""
         with naming_the_step(self.model.name(index)):
             self.hidden.advance(self.model, index, block)
+            if self.held_out is not None:
+                self.held_out.advance(self.model, index, block)
         self._take_over(self.model.name(index), self.hidden)
         return list(self.hidden.sizes)
 
@@ -261,11 +261,29 @@ class _Loop:
                 for batch in self.hidden:
                     collector.begin(batch)
                     self.model.forward_block(index, block, batch)
-                groups += self._thriftily(self._own(collector.finish(), linears))
+                own = self._own(collector.finish(), linears)
+                if self.held_out is not None:
+                    self._add_held_out(own, index, block, linears)
+                groups += self._thriftily(own)
             except torch.OutOfMemoryError:
                 collector.remove()
                 return None
         return groups
+
+    def _add_held_out(
+        self, groups: list[Group], index: int, block: nn.Module, linears: Mapping[str, nn.Module]
+    ) -> None:
+        """Put the Gram matrix of the held-out windows beside each group's statistics."""
+        collector = Collector({names[0]: linears[names[0]] for names, _ in groups}, Statistics.GRAM)
+        try:
+            for batch in self.held_out:
+                collector.begin(batch)
+                self.model.forward_block(index, block, batch)
+            grams = {names[0]: sums.problem_fields()["gram"] for names, sums in collector.finish()}
+        finally:
+            collector.remove()
+        for names, fields in groups:
+            fields["held_out"] = grams[names[0]]
 
     def _own(self, groups: list[tuple[list[str], Accumulator | None]], linears: Mapping[str, nn.Module]) -> list[Group]:
         """The groups that this process solves: of a team its part, with the sums of all."""
@@ -290,7 +308,7 @@ class _Loop:
         while groups:
             names, fields = groups[0]
             try:
-                rows += _solve_group(
+                rows += solve_layers(
                     index, {name: linears[name] for name in names}, _moved(fields, self.model.device), self.job
                 )
             except torch.OutOfMemoryError:
@@ -309,64 +327,3 @@ class _Loop:
 
 def _moved(fields: dict, device: torch.device) -> dict:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
-
-
-def _solve_group(index: int, linears: Mapping[str, nn.Module], fields: dict, job: PruneJob) -> list[LayerRow]:
-    """Rows of layers that share an input; their weights are written once all of it has succeeded."""
-    with full_precision():
-        problems = [
-            LayerProblem(out_major(module).to(torch.float32, copy=True), name=name, **fields)
-            for name, module in linears.items()
-        ]
-        patterns = [job.patterns[name] for name in linears]
-        watch = Stopwatch(problems[0].weight.device)
-        try:
-            solutions = job.solver.solve_group(problems, patterns)
-        except torch.linalg.LinAlgError as error:
-            raise UserError(
-                f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
-                "(nsamples) or more damping (method.damping)"
-            ) from None
-        seconds = watch.lap("solve") / len(problems)
-        rows, written = [], []
-        for problem, pattern, solution, module in zip(problems, patterns, solutions, linears.values(), strict=True):
-            written.append(solution.weight.to(module.weight.dtype))
-            rows.append(_row(index, problem, pattern, solution, written[-1].float(), seconds, job))
-    for module, weight in zip(linears.values(), written, strict=True):
-        out_major(module).copy_(weight)
-    return rows
-
-
-def _row(
-    index: int,
-    problem: LayerProblem,
-    pattern: Pattern,
-    solution: Solution,
-    written: Tensor,
-    seconds: float,
-    job: PruneJob,
-) -> LayerRow:
-    if bad := int((~torch.isfinite(written)).sum()):
-        raise UserError(
-            f"{problem.name}: {type(job.solver).__name__} gave {bad} NaN or infinite weights; use dtype=float32"
-        )
-    loss = problem.relative_loss(written) if problem.gram is not None else None
-    if loss is not None and not math.isfinite(loss):
-        raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
-    return LayerRow(
-        name=problem.name,
-        block=index,
-        shape=list(problem.weight.shape),
-        pattern=str(pattern),
-        selection=f"group of {pattern.group}" if pattern.group else job.solver.selection,
-        sparsity_target=pattern.sparsity,
-        sparsity=1 - int(written.count_nonzero()) / written.numel(),
-        relative_loss=loss,
-        status=solution.status,
-        iterations=solution.iterations,
-        seconds=seconds,
-        seconds_by_phase=dict(solution.seconds),
-        tokens=problem.tokens,
-        dead_inputs=int(problem.dead.sum()),
-        stats=dict(solution.stats),
-    )

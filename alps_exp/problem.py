@@ -124,6 +124,10 @@ class LayerProblem:
             name=name,
         )
 
+    def replaced(self, gram: Tensor) -> LayerProblem:
+        """The same weight with the Gram matrix (in, in) of other inputs, and nothing else of them."""
+        return LayerProblem(self.weight, gram=gram, name=self.name)
+
     @property
     def available(self) -> Statistics:
         """The statistics that this problem carries."""

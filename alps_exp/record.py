@@ -37,6 +37,7 @@ class LayerRow:
         sparsity_target: fraction of zeros asked for.
         sparsity: fraction of zeros in the written weight.
         relative_loss: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of the written weight, None when not measured.
+        held_out_loss: the same on tokens that were not calibrated on (data.holdout).
         status: the solver's, "exact", "converged" or "max_iterations".
         iterations: of the solver.
         seconds: wall time of the solver; layers solved together share their time equally.
@@ -61,6 +62,7 @@ class LayerRow:
     tokens: int | None
     dead_inputs: int
     stats: dict
+    held_out_loss: float | None = None
 
 
 @dataclass
@@ -148,11 +150,13 @@ def summarise(rows: list[LayerRow]) -> dict:
     """Figures over all pruned layers: weights weigh in the sparsity, layers equally in the mean relative loss."""
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     losses = [row.relative_loss for row in rows if row.relative_loss is not None]
+    held_out = [row.held_out_loss for row in rows if row.held_out_loss is not None]
     return {
         "layers": len(rows),
         "weights": weights,
         "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
         "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
+        "mean_held_out_loss": math.fsum(held_out) / len(held_out) if held_out else None,
         "solver_seconds": math.fsum(row.seconds for row in rows),
     }
 

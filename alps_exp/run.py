@@ -56,6 +56,9 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
         require(key, cfg[key], int, low, float("inf"))
     launch.check(cfg)
+    require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
+    if cfg["data"]["holdout"] and not cfg["losses"]:
+        raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
     for key in ("losses", "plan", "resumable"):
@@ -226,15 +229,25 @@ def _execute(
 def job_of(
     cfg: Mapping, solver: Solver, patterns: Mapping[str, Pattern], tokens: Tensor, quiet: bool = False
 ) -> PruneJob:
-    """What the configuration asks the block loop to do."""
+    """What the configuration asks the block loop to do.
+
+    Args:
+        cfg: the configuration.
+        solver: its method.
+        patterns: layer name → pattern.
+        tokens: (nsamples + data.holdout, seqlen) windows to calibrate on, then those to hold out.
+        quiet: no progress.
+    """
+    calibration, held_out = tokens[: cfg["nsamples"]], tokens[cfg["nsamples"] :]
     return PruneJob(
         solver=solver,
         patterns=patterns,
         selection=selection_of(cfg),
-        tokens=tokens,
+        tokens=calibration,
         batch_size=cfg["batch_size"],
         propagate=cfg["propagate"],
         losses=cfg["losses"],
+        held_out=held_out if len(held_out) else None,
         quiet=quiet,
     )
 
@@ -281,10 +294,11 @@ def describe(record: RunRecord, directory: Path) -> str:
     title = f"{record.model}, {record.method}" + (f", sparsity {record.sparsity}" if record.layers else "")
     lines = [title]
     if record.layers:
-        loss = record.summary["mean_relative_loss"]
+        loss, held_out = record.summary["mean_relative_loss"], record.summary["mean_held_out_loss"]
         lines.append(
             f"  {record.summary['layers']} layers, {record.summary['sparsity']:.4f} zeros, mean relative loss "
             + (f"{loss:.4g}" if loss is not None else "not measured")
+            + (f", {held_out:.4g} on held-out windows" if held_out is not None else "")
         )
     lines += [f"  {line}" for line in evaluation.describe(record.evaluations)]
     if record.saved:

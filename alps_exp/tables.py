@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import UserError
+from .plots import losses_by_depth
 from .record import FILE
 
 _METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps")
@@ -59,6 +60,8 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
             "zeros": summary.get("sparsity"),
             "mean relative loss": summary.get("mean_relative_loss"),
         }
+        if summary.get("mean_held_out_loss") is not None:
+            row["held-out loss"] = summary["mean_held_out_loss"]
         for item in record["evaluations"]:
             if every_metric or item.get("shown", True):
                 row[_column(item)] = float(item["value"])
@@ -137,11 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-seconds", action="store_true", help="leave out times, as of runs that shared a device")
     options = parser.parse_args(arguments)
     try:
-        frame = comparison(read_records(options.runs), options.all_metrics)
+        records = read_records(options.runs)
+        frame = comparison(records, options.all_metrics)
         frame = frame.drop(columns="seconds", errors="ignore") if options.no_seconds else frame
         if frame.empty:
             raise UserError(f"no {FILE} below {options.runs}: run something first, such as make demo")
-        paths = write(frame, options.tables, "comparison")
+        paths = write(frame, options.tables, "comparison") + losses_by_depth(records, options.tables)
     except UserError as error:
         print(f"alps_exp: {error}", file=sys.stderr)
         return 2

@@ -36,13 +36,14 @@ class Workspace:
         return self._tokenizers[key]
 
     def calibration(self, cfg: Mapping) -> tuple[Tensor, dict]:
-        """Calibration windows (nsamples, seqlen) and where they came from."""
+        """Calibration windows (nsamples + data.holdout, seqlen), those to hold out last, and where they came from."""
         key = _key(cfg["model"], cfg["data"], cfg["nsamples"], cfg["seqlen"], cfg["seed"])
         if key not in self._texts:
             self._texts[key] = data.calibration_tokens(
                 cfg["data"],
                 self.tokenizer(cfg),
                 nsamples=cfg["nsamples"],
+                holdout=cfg["data"]["holdout"],
                 seqlen=cfg["seqlen"],
                 seed=cfg["seed"],
                 bos=cfg["model"]["bos"],

@@ -22,11 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import end_to_end
 import layer
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "alps": "#0072B2", "alps-simple": "#56B4E9", "sparsegpt": "#D55E00", "wanda": "#009E73",
-    "dsnot": "#CC79A7", "magnitude": "#000000",
-}  # fmt: skip
+from alps_exp.plots import COLOURS
+
 LABELS = {"width": "width of a square layer", "tokens": "calibration tokens", "blocks": "decoder blocks"}
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import alps_exp
 from alps_exp.blocks import block_linears, find_blocks
 from alps_exp.errors import UserError
-from alps_exp.loop import out_major
+from alps_exp.layers import out_major
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 

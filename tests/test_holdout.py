@@ -1,0 +1,121 @@
+"""Losses on windows that were not calibrated on: which windows, what is measured, where it shows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForCausalLM
+
+from alps_exp import data, plots, tables
+from alps_exp import run as runs
+from alps_exp.errors import UserError
+from alps_exp.overrides import compose
+
+
+@pytest.fixture
+def settings(tiny_llama: Path, text_file: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={tiny_llama}",
+        "data=local",
+        f"data.path={text_file}",
+        "nsamples=4",
+        "seqlen=64",
+        "batch_size=2",
+        "eval=none",
+        "device=cpu",
+        "method=wanda",
+        "data.holdout=3",
+    ]
+
+
+def relative_losses(network, dense, pruned, ids: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """Loss of the pruned layers on the inputs that the same layers of `network` receive, in float64."""
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.__setitem__(name, args[0].detach().clone())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        network(ids)
+    for handle in handles:
+        handle.remove()
+    losses = {}
+    for name, x in inputs.items():
+        weight, sparse = (model.get_submodule(name).weight.detach().double() for model in (dense, pruned))
+        flat = x.reshape(-1, x.shape[-1]).double()
+        losses[name] = float((flat @ (weight - sparse).T).square().sum() / (flat @ weight.T).square().sum())
+    return losses
+
+
+@pytest.mark.parametrize("more", [[], ["stream=true"], ["devices=2"]])
+def test_losses_are_those_of_the_held_out_windows(settings, tmp_path, tiny_llama, more):
+    record = runs.run(compose([*settings, "save=true", *more]), tmp_path)
+    cfg = compose(settings)
+    tokenizer = tiny_models.tokenizer("llama")
+    windows, description = data.calibration_tokens(cfg["data"], tokenizer, nsamples=4, holdout=3, seqlen=64, seed=0)
+    assert record["calibration"]["held_out_windows"] == description["held_out_windows"] == 3
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, tmp_path / "model"))
+    found = {row["name"]: row["held_out_loss"] for row in record["layers"]}
+    first = [name for name in found if ".0." in name]
+    # Inputs of the first block are the dense model's; those of the second one's first layers the pruned model's.
+    for network, names in ((dense, first), (pruned, ["model.layers.1.self_attn.q_proj"])):
+        expected = relative_losses(network, dense, pruned, windows[4:], names)
+        for name in names:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+    assert record["summary"]["mean_held_out_loss"] == pytest.approx(sum(found.values()) / len(found))
+    calibrated = [row["relative_loss"] for row in record["layers"]]
+    assert calibrated != list(found.values())
+
+
+def test_it_changes_nothing_else(settings, tmp_path):
+    one, other = (
+        runs.run(compose([*settings, f"data.holdout={count}"]), tmp_path / str(count))["layers"] for count in (0, 5)
+    )
+    assert [row["relative_loss"] for row in one] == [row["relative_loss"] for row in other]
+    assert all(row["held_out_loss"] is None for row in one)
+
+
+@pytest.mark.parametrize("sampling", ["documents", "concatenated"])
+def test_windows_are_new_ones_and_the_others_stay(text_file, sampling):
+    node = data.data_node("local") | {"path": str(text_file), "sampling": sampling}
+    tokenizer = tiny_models.tokenizer("gpt2")
+    few, many = (
+        data.calibration_tokens(node, tokenizer, nsamples=12, holdout=holdout, seqlen=64, seed=3)[0]
+        for holdout in (0, 6)
+    )
+    assert torch.equal(many[:12], few) and len(many) == 18
+    assert len({tuple(row) for row in many.tolist()}) == len({tuple(row) for row in few.tolist()}) + 6
+
+
+@pytest.mark.parametrize("sampling", ["documents", "concatenated"])
+def test_too_few_are_left(text_file, sampling):
+    node = data.data_node("local") | {"path": str(text_file), "sampling": sampling}
+    with pytest.raises(UserError, match=r"held-out text has only \d+ windows.* lower data.holdout"):
+        data.calibration_tokens(node, tiny_models.tokenizer("gpt2"), nsamples=4, holdout=100_000, seqlen=64, seed=0)
+
+
+@pytest.mark.parametrize("words", [["data.holdout=-1"], ["data.holdout=2", "losses=false"]])
+def test_refused(settings, words):
+    with pytest.raises(UserError, match=r"data\.holdout"):
+        runs.validate(compose([*settings, *words]))
+
+
+def test_tables_and_plot(settings, tmp_path, capsys):
+    for method in ("wanda", "magnitude"):
+        runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)
+    assert tables.main([str(tmp_path / "runs"), str(tmp_path / "one")]) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    record = json.loads((tmp_path / "runs" / "wanda" / "record.json").read_text())
+    again = plots.losses_by_depth(tables.read_records(tmp_path / "runs"), tmp_path / "two")
+    assert [path.name for path in again] == ["losses.svg", "losses.png"]
+    for path in again:
+        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
+    drawing = again[0].read_text()
+    assert drawing.count("stroke-dasharray") >= 2, "a dashed line for each method"
+    assert plots.losses_by_depth([record | {"layers": []}], tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
