@@ -310,5 +310,16 @@ def _keep_per_row(score: Tensor, count: int) -> Tensor:
                 ranks[i] += later_wins
                 ranks[j] -= later_wins
         return torch.stack([rank < count for rank in ranks], dim=1)
+    if score.device.type == "cpu" and 0 < count < width:
+        # Selecting takes a third of the time of sorting there; rows with ties at the threshold are sorted after all.
+        mask = score >= score.kthvalue(width - count + 1, dim=1, keepdim=True).values
+        tied = (mask.sum(1) > count).nonzero().squeeze(1)
+        if len(tied):
+            mask[tied] = _first_largest(score[tied], count)
+        return mask
+    return _first_largest(score, count)
+
+
+def _first_largest(score: Tensor, count: int) -> Tensor:
     order = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
