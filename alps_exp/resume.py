@@ -103,7 +103,7 @@ def prepare(directory: Path, resume: str | bool) -> None:
 
     An earlier complete record is kept as record.previous.json, and the run is a fresh one then.
     """
-    for scratch in directory.glob(".model-*"):
+    for scratch in (*directory.glob(".model-*"), *directory.glob(".team-*")):
         shutil.rmtree(scratch, ignore_errors=True)
     for temporary in directory.glob(f".{FILE}.*.tmp"):
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ class Team:
         if device_type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
             torch.cuda.set_device(device)
-        options = {"device_id": device} if device_type == "cuda" else {}
+        # One process may wait long for another that fetches a model; what hangs is ended from outside.
+        options = {"timeout": timedelta(days=2)} | ({"device_id": device} if device_type == "cuda" else {})
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=size, **options)
         return cls(rank, size, device)
 

@@ -116,6 +116,7 @@ def test_killed_processes_go_on(settings, tmp_path):
     again = execute(settings, folder, "devices=2")
     undisturbed = execute(settings, tmp_path / "whole")
     assert again["status"] == "complete" and again["attempts"] >= 2
+    assert not list(folder.glob(".team-*"))
     losses = [[row["relative_loss"] for row in record["layers"]] for record in (again, undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
