@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,13 @@ class Outcome:
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `alps-exp` and `python -m alps_exp`: exits with 0, 1 (failed), 2 (user's mistake) or 130."""
+    sys.exit(guarded(lambda: command(list(sys.argv[1:] if words is None else words))))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """The exit status that `action` returns, or that of its error, which is told in one line."""
     try:
-        status = command(list(sys.argv[1:] if words is None else words))
+        status = action()
         sys.stdout.flush()
     except UserError as error:
         status = _report(str(error), USER_ERROR)
@@ -56,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         hint = "" if _full_error() else "; HYDRA_FULL_ERROR=1 shows the trace"
         status = _report(_describe(error) + hint, FAILURE)
-    sys.exit(status)
+    return status
 
 
 def command(words: list[str]) -> int:

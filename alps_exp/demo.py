@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 import time
 
-from .errors import UserError
-
 METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 SPARSITY = "0.7"
 CALIBRATION_WINDOWS = 6
@@ -21,18 +19,20 @@ def main(overrides: list[str]) -> int:
     """Run the demo with further overrides (`python -m alps_exp.demo nsamples=32`); returns the exit status."""
     start = time.perf_counter()
     # Imported here so that the time of importing counts: it is part of what the user waits for.
-    from . import sweep, tables
+    from . import cli
+
+    return cli.guarded(lambda: _demo(overrides, start))
+
+
+def _demo(overrides: list[str], start: float) -> int:
+    from . import cli, sweep, tables
     from .overrides import compose
 
     sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}", f"sparsity={SPARSITY}"]
-    try:
-        configs = [compose([f"method={method}", *sizes, *overrides]) for method in METHODS]
-        records, failed = sweep.execute(configs, again=True)
-    except UserError as error:
-        print(f"alps_exp: {error}", file=sys.stderr)
-        return 2
+    configs = [compose([f"method={method}", *sizes, *overrides]) for method in METHODS]
+    records, failed = sweep.execute(configs, again=True)
     if failed:
-        return 1
+        return cli.FAILURE
     frame = tables.comparison(records).drop(columns=["status", "seed"])
     frame.loc[frame["method"] == "dense", "sparsity"] = "0"
     print(f"\n{tables.markdown(frame)}")

@@ -266,8 +266,9 @@ class _Loop:
                     self._add_held_out(own, index, block, linears)
                 groups += self._thriftily(own)
             except torch.OutOfMemoryError:
-                collector.remove()
                 return None
+            finally:
+                collector.remove()
         return groups
 
     def _add_held_out(

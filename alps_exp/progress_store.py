@@ -129,6 +129,13 @@ class ProgressStore:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """Let a block that is being written reach the disk, whatever becomes of it.
+
+        Its tensors may be a network's own, which another run restores in place.
+        """
+        self._writer.shutdown()
+
     def keep_thrift(self, thrift: Mapping) -> None:
         """Remember the measures against lack of memory for a later attempt."""
         self.thrift = dict(thrift)

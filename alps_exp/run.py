@@ -209,7 +209,11 @@ def _execute(
         record.sample = {"prompt": cfg["eval"]["prompt"], "dense": workspace.dense_sample(cfg, model)}
         watch.lap("evaluate")
     if solver.prunes:
-        record.book(prune_blocks(model, job_of(cfg, solver, patterns, tokens), store))
+        try:
+            record.book(prune_blocks(model, job_of(cfg, solver, patterns, tokens), store))
+        finally:
+            if store is not None:
+                store.close()
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)

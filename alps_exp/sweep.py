@@ -5,7 +5,7 @@
 
 The words are those of `python -m alps_exp -m`, and so are the runs' directories. A method that prunes nothing runs
 once, whatever the sparsities. With --minutes the sweep stops before a run that would probably take longer; the same
-command goes on where it stopped. A run that failed does not stop the others.
+command goes on where it stopped, also after an interruption. A run that failed does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import naming, overrides
+from . import cli, naming, overrides
 from .errors import UserError
 from .redaction import redacted
 
@@ -37,7 +37,10 @@ def configurations(words: Sequence[str]) -> list[DictConfig]:
     from .registry import build
 
     with overrides.initialized():
-        _, lines = overrides.expand(overrides.prepared(words))
+        words = overrides.prepared(words)
+        if foreign := [word for word in words if word.lstrip("+~").startswith("hydra")]:
+            raise UserError(f"{foreign[0]}: Hydra takes no part here; give that to python -m alps_exp -m")
+        _, lines = overrides.expand(words)
         found = [overrides.without_hydra(overrides.compose_prepared(line, with_hydra=True)) for line in lines]
     kept: dict[str, DictConfig] = {}
     for cfg in found:
@@ -91,21 +94,26 @@ def execute(configs: Sequence[DictConfig], again: bool = False, minutes: float |
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep and print its table; returns the exit status."""
+    """Run a sweep and print its table, or the plans with plan=true; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m alps_exp.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, help="start no run that would end later than this")
     parser.add_argument("words", nargs="*", help="as for python -m alps_exp -m")
     options = parser.parse_intermixed_args(arguments)
-    from . import tables
+    return cli.guarded(lambda: _sweep(options.words, options.minutes))
 
-    try:
-        records, failed = execute(configurations(options.words), minutes=options.minutes)
-    except UserError as error:
-        print(redacted(f"alps_exp: {error}"), file=sys.stderr)
-        return 2
+
+def _sweep(words: Sequence[str], minutes: float | None) -> int:
+    from . import tables
+    from .plan import plan
+
+    configs = configurations(words)
+    if all(cfg.plan for cfg in configs):
+        print("\n\n".join(map(plan, configs)))
+        return 0
+    records, failed = execute(configs, minutes=minutes)
     if records:
         print(f"\n{tables.markdown(tables.comparison(records).drop(columns=['status']))}")
-    return 1 if failed else 0
+    return cli.FAILURE if failed else 0
 
 
 if __name__ == "__main__":

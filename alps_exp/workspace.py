@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,9 +70,8 @@ class Workspace:
 
     def network(self, cfg: Mapping, dtype: torch.dtype | str) -> torch.nn.Module:
         """The dense model on the host, in evaluation mode."""
-        key = _key(cfg["model"], str(dtype))
-        if self._network is None or self._network[0] != key:
-            self._network = None
+        if not self._holds(cfg, dtype):
+            self._release()
             network = models.load_model(cfg["model"], dtype)
             if not self._keep:
                 return network
@@ -81,11 +81,19 @@ class Workspace:
                 for index, block in enumerate(blocks)
                 for name, module in block_linears(block, f"{prefix}.{index}", lambda name: True).items()
             }
-            self._network = (key, network, pristine)
+            self._network = (_key(cfg["model"], str(dtype)), network, pristine)
         _, network, pristine = self._network
         for name, weight in pristine.items():
             network.get_submodule(name).weight.data.copy_(weight)
         return network
+
+    def _holds(self, cfg: Mapping, dtype: torch.dtype | str) -> bool:
+        """Whether the network is here from an earlier run."""
+        return self._network is not None and self._network[0] == _key(cfg["model"], str(dtype))
+
+    def _release(self) -> None:
+        self._network = None
+        gc.collect()  # networks refer to themselves
 
     def model(self, cfg: Mapping, device: torch.device, dtype: torch.dtype | str, scratch: Path) -> BlockModel:
         """The dense model, in memory as a whole or streamed from its files.
@@ -97,7 +105,9 @@ class Workspace:
             scratch: folder for hidden states on disk.
         """
         options = {"hidden_states": cfg["hidden_states"], "scratch": scratch}
-        if streams(cfg, dtype):
+        if not self._holds(cfg, dtype):
+            self._release()  # before it is asked how much memory is free
+        if cfg["stream"] is True or (not self._holds(cfg, dtype) and streams(cfg, dtype, 2 if self._keep else 1)):
             network, source = models.load_streamed(cfg["model"], dtype, pin=device.type == "cuda")
             return BlockModel(network, device, source=source, **options)
         return BlockModel(self.network(cfg, dtype), device, **options)
@@ -113,16 +123,16 @@ class Workspace:
         return self._samples[key]
 
 
-def streams(cfg: Mapping, dtype: torch.dtype | str) -> bool:
-    """Whether the blocks are read from files one at a time: as asked, or where they would fill half of the free host
-    memory and can be kept on disk once they are pruned."""
+def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
+    """Whether the blocks are read from files one at a time: as asked, or where `copies` of the model would fill half of
+    the free host memory and finished blocks are kept on disk."""
     if cfg["stream"] != "auto":
         return cfg["stream"]
     config = models.load_config(cfg["model"])
     if dtype == "auto":
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     size = sum(parameter.numel() for parameter in models.skeleton(config).parameters()) * dtype.itemsize
-    return cfg["resumable"] and size > 0.5 * free_host()
+    return cfg["resumable"] and copies * size > 0.5 * free_host()
 
 
 def _key(*parts) -> str:

@@ -152,6 +152,7 @@ def _child(place: Path, words: list[str], kill: Kill | None, watch: bool) -> Non
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout = sys.stderr = output  # pytest has put its own in their place
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
         torch.set_num_threads(1)
         calls: dict[str, list[float]] = {}
         if watch:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from alps_exp import loop, progress_store, sweep
 from alps_exp import run as runs
-from alps_exp import sweep
+from alps_exp.blocks import BlockModel
+from alps_exp.hidden import HiddenStates
+from alps_exp.workspace import Workspace
 
 
 @pytest.fixture
@@ -70,3 +76,61 @@ def test_a_failed_run_does_not_stop_the_others(words, capsys, monkeypatch):
 def test_a_mistake_is_one_line(words, capsys):
     assert sweep.main([*words, "method.power=3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_plans_and_settings_of_hydra(words, capsys, tmp_path):
+    assert sweep.main([*words, "plan=true"]) == 0
+    assert capsys.readouterr().out.count("run        tiny_llama-") == 3
+    assert sweep.main([*words, "hydra.run.dir=elsewhere"]) == 2
+    assert "python -m alps_exp -m" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_solve_group", interrupt)
+    assert sweep.main(words) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("alps_exp: interrupted: the same command goes on from ")
+
+
+def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
+    """Neither hooks on the network that both use, nor that network's restored weights in a block still being written."""
+    cfg = sweep.configurations(words)[1]
+    workspace = Workspace(keep=True)
+    whole = runs.run(cfg, tmp_path / "whole", workspace)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    network = workspace.network(plain, torch.float32)
+    original, write = loop._solve_group, progress_store.write_tensors
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress_store, "write_tensors", slowly)
+        patch.setattr(loop, "_solve_group", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs.run(cfg, tmp_path / "run", workspace)
+        assert workspace.network(plain, torch.float32) is network
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)
+        patch.setattr(HiddenStates, "advance", lambda *_: None)
+        with pytest.raises(ZeroDivisionError):
+            runs.run(cfg, tmp_path / "other", workspace)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    again = runs.run(cfg, tmp_path / "run", workspace)
+    assert again["attempts"] == 2 and again["evaluations"] == whole["evaluations"]
+
+
+def test_what_is_in_memory_is_not_read_from_files(words, tmp_path, monkeypatch):
+    cfg, workspace = sweep.configurations(words)[0], Workspace(keep=True)
+    network = workspace.network(OmegaConf.to_container(cfg, resolve=True), torch.float32)
+    size = 4 * sum(parameter.numel() for parameter in network.parameters())
+    # A workspace keeps the network and a copy of it, which may take half of the free memory.
+    for number, (place, free, streamed) in enumerate(
+        ((workspace, size, False), (Workspace(keep=True), 3 * size, True), (Workspace(keep=True), 5 * size, False))
+    ):
+        monkeypatch.setattr("alps_exp.workspace.free_host", lambda free=free: free)
+        assert runs.run(cfg, tmp_path / str(number), place)["environment"]["streamed"] is streamed
