@@ -76,5 +76,6 @@ def _log_wandb(record: Mapping, node: Mapping, directory: Path) -> None:
         run.summary.update({"status": record["status"], **record["summary"]})
         run.summary.update({f"phase/{name}": value for name, value in record["phases"].items()})
         for evaluation in record["evaluations"]:
-            run.summary[f"eval/{evaluation['dataset']}/{evaluation['metric']}"] = evaluation["value"]
+            partial = " (partial)" if evaluation.get("partial") else ""
+            run.summary[f"eval/{evaluation['dataset']}/{evaluation['metric']}{partial}"] = evaluation["value"]
         run.summary["environment"] = dict(record["environment"])

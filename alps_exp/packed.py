@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -92,6 +92,12 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, di
             stored[f"{name}.mask"] = torch.from_numpy(bits)
         entries[name] = {"shape": list(tensor.shape), "dtype": dtype, "scheme": scheme}
     return stored, entries
+
+
+def packed_size(shape: Sequence[int], sparsity: float, itemsize: int) -> float:
+    """Bytes that `pack` makes of a weight with this fraction of zeros, names and header left out."""
+    entries = math.prod(shape)
+    return min(entries * itemsize, entries * ((1 - sparsity) * itemsize + 1 / 8))
 
 
 def unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> dict[str, Tensor]:

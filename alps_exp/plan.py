@@ -17,6 +17,7 @@ from .evaluation import seqlen
 from .hidden import choose_place
 from .loop import linear_shapes
 from .naming import run_name
+from .packed import packed_size
 from .problem import Statistics
 from .registry import build
 from .run import DTYPES, dtype_of, selection_of, validate
@@ -115,11 +116,19 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> li
         rest = step + (hidden if place in ("host", "device") else 0)
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
-    local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().is_dir()
-    disk = [("the saved model", outside_bytes if streamed and patterns else model_bytes)] if cfg["save"] else []
+    local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().exists()
+    dense, disk = outside_bytes if streamed and patterns else model_bytes, []
+    if cfg["save"] == "packed":
+        less = sum(
+            math.prod(shapes[name]) * size - packed_size(shapes[name], pattern.sparsity, size)
+            for name, pattern in patterns.items()
+        )
+        disk = [("the saved model", model_bytes - less), ("its dense form while it is packed", dense)]
+    elif cfg["save"]:
+        disk = [("the saved model", dense)]
     disk += [] if local else [("the download", model_bytes)]
     if patterns and cfg["resumable"]:
-        kept = " (they become the saved model)" if cfg["save"] and streamed else " while it runs"
+        kept = " (they become the saved model)" if cfg["save"] in (True, "dense") and streamed else " while it runs"
         disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
     disk += [("hidden states while it runs", hidden)] if place == "disk" else []
     parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)

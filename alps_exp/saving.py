@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -14,9 +16,9 @@ from safetensors import safe_open
 from .blocks import BlockModel
 from .checkpoint import INDEX, SINGLE, tied_names
 from .errors import UserError
-from .packed import pack_folder
+from .packed import pack_folder, packed_size
 from .progress_store import ProgressStore, write_tensors
-from .record import RunRecord
+from .record import LayerRow, RunRecord
 
 
 def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store: ProgressStore | None = None) -> Path:
@@ -31,7 +33,7 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
     """
     target = directory / "model"
     packed = record.config["save"] == "packed"
-    size, free = _size(model, store, packed), shutil.disk_usage(directory).free
+    size, free = _size(model, store, record.layers if packed else None), shutil.disk_usage(directory).free
     if size > free:
         raise UserError(f"saving needs {size / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free: make space")
     temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=directory))
@@ -53,11 +55,20 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
     return target
 
 
-def _size(model: BlockModel, store: ProgressStore | None, packed: bool) -> int:
-    """Bytes to write: of a streamed model the blocks are on the disk already."""
-    if model.source is None or store is None or packed:
-        return model.size
-    return model.size - sum(p.numel() * p.element_size() for p in model.blocks.parameters())
+def _size(model: BlockModel, store: ProgressStore | None, packed: Sequence[LayerRow] | None) -> float:
+    """Bytes to write: of a streamed model the blocks are on the disk already; what is packed is there dense first.
+
+    Args:
+        packed: the pruned layers, where they are to be packed.
+    """
+    size = model.size
+    if model.source is not None and store is not None:
+        size -= sum(p.numel() * p.element_size() for p in model.blocks.parameters())
+    if packed is not None:
+        item = model.model.dtype.itemsize
+        less = sum(math.prod(row.shape) * item - packed_size(row.shape, row.sparsity, item) for row in packed)
+        size += model.size - less
+    return size
 
 
 def _assemble(model: BlockModel, store: ProgressStore | None, folder: Path) -> None:

@@ -41,7 +41,7 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
     """One row per record: what ran, the sparsity reached, mean relative loss, perplexities, task scores and seconds.
 
     Perplexity columns name data set, windows and seqlen, since a perplexity without them means nothing; columns of
-    tasks that were evaluated in part say so, and a column "X ±" holds the standard errors of X. The seconds are those
+    what was evaluated in part say so, and a column "X ±" holds the standard errors of X. The seconds are those
     of calibration, solving and propagation; loading and evaluation are left out.
 
     Args:
@@ -86,7 +86,8 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
 def _column(item: Mapping) -> str:
     name = f"{item['dataset']} {item['metric']}"
     if "windows" in item:
-        return f"{name} ({item['windows']} × {item['seqlen']})"
+        partial = f" of {item['total_windows']}" if item.get("partial") else ""
+        return f"{name} ({item['windows']}{partial} × {item['seqlen']})"
     return f"{name} ({item['samples']} of {item['total_samples']})" if item["partial"] else name
 
 

@@ -20,7 +20,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -275,8 +275,24 @@ def _missing(leaf: Leaf, split: str, source: FolderSource | PackageSource) -> Us
     )
 
 
-@cache
+def stamps(setting: str) -> list:
+    """What tells whether the files of `eval.task_source` have changed within the life of a process."""
+    root = Path(setting).expanduser()
+    files = sorted(root.glob("*/*.jsonl*")) if root.is_dir() else []
+    return [(str(file), *_stamp(file)) for file in files]
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def _read(file: Path) -> list[dict]:
+    return _read_once(file, _stamp(file))
+
+
+@lru_cache(maxsize=64)
+def _read_once(file: Path, stamp: tuple[int, int]) -> list[dict]:
     rows = []
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:

@@ -25,6 +25,7 @@ from .blocks import BlockModel
 from .checks import one_of, require
 from .errors import UserError
 from .evaluate import whole_model
+from .task_data import stamps
 from .task_names import Request, calling_lm_eval, load, request
 
 # The seeds of lm-eval's command line.
@@ -76,7 +77,7 @@ def check_options(options: Mapping) -> None:
 def prepare(cfg: Mapping) -> tuple[Pass, ...]:
     """Everything about the configured tasks that needs no weights: data read, examples chosen, lengths checked.
 
-    The same tasks of the same model are prepared once per process.
+    The same tasks of the same model are prepared once per process, unless their files change.
 
     Raises:
         UserError: unknown task (names the nearest), data that cannot be had, a tokenizer without the tokens
@@ -84,12 +85,12 @@ def prepare(cfg: Mapping) -> tuple[Pass, ...]:
     """
     plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     options = {key: plain["eval"][key] for key in ("tasks", "task_source", "limit", "limit_seed", "truncate", "bos")}
-    return _prepared(json.dumps([plain["model"], options], sort_keys=True))
+    return _prepared(json.dumps([plain["model"], options, stamps(options["task_source"])], sort_keys=True))
 
 
 @lru_cache(maxsize=4)
 def _prepared(key: str) -> tuple[Pass, ...]:
-    model, options = json.loads(key)
+    model, options, _ = json.loads(key)
     tokenizer = models.load_tokenizer(model)
     by_shots: dict[int | None, list[Request]] = {}
     for asked in map(request, options["tasks"]):
@@ -161,7 +162,7 @@ class _Lengths:
                 f"task {name} needs a tokenizer with {what}, and the model's has none: name one in its "
                 "tokenizer_config.json"
             )
-        if self.context is None:
+        if self.context is None or task.OUTPUT_TYPE == "loglikelihood_rolling":  # those are read in windows
             return 0
         with calling_lm_eval():
             task.set_fewshot_seed(seed=_SEED)

@@ -25,7 +25,10 @@ RECORD = {
     ],
     "summary": {"layers": 2, "mean_relative_loss": 0.1875},
     "phases": {"solve_seconds": 4.0},
-    "evaluations": [{"dataset": "wikitext2", "metric": "perplexity", "value": 20.5}],
+    "evaluations": [
+        {"dataset": "wikitext2", "metric": "perplexity", "value": 20.5},
+        {"dataset": "ptb", "metric": "perplexity", "value": 30.5, "partial": True},
+    ],
     "environment": {"device": "CPU", "versions": {"torch": "2"}},
 }
 
@@ -91,6 +94,7 @@ def test_an_offline_run_holds_the_record(tmp_path, monkeypatch):
     assert [row["layer/index"] for row in found["history"]] == [0, 1]
     assert [row["layer/seconds"] for row in found["history"]] == [1.5, 2.5]
     assert found["summary"]["eval/wikitext2/perplexity"] == 20.5
+    assert found["summary"]["eval/ptb/perplexity (partial)"] == 30.5
     assert found["summary"]["phase/solve_seconds"] == 4.0 and found["summary"]["mean_relative_loss"] == 0.1875
 
 

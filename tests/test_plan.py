@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from alps_exp.errors import UserError
@@ -38,3 +40,13 @@ def test_a_plan_counts_what_is_streamed_and_kept(settings):
     streamed = plan(compose([*settings, "stream=true", "save=true", "hidden_states=disk"]))
     assert "three blocks and what lies outside them" in streamed
     assert "finished blocks (they become the saved model)" in streamed and "hidden states while it runs" in streamed
+
+
+def test_a_plan_of_a_packed_model_counts_both_of_its_forms(settings):
+    def saved(text):
+        line = next(line for line in text.splitlines() if line.startswith("disk"))
+        return {what: float(size) for size, what in re.findall(r"(\d+) MB for ([^,]+)", line)}
+
+    settings = [*settings, "resumable=false", "sparsity=0.7"]
+    dense, packed = (saved(plan(compose([*settings, f"save={form}"]))) for form in ("true", "packed"))
+    assert packed["its dense form while it is packed"] == dense["the saved model"] > packed["the saved model"]

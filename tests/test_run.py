@@ -159,6 +159,14 @@ def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypa
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"saving needs .* are free"):
         execute(settings, tmp_path, "save=true", "method=magnitude")
+    # Before it is packed, the model is there as a whole.
+    free = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(compose(settings).model.path).parameters())
+    usage.free = free + 1000
+    with pytest.raises(UserError, match=r"saving needs .* are free"):
+        execute(settings, tmp_path / "packed", "save=packed", "method=magnitude", "dtype=float32")
+    usage.free = 2 * free
+    record = execute(settings, tmp_path / "packed", "save=packed", "method=magnitude", "dtype=float32")
+    assert record["saved"]["ratio"] < 1
 
 
 def test_seed_and_dtype_reach_the_run(settings, tmp_path):

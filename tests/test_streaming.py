@@ -229,6 +229,15 @@ def test_a_fingerprint_tells_a_retrained_model(tiny_llama, tmp_path):
     assert fingerprint(folder)["model.safetensors"] != before["model.safetensors"]
 
 
+def test_a_fingerprint_tells_a_model_whose_middle_was_pruned(tmp_path):
+    tensors = {name: torch.ones(3 << 20, dtype=torch.uint8) for name in ("first", "middle", "then")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    tensors["middle"][1 << 20 : 2 << 20] = 0
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before
+
+
 @pytest.fixture
 def settings(tiny_llama, text_file) -> list[str]:
     words = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=6"]

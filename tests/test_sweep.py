@@ -96,7 +96,7 @@ def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
 
 
 def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
-    """Neither hooks on the network that both use, nor that network's restored weights in a block still being written."""
+    """Neither hooks on the network that both use, nor a block that is still being written while its weights change."""
     cfg = sweep.configurations(words)[1]
     workspace = Workspace(keep=True)
     whole = runs.run(cfg, tmp_path / "whole", workspace)
@@ -113,6 +113,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
         patch.setattr(loop, "_solve_group", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "run", workspace)
+        assert (tmp_path / "run/.progress/block-00000.json").is_file()
         assert workspace.network(plain, torch.float32) is network
     with monkeypatch.context() as patch:
         patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)

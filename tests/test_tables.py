@@ -42,6 +42,12 @@ def test_comparison_reads_every_run_once_in_a_fixed_order(runs):
     assert frame["seconds"].iloc[2] == 3.5 and pd.isna(frame["seconds"].iloc[0])
 
 
+def test_a_perplexity_of_some_windows_says_so():
+    some = record("alps")
+    some["evaluations"][0] |= {"partial": True, "total_windows": 141}
+    assert "wikitext2 perplexity (10 of 141 × 2048)" in tables.comparison([some]).columns
+
+
 def test_files_are_the_same_bytes_each_time(runs, tmp_path, capsys):
     contents = []
     for folder in ("one", "other"):
