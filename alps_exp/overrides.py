@@ -66,7 +66,7 @@ def prepare(words: Sequence[str]) -> list[str]:
         UserError: a sparsity that is not allowed, or one given twice in different terms.
         OverrideParseException: not in Hydra's syntax.
     """
-    words = _with_saving_by_format([_with_plain_keys(word) for word in words])
+    words = _with_local_model(_with_saving_by_format([_with_plain_keys(word) for word in words]))
     overrides = OverridesParser.create().parse_overrides(words)
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
@@ -256,6 +256,12 @@ def _with_saving_by_format(words: list[str]) -> list[str]:
     if "save=false" in words:
         raise UserError("save=false and save.format are inconsistent: give one of them, as in save=packed")
     return [re.sub(r"^save\.format=", "save=", word) for word in words if word != "save=true"]
+
+
+def _with_local_model(words: list[str]) -> list[str]:
+    """A model.path without a choice of model means model=local: the default model takes no path."""
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    return ["model=local", *words] if "model.path" in keys and "model" not in keys else words
 
 
 def _open(override: Override) -> str:

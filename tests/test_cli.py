@@ -156,7 +156,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(here, capsys, tiny):
 
 
 def test_the_demo_model_takes_no_other_path(here, capsys):
-    assert call("model.path=some/folder", "plan=true") == 2
+    assert call("model=demo", "model.path=some/folder", "plan=true") == 2
     assert "model=local model.path=some/folder" in one_line(capsys)
 
 

@@ -96,6 +96,12 @@ def test_what_is_not_sparsity_is_left_alone():
     assert prepare(words) == words
 
 
+def test_a_path_without_a_model_is_a_local_one():
+    assert compose(["model.path=DIR"]).model == compose(["model=local", "model.path=DIR"]).model
+    assert compose(["model.path=DIR"]).data.name == "c4"
+    assert prepare(["model=opt-13b", "model.path=DIR"]) == ["model=opt-13b", "model.path=DIR"]
+
+
 @pytest.mark.parametrize(
     ("word", "content"),
     [
