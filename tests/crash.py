@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 PHASES = {
     "load": "alps_exp.workspace.Workspace.model",
     "calibrate": "alps_exp.loop._Loop._capture",
-    "solve": "alps_exp.loop._solve_group",
+    "solve": "alps_exp.loop.solve_layers",
     "propagate": "alps_exp.loop._Loop._advance",
     "shard write": "alps_exp.progress_store.write_tensors",
     "journal write": "alps_exp.progress_store.write_json",

@@ -53,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def interrupted(settings, folder, monkeypatch, *more: str) -> None:
     """A run that failed in its third block."""
     with monkeypatch.context() as patch:
-        fail_at(patch, "_solve_group", 16)
+        fail_at(patch, "solve_layers", 16)
         with pytest.raises(Failure):
             execute(settings, folder, *more)
 
@@ -63,7 +63,7 @@ def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatc
     expected = execute(settings, tmp_path / "whole", *more)
     interrupted(settings, tmp_path / "run", monkeypatch, *more)
     with monkeypatch.context() as patch:
-        solved = fail_at(patch, "_solve_group", 1000)
+        solved = fail_at(patch, "solve_layers", 1000)
         record = execute(settings, tmp_path / "run", *more)
     assert {name.split(".")[2] for name in solved} == {"2"}
     assert record["attempts"] == 2 and "restore_seconds" in record["phases"]

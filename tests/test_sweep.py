@@ -90,7 +90,7 @@ def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_solve_group", interrupt)
+    monkeypatch.setattr(loop, "solve_layers", interrupt)
     assert sweep.main(words) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("alps_exp: interrupted: the same command goes on from ")
 
@@ -102,7 +102,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
     whole = runs.run(cfg, tmp_path / "whole", workspace)
     plain = OmegaConf.to_container(cfg, resolve=True)
     network = workspace.network(plain, torch.float32)
-    original, write = loop._solve_group, progress_store.write_tensors
+    original, write = loop.solve_layers, progress_store.write_tensors
 
     def slowly(*arguments):
         time.sleep(0.3)
@@ -110,7 +110,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(progress_store, "write_tensors", slowly)
-        patch.setattr(loop, "_solve_group", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
+        patch.setattr(loop, "solve_layers", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "run", workspace)
         assert (tmp_path / "run/.progress/block-00000.json").is_file()
