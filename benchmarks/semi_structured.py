@@ -121,6 +121,7 @@ def attempt(function, *arguments) -> dict:
 
 
 def main() -> int:
+    """Print a line per weight and product; the exit status says whether all were the same."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help=f"OUTxIN,… ({SHAPES})")
     parser.add_argument("--dtypes", default="float16,bfloat16")
