@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import loop, memory, progress_store
+from alps_exp import layers, loop, memory, progress_store
 from alps_exp.alps import Alps
 from alps_exp.blocks import BlockModel
 from alps_exp.errors import UserError
@@ -103,7 +103,7 @@ def test_when_nothing_helps_it_says_what_to_do(tiny_llama, monkeypatch, owner, n
 
 def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama, monkeypatch):
     """A group is tried again from its dense weights: nothing is written before all of it is solved."""
-    original, seen = loop._row, []
+    original, seen = layers._row, []
 
     def failing(index, problem, *rest):
         seen.append(problem.weight.count_nonzero() == problem.weight.numel())
@@ -111,7 +111,7 @@ def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama,
             raise torch.OutOfMemoryError("CUDA out of memory (not really)")
         return original(index, problem, *rest)
 
-    monkeypatch.setattr(loop, "_row", failing)
+    monkeypatch.setattr(layers, "_row", failing)
     prune(tiny_llama)
     assert all(seen) and len(seen) == 14 + 2
 
