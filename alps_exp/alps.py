@@ -9,7 +9,7 @@ Glossary (this code is out-major: rows of W are output units, so the paper's H�
     B    (out, in)   ADMM's unconstrained copy of the weight
     D    (out, in)   ADMM's copy on the pattern
     V    (out, in)   dual variable of B = D
-    ρ                penalty, growing; Q Λ Qᵀ = H serves every (H + ρI)⁻¹
+    ρ                penalty, growing; resolvent.py has (H + ρI)⁻¹ for every ρ
 
 One iteration:  B ← (WH - V + ρD)(H + ρI)⁻¹,  D ← P(B + V/ρ),  V ← V + ρ(B - D).
 The support is that of P(B) at the end; conjugate gradients (Algorithm 2 of the paper) then minimise the loss on it.
@@ -17,6 +17,8 @@ The support is that of P(B) at the end; conjugate gradients (Algorithm 2 of the 
 Differences from the released code, all deliberate:
 - `schedule: geometric` (the default) multiplies ρ by `growth` every `update_every` iterations; `schedule: paper` is
   the released rule (`_paper_rho`).
+- (H + ρI)⁻¹ is interpolated between Cholesky inverses, and products are in low precision where that changes no loss;
+  there one eigendecomposition in float32 (`exact` is that in full precision).
 - damping is 0.003; there 0.01.
 - dead inputs are zeroed before the selection; there the ridge lets them survive and spend budget.
 - the fit goes on until `pcg_tolerance`, at most `pcg_iterations`; there always 10 iterations, which end up to 2.6 %

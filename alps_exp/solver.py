@@ -24,7 +24,7 @@ class Solution:
         support: (out, in) bool, the kept positions; a kept weight may itself be zero.
         status: "exact" (closed form), "converged" or "max_iterations".
         iterations: iterations of the method's main loop, 0 for closed forms.
-        seconds: wall time by phase of the method .
+        seconds: wall time by phase of the method.
         stats: what else the method reports (ρ, swaps, the mode that ran), JSON values only.
     """
 
