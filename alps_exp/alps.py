@@ -18,7 +18,7 @@ Differences from the released code, all deliberate:
 - `schedule: geometric` (the default) multiplies ρ by `growth` every `update_every` iterations; `schedule: paper` is
   the released rule (`_paper_rho`).
 - (H + ρI)⁻¹ is interpolated between Cholesky inverses, and products are in low precision where that changes no loss;
-  there one eigendecomposition in float32 (`exact` is that in full precision).
+  there one eigendecomposition serves all in float32 (`exact: true` factorises for every ρ, in full precision).
 - damping is 0.003; there 0.01.
 - dead inputs are zeroed before the selection; there the ridge lets them survive and spend budget.
 - the fit goes on until `pcg_tolerance`, at most `pcg_iterations`; there always 10 iterations, which end up to 2.6 %
