@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .checkpoint import BIN_INDEX, BIN_SINGLE, INDEX, fingerprint, has_bin, has_safetensors, indexed_files
 from .errors import UserError
-from .gguf_files import publish
+from .gguf_files import made_once
 from .hub import first_line
 
 # Part of the folder's name: raise it whenever `_convert` writes something else than before.
@@ -42,13 +41,7 @@ def safetensors_folder(folder: Path) -> Path:
     try:
         cache = cached_assets_path("alps_exp", namespace="bin", subfolder="converted")
         target = cache / f"{folder.resolve().name}-{digest}-{_CONVERSION}"
-        if not target.is_dir():
-            scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
-            try:
-                _convert(folder, scratch)
-                publish(scratch, target)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        made_once(target, lambda scratch: _convert(folder, scratch))
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

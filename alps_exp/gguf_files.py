@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,17 +49,22 @@ def _converted(file: Path, size: int, modified: int) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     target = cache / f"{file.stem}-{digest}-{_CONVERSION}"
+    return made_once(target, lambda scratch: _convert(file, scratch))
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The folder `target`, which appears whole: `make` fills another one beside it first, unless it is there."""
     if not target.is_dir():
-        scratch = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="unfinished-"))
         try:
-            _convert(file, scratch)
-            publish(scratch, target)
+            make(scratch)
+            _publish(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
-def publish(scratch: Path, target: Path) -> None:
+def _publish(scratch: Path, target: Path) -> None:
     """Give the finished folder its name in one step; another process may have been faster, with the same content."""
     try:
         scratch.rename(target)
