@@ -110,9 +110,10 @@ def prune_model(
             of the wrong shape or outside the vocabulary, NaN or infinite weights or activations.
     """
     from .blocks import BlockModel
+    from .environment import environment, peak_memory
     from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
     from .models import context_length
-    from .record import RunRecord, environment, peak_memory
+    from .record import RunRecord
     from .selection import Selection
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))

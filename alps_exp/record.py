@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
 
 from .redaction import redacted
 
@@ -199,52 +192,6 @@ def write_json(path: Path, value: dict) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def environment(device: torch.device) -> dict:
-    """Versions, device and git commit that a result depends on."""
-    versions = {}
-    for name in ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "lm-eval", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    from . import __version__
-
-    return {
-        "alps_exp": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with "-dirty" when it has uncommitted changes."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def peak_memory(device: torch.device) -> dict:
-    """Peak bytes allocated on the device since the last reset, and of the process in host memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-    }
 
 
 def _plain(value):

@@ -7,14 +7,14 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from . import __version__, baselines, models
+from . import models
+from .environment import code_version
 from .errors import UserError
 from .naming import NOT_HASHED
 from .progress_store import FOLDER, ProgressStore
@@ -41,14 +41,11 @@ def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype
     }
 
 
-@cache
 def _software() -> dict[str, str]:
-    folders = [Path(__file__).parent, *map(Path, baselines.__path__)]
-    digest = hashlib.sha256()
-    for file in sorted((file for folder in folders for file in folder.glob("*.py")), key=lambda file: file.name):
-        digest.update(file.name.encode() + file.read_bytes())
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {"code": f"{__version__} ({digest.hexdigest()[:12]})", **versions}
+    return {
+        "code": code_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
 
 
 def check(cfg: Mapping, place: Path | None = None) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import data, evaluate, evaluation, launch, resume
 from .checks import one_of, parse_device, require
+from .environment import environment, peak_memory
 from .errors import UserError
 from .hidden import PLACES
 from .hub import first_line
@@ -24,7 +25,7 @@ from .naming import config_hash, model_name
 from .overrides import pattern_of
 from .patterns import Pattern
 from .progress_store import ProgressStore, locked
-from .record import FILE, RunRecord, environment, peak_memory
+from .record import FILE, RunRecord
 from .redaction import refuse_keys
 from .registry import build
 from .saving import save

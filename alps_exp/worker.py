@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .environment import peak_memory
 from .errors import UserError
 from .loop import prune_blocks
 from .progress_store import ProgressStore
-from .record import peak_memory
 from .registry import build
 from .resume import identity, open_store
 from .run import dtype_of, job_of, layer_patterns

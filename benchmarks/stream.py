@@ -27,12 +27,12 @@ from end_to_end import SHAPES, _opt
 from alps_exp import models
 from alps_exp.blocks import BlockModel, find_blocks
 from alps_exp.checkpoint import INDEX
+from alps_exp.environment import peak_memory
 from alps_exp.evaluate import perplexity
 from alps_exp.hidden import PLACES
 from alps_exp.loop import PruneJob, linear_shapes, prune_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.progress_store import ProgressStore
-from alps_exp.record import peak_memory
 from alps_exp.registry import solver
 from alps_exp.selection import Selection
 
