@@ -1,6 +1,7 @@
 """Time and memory of pruning a whole model, measured on some blocks with random weights: one JSON line per method.
 
     python benchmarks/end_to_end.py --shape opt-13b --blocks 4 --methods alps,sparsegpt
+    torchrun --nproc-per-node 2 benchmarks/end_to_end.py --shape opt-13b --blocks 4      (a GPU for each process)
 
 Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
 to propagate) are left out of the mean; the whole model's seconds are extrapolated from it and say so. The blocks stay
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from alps_exp.loop import PruneJob, linear_shapes, prune_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.registry import solver
 from alps_exp.selection import Selection
+from alps_exp.team import Team
 
 
 def _opt(width: int, heads: int, blocks: int) -> tuple[OPTConfig, int]:
@@ -60,9 +63,12 @@ def build(shape: str, blocks: int, dtype: torch.dtype, device: torch.device) -> 
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().cpu()
 
 
-def measure(network: torch.nn.Module, options: argparse.Namespace, method: str, device: torch.device) -> dict:
-    """Prune the model in place and describe the cost."""
+def measure(
+    network: torch.nn.Module, options: argparse.Namespace, method: str, device: torch.device, team=None
+) -> dict:
+    """Prune the model in place, perhaps with a team of processes, and describe the cost."""
     selection, pattern = Selection(), parse_sparsity(options.sparsity)
+    torch.manual_seed(1)  # the processes of a team draw the same tokens
     tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen))
     patterns = selection.patterns_for(linear_shapes(network, selection), pattern)
     job = PruneJob(solver(method), patterns, selection, tokens, options.batch_size, quiet=True)
@@ -70,7 +76,7 @@ def measure(network: torch.nn.Module, options: argparse.Namespace, method: str, 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    result = prune_blocks(BlockModel(network, device, offload=True), job)
+    result = prune_blocks(BlockModel(network, device, offload=True), job, team=team)
     total = time.perf_counter() - start
     solving = [0.0] * options.blocks
     for row in result.layers:
@@ -80,6 +86,7 @@ def measure(network: torch.nn.Module, options: argparse.Namespace, method: str, 
     count = SHAPES[options.shape][1]
     return {
         "shape": options.shape,
+        "processes": 1 if team is None else team.size,
         "method": method,
         "sparsity": options.sparsity,
         "blocks": options.blocks,
@@ -90,7 +97,9 @@ def measure(network: torch.nn.Module, options: argparse.Namespace, method: str, 
         "seconds_by_phase": result.seconds,
         "seconds_by_block": result.block_seconds,
         "solving_seconds_by_block": solving,
+        "seconds_per_block": mean,
         "whole_model_seconds_extrapolated": mean * count,
+        "relative_losses": [row.relative_loss for row in result.layers],
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
@@ -109,11 +118,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     options = parser.parse_args()
-    device = torch.device(options.device)
+    team, device = None, torch.device(options.device)
+    if "RANK" in os.environ:
+        team = Team.join(device.type)
+        device = team.device
     for method in options.methods.split(","):
         network = build(options.shape, options.blocks, getattr(torch, options.dtype), device)
-        print(json.dumps(measure(network, options, method, device)), flush=True)
+        line = measure(network, options, method, device, team)
+        if team is None or team.leads:
+            print(json.dumps(line), flush=True)
         del network
+    if team is not None:
+        team.leave()
 
 
 if __name__ == "__main__":
