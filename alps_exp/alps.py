@@ -43,7 +43,7 @@ from .fused import kernels_for
 from .patterns import Pattern, Tracker
 from .precision import Multiplier, fast_products, low_precision
 from .problem import LayerProblem, Statistics, power_of_two
-from .resolvent import Resolvent, ScaledGram
+from .resolvent import NODES, Resolvent, ScaledGram, first_node
 from .solver import Solution, Solver, Stopwatch
 
 SCHEDULES = ("geometric", "paper")
@@ -109,12 +109,20 @@ class Alps(Solver):
         iterations = min(self.max_iterations, self.update_every * (math.log(10) / math.log(self.growth)))
         return 4 * (5 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
 
+    def parts(self) -> int:
+        return 0 if self.exact else NODES
+
+    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
+        scaled = ScaledGram(problem, self.damping)
+        with fast_products(problem.weight.device):
+            return [first_node(scaled.gram, self.rho, index, problem.name) for index in indices]
+
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         device = problems[0].weight.device
         watch = Stopwatch(device)
         exact = self.exact or problems[0].weight.dtype == torch.float64
         scaled = ScaledGram(problems[0], self.damping)
-        resolvent = Resolvent(scaled.gram, self.rho, exact, problems[0].name)
+        resolvent = Resolvent(scaled.gram, self.rho, exact, problems[0].name, problems[0].elsewhere)
         with nullcontext() if exact else fast_products(device):
             layers = [
                 _Layer(scaled, resolvent, problem, pattern, self.rho, exact)

@@ -16,12 +16,12 @@ from .errors import UserError
 from .hidden import HiddenStates
 from .layers import out_major, solve_layers
 from .patterns import Pattern
-from .problem import Statistics
+from .problem import LayerProblem, Statistics
 from .progress import Progress
 from .progress_store import FinishedBlock, ProgressStore
 from .record import LayerRow, PruneResult
 from .selection import Selection
-from .solver import Solver, Stopwatch
+from .solver import Solver, Stopwatch, full_precision
 from .statistics import Accumulator, Collector
 from .team import Team
 from .thrift import Thrift, naming_the_step
@@ -148,7 +148,7 @@ class _Loop:
 
     def _embedded(self) -> HiddenStates:
         with naming_the_step("embedding"):
-            tokens = self.job.tokens if self.team is None else self.team.share(self.job.tokens)
+            tokens = self.job.tokens if self.team is None else self.team.windows(self.job.tokens)
             hidden = HiddenStates(self.model, tokens, self.job.batch_size, self.thrift.place)
         self._take_over("embedding", hidden)
         return hidden
@@ -292,8 +292,23 @@ class _Loop:
         if self.team is not None:
             flops = self.job.solver.flops
             costs = [sum(1 + flops(*out_major(linears[name]).shape) for name in names) for names, _ in groups]
-            own = self.team.divide(groups, costs)
-        return [(names, sums.problem_fields() if sums is not None else {}) for names, sums in (groups[i] for i in own)]
+            own = self.team.divide(groups, costs, self.job.solver.parts())
+        found = [(names, sums.problem_fields() if sums is not None else {}) for names, sums in (groups[i] for i in own)]
+        if self.team is not None and self.team.heavy is not None:
+            if self.team.heavy in own:
+                fields = found[list(own).index(self.team.heavy)][1]
+                fields["elsewhere"] = self.team.elsewhere(fields["gram"])
+            else:
+                self._help(*groups[self.team.heavy])
+        return found
+
+    def _help(self, names: list[str], sums: Accumulator) -> None:
+        """Make this process's share of the work on another's group before its own groups."""
+        if self.team.share:
+            fields = sums.problem_fields()
+            problem = LayerProblem(fields["gram"].new_zeros(1, len(fields["gram"])), gram=fields["gram"], name=names[0])
+            with full_precision():
+                self.team.hand_over(self.job.solver.make_parts(problem, self.team.share), names)
 
     def _thriftily(self, groups: list[Group]) -> list[Group]:
         """The same groups, as the measures against lack of memory have them: in host memory, layers one by one."""

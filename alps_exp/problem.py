@@ -11,7 +11,8 @@ Glossary:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Flag
 from functools import cached_property
 
@@ -44,6 +45,8 @@ class LayerProblem:
         tokens: number of tokens that the statistics are sums over.
         sequences: number of sequences that these tokens form.
         name: the layer's name, for messages.
+        elsewhere: index of a part of the solver's work on the Gram matrix that another process does → function that
+            waits for it, or gives None where it was taken before.
 
     Raises:
         UserError: shapes that do not fit each other, or values that are not finite.
@@ -57,6 +60,7 @@ class LayerProblem:
     tokens: int | None = None
     sequences: int | None = None
     name: str = "the layer"
+    elsewhere: Mapping[int, Callable[[], Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or 0 in self.weight.shape:

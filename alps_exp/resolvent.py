@@ -10,6 +10,7 @@ eigendecomposition serves every ρ too, but takes 4.6 s at 20480 inputs on an H1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .problem import LayerProblem, Statistics
 from .solver import Stopwatch
 from .triangular import lower_gram, triangular_inverse
 
-_NODES = 4
+NODES = 4
 _SPAN = 15.0
 
 
@@ -59,14 +60,23 @@ class Resolvent:
         start: the first ρ; spans of interpolation begin there.
         exact: one factorisation for every ρ, no interpolation.
         name: the layer's, for messages.
+        elsewhere: number of a node of the first span → function that waits for another process to make it.
 
     Attributes:
         seconds: wall time spent on factorisations and interpolation.
     """
 
-    def __init__(self, gram: Tensor, start: float, exact: bool, name: str = "the layer") -> None:
+    def __init__(
+        self,
+        gram: Tensor,
+        start: float,
+        exact: bool,
+        name: str = "the layer",
+        elsewhere: Mapping[int, Callable[[], Tensor | None]] | None = None,
+    ) -> None:
         self._gram = gram
         self._name = name
+        self._elsewhere = dict(elsewhere or {})
         self._start = start
         self._exact = exact
         self._rho: float | None = None
@@ -103,10 +113,8 @@ class Resolvent:
         position = math.log(rho / self._start) / math.log(_SPAN)
         span = math.floor(position + 1e-9)
         if span != self._span:
-            # Chebyshev nodes of the first kind on [0, 1], in units of the span.
-            places = [0.5 - 0.5 * math.cos(math.pi * (k + 0.5) / _NODES) for k in range(_NODES)]
             self._nodes = []  # free the former span's before making new ones
-            self._nodes = [(p, inverse(self._gram, self._start * _SPAN ** (span + p), self._name)) for p in places]
+            self._nodes = self._made(span)
             self._span = span
         at = position - span
         weights = [
@@ -122,6 +130,26 @@ class Resolvent:
         for node, weight in zip(nodes[1:], weights[1:], strict=True):
             result.add_(node, alpha=weight)
         return result
+
+    def _made(self, span: int) -> list[tuple[float, Tensor]]:
+        places = [_place(k) for k in range(NODES)]
+        elsewhere, self._elsewhere = self._elsewhere if span == 0 else {}, {}
+        own = [k for k in range(NODES) if k not in elsewhere]
+        nodes = {k: inverse(self._gram, self._start * _SPAN ** (span + places[k]), self._name) for k in own}
+        for k, wait in elsewhere.items():
+            made = wait()
+            nodes[k] = inverse(self._gram, self._start * _SPAN ** places[k], self._name) if made is None else made
+        return [(places[k], nodes[k]) for k in range(NODES)]
+
+
+def first_node(gram: Tensor, start: float, index: int, name: str = "the layer") -> Tensor:
+    """The node of the first span with this number, from 0 to NODES - 1, as `Resolvent` makes it."""
+    return inverse(gram, start * _SPAN ** _place(index), name)
+
+
+def _place(index: int) -> float:
+    """Chebyshev nodes of the first kind on [0, 1], in units of the span."""
+    return 0.5 - 0.5 * math.cos(math.pi * (index + 0.5) / NODES)
 
 
 def inverse(gram: Tensor, rho: float, name: str = "the layer") -> Tensor:

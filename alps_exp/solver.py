@@ -61,6 +61,15 @@ class Solver:
         bandwidth decides."""
         return 0.0
 
+    def parts(self) -> int:
+        """Into how many parts the work on the Gram matrix alone divides, where other processes may do some of it."""
+        return 0
+
+    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
+        """Some of these parts, from the Gram matrix; another process's `solve_group` takes them from
+        `LayerProblem.elsewhere`."""
+        raise NotImplementedError
+
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         """Prune one layer."""
         return self.solve_group([problem], [pattern])[0]

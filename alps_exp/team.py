@@ -7,7 +7,7 @@ belong to, which hands the pruned weights to all. What comes out is what one pro
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from .errors import UserError
 from .statistics import Accumulator
 
+# A process helps another when it has less than this share of the other's work to do.
+_IDLE = 0.6
+
 
 class Team:
     """One process's view of the processes that work together.
@@ -25,11 +28,15 @@ class Team:
         rank: this process's number, from 0.
         size: how many there are.
         device: this process's.
+        heavy: index of the group whose parts were divided, among the groups divided last; None where none were.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.heavy: int | None = None
         self._owners: dict[str, int] = {}
+        self._shares: dict[int, list[int]] = {}
+        self._sent: list[tuple[dist.Work, Tensor]] = []
 
     @classmethod
     def join(cls, device_type: str) -> Team:
@@ -53,7 +60,7 @@ class Team:
         """Whether this process writes what the team makes."""
         return self.rank == 0
 
-    def share(self, tokens: Tensor) -> Tensor:
+    def windows(self, tokens: Tensor) -> Tensor:
         """This process's windows of `tokens` (windows, seqlen).
 
         Raises:
@@ -63,13 +70,17 @@ class Team:
             raise UserError(f"devices={self.size} split {len(tokens)} windows: give at most as many devices (nsamples)")
         return tokens.tensor_split(self.size)[self.rank]
 
-    def divide(self, groups: Sequence[tuple[list[str], Accumulator | None]], costs: Sequence[float]) -> list[int]:
+    def divide(
+        self, groups: Sequence[tuple[list[str], Accumulator | None]], costs: Sequence[float], parts: int = 0
+    ) -> list[int]:
         """Divide groups of layers among the processes, and sum each group's statistics where it is solved.
 
         Args:
             groups: layers that share an input, with this process's statistics of it; the others' are of no use
                 afterwards.
             costs: of solving each group. The costliest goes first, each to the process with the least so far.
+            parts: into how many parts the solver's work on a Gram matrix divides. Those of the costliest group go in
+                equal numbers to its owner and to all that have much less to do; every process has its sums then.
 
         Returns:
             Indices of this process's groups.
@@ -78,15 +89,52 @@ class Team:
         for index in sorted(range(len(groups)), key=lambda i: -costs[i]):
             owners[index] = min(range(self.size), key=loads.__getitem__)
             loads[owners[index]] += costs[index]
-        for (names, sums), owner in zip(groups, owners, strict=True):
+        self._divide_parts(owners, costs, loads, parts)
+        for index, ((names, sums), owner) in enumerate(zip(groups, owners, strict=True)):
             self._owners |= dict.fromkeys(names, owner)
             if sums is not None:
                 for tensor in sums.tensors():
-                    dist.reduce(tensor, owner)
+                    dist.all_reduce(tensor) if index == self.heavy else dist.reduce(tensor, owner)
                 counts = torch.tensor([sums.tokens, sums.sequences], device=self.device)
                 dist.all_reduce(counts)
                 sums.tokens, sums.sequences = counts.tolist()
         return [index for index, owner in enumerate(owners) if owner == self.rank]
+
+    def _divide_parts(self, owners: list[int], costs: Sequence[float], loads: list[float], parts: int) -> None:
+        self.heavy, self._shares = None, {}
+        if not (parts and costs):
+            return
+        heavy = max(range(len(costs)), key=costs.__getitem__)
+        owner = owners[heavy]
+        idle = sorted((rank for rank in range(self.size) if loads[rank] < _IDLE * loads[owner]), key=loads.__getitem__)
+        if idle:
+            self.heavy = heavy
+            workers = [owner, *idle][:parts]
+            for rank, share in zip(workers, torch.arange(parts).tensor_split(len(workers)), strict=True):
+                self._shares[rank] = share.tolist()
+
+    @property
+    def share(self) -> list[int]:
+        """Which parts of the heavy group this process makes."""
+        return self._shares.get(self.rank, [])
+
+    def hand_over(self, parts: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Send this process's parts to the owner of these layers, while this process goes on."""
+        for part in map(Tensor.contiguous, parts):
+            self._sent.append((dist.isend(part, self._owners[names[0]]), part))
+
+    def elsewhere(self, like: Tensor) -> dict[int, Callable[[], Tensor | None]]:
+        """For the owner of the heavy group: the parts that others make, each with a function that waits for it.
+
+        Args:
+            like: of the parts' shape and dtype.
+
+        Returns:
+            Number of the part → function, to be called in this order; called again, it gives None.
+        """
+        return {
+            index: _Awaited(rank, like) for rank, share in self._shares.items() if rank != self.rank for index in share
+        }
 
     def exchange(self, weights: Mapping[str, Tensor], rows: list) -> list:
         """Give every process the weights that each has solved.
@@ -98,6 +146,9 @@ class Team:
         Returns:
             The rows of all.
         """
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
         for name, weight in weights.items():
             dist.broadcast(weight, self._owners[name])
         parts: list[list] = [[] for _ in range(self.size)]
@@ -113,3 +164,18 @@ class Team:
     def leave(self) -> None:
         """Part from the others."""
         dist.destroy_process_group()
+
+
+class _Awaited:
+    """Waits for a tensor that another process sends; there is one to be had."""
+
+    def __init__(self, rank: int, like: Tensor) -> None:
+        self._rank, self._like = rank, like
+
+    def __call__(self) -> Tensor | None:
+        like, self._like = self._like, None
+        if like is None:
+            return None
+        made = torch.empty_like(like)
+        dist.recv(made, self._rank)
+        return made

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import planted, planted_inputs
 from safetensors.torch import load_file, save_file
 
+from alps_exp import launch
 from alps_exp import run as runs
+from alps_exp.alps import Alps
 from alps_exp.errors import UserError
 from alps_exp.overrides import compose
+from alps_exp.patterns import parse_sparsity
+from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.statistics import Accumulator
 from alps_exp.team import Team
 
 
@@ -91,7 +97,57 @@ def test_work_goes_to_whoever_has_least():
     team = Team(1, 2, torch.device("cpu"))
     groups = [([name], None) for name in "abcd"]
     assert team.divide(groups, [3.0, 9.0, 4.0, 1.0]) == [0, 2, 3]
-    assert [len(Team(rank, 3, torch.device("cpu")).share(torch.zeros(7, 4))) for rank in range(3)] == [3, 2, 2]
+    assert [len(Team(rank, 3, torch.device("cpu")).windows(torch.zeros(7, 4))) for rank in range(3)] == [3, 2, 2]
+
+
+def test_alps_reaches_the_loss_of_one_process(settings, tmp_path):
+    one, two = (execute(settings, tmp_path / str(n), "method=alps", f"devices={n}") for n in (1, 2))
+    for row, other in zip(one["layers"], two["layers"], strict=True):
+        assert other["relative_loss"] == pytest.approx(row["relative_loss"], rel=0.02)
+
+
+def test_idle_processes_take_parts_of_the_costliest_group(tmp_path):
+    """ALPS's four inverses of the wide layer are divided over two processes; a part is taken once."""
+    port = launch._free_port()
+    torch.multiprocessing.spawn(_divide, (port, tmp_path), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert (one["own"], one["share"], two["own"], two["share"]) == ([1], [0, 1], [0], [2, 3])
+    assert one["taken"] == [2, 3] and one["again"] is None
+    assert one["difference"] < 1e-5  # to what one process makes by itself
+    assert one["loss"] == pytest.approx(one["expected"], rel=1e-2)
+
+
+def _divide(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    team, solver, groups = Team.join("cpu"), Alps(), []
+    for width in (16, 96):
+        sums = Accumulator(width, Statistics.GRAM, team.device)
+        inputs = planted_inputs(400, width, 0).float()
+        sums.add(team.windows(inputs.view(4, 100, width)))
+        groups.append(([f"layer{width}"], sums))
+    own = team.divide(groups, [solver.flops(24, width) for width in (16, 96)], solver.parts())
+    gram, found = groups[1][1].problem_fields()["gram"], {"own": own, "share": team.share}
+    weight = planted(rows=24, width=96, tokens=400, dtype=torch.float32).weight
+    problem = LayerProblem(weight, gram=gram)
+    if rank == 0:
+        elsewhere, taken, parts = team.elsewhere(gram), [], {}
+
+        def wait(index: int) -> torch.Tensor:
+            taken.append(index)
+            return parts.setdefault(index, elsewhere[index]())
+
+        watched = {index: lambda index=index: wait(index) for index in elsewhere}
+        solved = solver.solve(LayerProblem(weight, gram=gram, elsewhere=watched), parse_sparsity("0.7"))
+        found |= {"taken": taken, "again": elsewhere[2](), "loss": problem.relative_loss(solved.weight)}
+        found["expected"] = problem.relative_loss(solver.solve(problem, parse_sparsity("0.7")).weight)
+        own = dict(zip(parts, solver.make_parts(problem, list(parts)), strict=True))
+        found["difference"] = max(float((own[k] - parts[k]).norm() / own[k].norm()) for k in parts)
+    else:
+        team.hand_over(solver.make_parts(problem, team.share), ["layer96"])
+    team.exchange({}, [])
+    torch.save(found, folder / f"{rank}.pt")
+    team.leave()
 
 
 def test_killed_processes_go_on(settings, tmp_path):
