@@ -167,21 +167,18 @@ class BlockModel:
                         module._buffers[name] = buffer.to(self.device)
 
     @contextmanager
-    def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
+    def block(self, index: int, dense: bool = False, changing: bool = True) -> Iterator[nn.Module]:
         """A block, on the device for the length of the context.
 
         Args:
             index: which one.
             dense: of a streamed model, the unpruned one although it was pruned already.
+            changing: its weights change meanwhile and are brought back.
         """
         block = self.blocks[index]
         if self.source is None:
-            home = next(block.parameters()).device
-            block.to(self.device)
-            try:
+            with _visiting(block, self.device, changing):
                 yield block
-            finally:
-                block.to(home)
             return
         tensors = self.source.take(index, dense)
         self.source.prefetch(index + 1)
@@ -204,7 +201,7 @@ class BlockModel:
         else:
             with ExitStack() as stack:
                 for index in range(len(self)):
-                    stack.enter_context(self.block(index))
+                    stack.enter_context(self.block(index, changing=False))
                 yield self.model
 
     @contextmanager
@@ -263,7 +260,7 @@ class BlockModel:
 
     def _learn_return(self, hidden: Tensor, call: Call) -> None:
         """Whether blocks return hidden states alone or first in a tuple, seen from the first one."""
-        with self.block(0) as block:
+        with self.block(0, changing=False) as block:
             output = type(block).forward(block, hidden[:, :1].expand_as(hidden), *call.args, **call.kwargs)
         self._returns_tuple = isinstance(output, tuple)
 
@@ -303,6 +300,22 @@ class BlockModel:
 
         with self._stubs(stub):
             return self.model(tokens.to(self.device), use_cache=False).logits
+
+
+@contextmanager
+def _visiting(block: nn.Module, device: torch.device, changing: bool) -> Iterator[None]:
+    """The block on the device for the length of the context. Its memory at home is kept: fresh pages would cost more
+    than the copy."""
+    homes = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers()) if tensor.device != device]
+    try:
+        for tensor, home in homes:
+            tensor.data = home.to(device)
+        yield
+    finally:
+        for tensor, home in homes:
+            if changing and tensor.data is not home:
+                home.copy_(tensor.data)
+            tensor.data = home
 
 
 def _equal(one, other) -> bool:

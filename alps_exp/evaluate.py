@@ -37,7 +37,7 @@ def perplexity(model: BlockModel, tokens: Tensor, batch_size: int = 1, label: st
     """
     hidden = HiddenStates(model, tokens, batch_size)
     for index in Progress(range(len(model)), f"perplexity {label}".strip(), lines=2, quiet=quiet):
-        with model.block(index) as block:
+        with model.block(index, changing=False) as block:
             hidden.advance(model, index, block)
     chunks = zip(tokens.split(hidden.sizes), hidden, strict=True)
     mean = float(torch.cat([_window_losses(model, chunk, states) for chunk, states in chunks]).mean())
@@ -79,7 +79,7 @@ def whole_model(model: BlockModel) -> Iterator[bool]:
         visit = []
 
         def enter(*_, index=index, visit=visit):
-            visit.append(model.block(index))
+            visit.append(model.block(index, changing=False))
             visit[-1].__enter__()
 
         def leave(*_, visit=visit):

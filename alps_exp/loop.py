@@ -199,6 +199,7 @@ class _Loop:
         propagating = self.hidden is not None and index < len(model) - 1
         sizes: list[int] = []
         with model.block(index) as block:
+            watch.lap("transfer")
             linears = {
                 layer: module
                 for layer, module in block_linears(block, name, job.selection.excluded).items()
@@ -216,10 +217,17 @@ class _Loop:
             if propagating and job.propagate == "pruned":
                 sizes = self._advance(index, block)
             watch.lap("propagate")
-            tensors = {}
-            if self.writes:
-                tensors = {f"{name}.{own}": tensor.detach().cpu() for own, tensor in block.state_dict().items()}
+            if model.source is not None:
+                tensors = self._own_tensors(name, block)
+        if model.source is None:  # they are back in host memory, and need not be brought there twice
+            tensors = self._own_tensors(name, model.blocks[index])
+        watch.lap("transfer")
         return FinishedBlock(rows, watch.seconds, sizes), tensors
+
+    def _own_tensors(self, name: str, block: nn.Module) -> dict[str, Tensor]:
+        """What the store is given of a block."""
+        state = block.state_dict() if self.writes else {}
+        return {f"{name}.{own}": tensor.detach().cpu() for own, tensor in state.items()}
 
     def _keep(self, index: int, block: FinishedBlock, tensors: dict[str, Tensor]) -> None:
         if not self.writes:

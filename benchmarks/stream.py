@@ -158,7 +158,7 @@ def main() -> None:
     device, folder = torch.device(options.device), Path(options.folder)
     if device.type == "cuda" and options.device_gb:
         share = options.device_gb * 1e9 / torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device.index or 0)
     start = time.perf_counter()
     try:
         size = write_checkpoint(
