@@ -136,4 +136,4 @@ def test_arguments_that_depend_on_the_tokens_are_refused(tiny_llama):
 
     network.model.forward = forward
     with pytest.raises(UserError, match="arguments that depend on the tokens"):
-        HiddenStates(model, tokens(), 1)
+        HiddenStates(model, tokens(), len(tokens()))
