@@ -73,7 +73,7 @@ def test_a_model_larger_than_its_device_comes_block_by_block(tiny_llama, monkeyp
     model = BlockModel(network, torch.device("cpu"), offload=True)
     visits = []
     block = model.block
-    monkeypatch.setattr(model, "block", lambda index: visits.append(index) or block(index))
+    monkeypatch.setattr(model, "block", lambda index, **how: visits.append(index) or block(index, **how))
     with evaluate.whole_model(model) as resident, torch.no_grad():
         assert resident == (free == 10**9)
         assert torch.equal(network(tokens).logits, wanted)
