@@ -88,8 +88,8 @@ class RunRecord:
         calibration: where the tokens came from, and how they were drawn.
         layers: one row per pruned layer.
         summary: layers, sparsity over all pruned weights, mean relative loss, solver seconds.
-        phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save; peak
-            device and host memory in bytes.
+        phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save;
+            peak device and host memory in bytes.
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
         sample: prompt and what the dense and the pruned model make of it.
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
