@@ -7,10 +7,11 @@ The folder written here is dequantised to float32 (exact), loads in a second, an
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,24 +54,24 @@ def _converted(file: Path, size: int, modified: int) -> Path:
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """The folder `target`, which appears whole: `make` fills another one beside it first, unless it is there."""
+    """The folder `target`, which appears whole: `make` fills another one beside it first, unless it is there.
+
+    Processes that want the same folder wait for the one that makes it; what a killed one left is removed.
+    """
     if not target.is_dir():
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="unfinished-"))
-        try:
-            make(scratch)
-            _publish(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with target.with_name(f"{target.name}.lock").open("w") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                scratch = target.with_name(f"unfinished-{target.name}")
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    make(scratch)
+                    scratch.rename(target)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Give the finished folder its name in one step; another process may have been faster, with the same content."""
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -232,6 +233,28 @@ def test_not_a_gguf_file(tmp_path, monkeypatch):
     (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     refused(lambda: models.load_config(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
     assert not list((tmp_path / "assets").rglob("unfinished-*"))
+
+
+def test_a_folder_is_made_once_by_processes_that_want_it_together_and_after_a_kill(tmp_path):
+    """Four at once, of which the first is killed half-way."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from alps_exp.gguf_files import made_once\n"
+        "def make(scratch):\n"
+        "    Path('begun').open('a').write('x'); (scratch / 'a').touch(); time.sleep(0.3)\n"
+        "    if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
+        "    (scratch / 'b').touch()\n"
+        "print(sorted(path.name for path in made_once(Path('folder').absolute(), make).iterdir()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+    def start(word: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", script, word]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start("killed").wait() == -9 and (tmp_path / "unfinished-folder").is_dir()
+    assert [process.communicate()[0] for process in [start("") for _ in range(3)]] == ["['a', 'b']\n"] * 3
+    assert (tmp_path / "begun").read_text() == "xx"
+    assert not (tmp_path / "unfinished-folder").exists()
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
