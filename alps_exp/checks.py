@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from . import gpus
 from .errors import UserError, nearest
 
 
@@ -28,14 +29,16 @@ def one_of(key: str, value, allowed: Iterable) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """The device that a configuration names: auto, cpu, cuda or cuda:N.
+    """The device that a configuration names: auto, cpu, cuda or cuda:N; without N, the one that this process claimed.
 
     Raises:
         UserError: no such name, or no such device here.
     """
     text = str(name)
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cuda" and gpus.claimed() is not None:
+        return torch.device("cuda", gpus.claimed())
     try:
         device = torch.device(text)
     except RuntimeError:

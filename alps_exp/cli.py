@@ -1,43 +1,32 @@
 """The command line: one run, a sweep, or a question about the configuration.
 
 Everything that can be known beforehand is checked beforehand, for every job of a sweep, so that a typing mistake costs
-one line and no model is loaded for it. Jobs hand back how they ended instead of raising, because an exception in one
-job would end Hydra's whole sweep.
+one line and no model is loaded for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from . import __version__, naming, overrides
+from . import __version__, overrides, sweep
 from .errors import UserError
+from .job import Outcome, describe_error, full_error, single
 from .redaction import redacted
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job ended."""
-
-    name: str
-    status: Literal["completed", "refused", "failed"]
-    message: str = ""
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
@@ -59,8 +48,8 @@ def guarded(action: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILURE
     except Exception as error:
-        hint = "" if _full_error() else "; HYDRA_FULL_ERROR=1 shows the trace"
-        status = _report(_describe(error) + hint, FAILURE)
+        hint = "" if full_error() else "; HYDRA_FULL_ERROR=1 shows the trace"
+        status = _report(describe_error(error) + hint, FAILURE)
     return status
 
 
@@ -74,7 +63,7 @@ def command(words: list[str]) -> int:
     if args.version:
         print(f"alps_exp {__version__}")
         return 0
-    name = args.config_name or "config"
+    name, given = args.config_name or "config", args.overrides
     with overrides.initialized():
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
@@ -88,7 +77,7 @@ def command(words: list[str]) -> int:
         if args.config_dir:
             args.overrides.insert(0, _search_path(args.config_dir))
         if args.multirun:
-            return _sweep(app, name, args.overrides)
+            return _sweep(app, name, given, args.overrides)
         if args.hydra_help:
             app.hydra_help(config_name=name, args_parser=parser, args=args)
             return 0
@@ -158,38 +147,24 @@ def _single(app: Any, name: str, words: list[str]) -> int:
         _print_plans([cfg])
         return 0
     with _making_directories():
-        outcome = app.run(config_name=name, task_function=job, overrides=words).return_value
+        outcome = app.run(config_name=name, task_function=single, overrides=words).return_value
     return _exit_status([outcome])
 
 
-def _sweep(app: Any, name: str, words: list[str]) -> int:
+def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
+    start = time.time()
     words, jobs = overrides.expand(words, name)
-    configs: list[DictConfig] = []
-    # All are composed before the first is validated: names are wrong more often than values, and cost no import.
-    for number, line in enumerate(jobs):
-        with _naming_the_run(jobs, number):
-            configs.append(overrides.compose_prepared(line, name, with_hydra=True))
-    for number, cfg in enumerate(configs):
-        with _naming_the_run(jobs, number):
-            _validate(cfg)
-    _refuse_twins(configs, jobs)
-    if configs and all(cfg.plan for cfg in configs):
-        _print_plans(configs)
+    runs = sweep.cells(jobs, name)
+    if runs and all(cell.cfg.plan for cell in runs):
+        _print_plans([cell.cfg for cell in runs])
         return 0
     with _making_directories():
-        batches = app.multirun(config_name=name, task_function=job, overrides=words)
-    # Sweepers other than Hydra's own need not return their jobs; the records tell then.
-    outcomes = [result.return_value for batch in batches or [] for result in batch]
-    return _exit_status(outcomes, total=len(jobs))
-
-
-@contextmanager
-def _naming_the_run(jobs: list[list[str]], number: int) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        place = f"run {number + 1} of {len(jobs)}: {_shown(jobs[number])}; none was started"
-        raise UserError(f"{error} ({place})") from error
+        if runs:
+            outcomes = sweep.run(app, name, given, words, runs, start)
+        else:  # another sweeper than Hydra's own, which decides as it goes and need not return its jobs
+            batches = app.multirun(config_name=name, task_function=single, overrides=words)
+            outcomes = [result.return_value for batch in batches or [] for result in batch]
+    return _exit_status(outcomes, sweep=True)
 
 
 @contextmanager
@@ -199,23 +174,9 @@ def _making_directories() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write the run's directory ({_describe(error)}): give another one with hydra.run.dir=DIR "
+            f"cannot write the run's directory ({describe_error(error)}): give another one with hydra.run.dir=DIR "
             "(hydra.sweep.dir=DIR in a sweep), or start in another folder"
         ) from error
-
-
-def _refuse_twins(configs: list[DictConfig], jobs: list[list[str]]) -> None:
-    """Two runs of one configuration would write to one directory, perhaps at once."""
-    seen: dict[str, list[str]] = {}
-    for cfg, line in zip(configs, jobs, strict=True):
-        run = naming.run_name(cfg)
-        if run in seen:
-            raise UserError(f"{_shown(seen[run])} and {_shown(line)} are the same configuration: name every run once")
-        seen[run] = line
-
-
-def _shown(line: list[str]) -> str:
-    return " ".join(word.replace("'", "") for word in line if not word.startswith("hydra")) or "no overrides"
 
 
 def _validate(cfg: DictConfig) -> None:
@@ -230,51 +191,20 @@ def _print_plans(configs: list[DictConfig]) -> None:
     print("\n\n".join(plan(overrides.without_hydra(cfg)) for cfg in configs))
 
 
-def job(cfg: DictConfig) -> Outcome:
-    """One run, in the directory that Hydra made for it; in a sweep perhaps in another process. Never raises."""
-    from . import run
-
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    log = logging.getLogger("alps_exp")
-    try:
-        run.run(cfg, directory)
-    except UserError as error:
-        log.exception("refused")
-        return Outcome(directory.name, "refused", str(error) + _trace())
-    except Exception as error:
-        log.exception("failed")
-        where = directory / "alps_exp.log"
-        return Outcome(directory.name, "failed", f"{_describe(error)}; the trace is in {where}{_trace()}")
-    return Outcome(directory.name, "completed")
-
-
-def _exit_status(outcomes: list[Outcome], total: int = 1) -> int:
-    failures = [outcome for outcome in outcomes if outcome.status != "completed"]
+def _exit_status(outcomes: list[Outcome], sweep: bool = False) -> int:
+    failures = [outcome for outcome in outcomes if outcome.status not in ("completed", "left")]
+    if failures and sweep:
+        _report(f"{len(failures)} of {len(outcomes)} runs did not complete:", FAILURE)
     for outcome in failures:
-        _report(f"{outcome.name}: {outcome.message}" if total > 1 else outcome.message, FAILURE)
-    if failures and total > 1:
-        _report(f"{len(failures)} of {total} runs did not complete", FAILURE)
+        _report(f"{outcome.name}: {outcome.message}" if sweep else outcome.message, FAILURE)
     if not failures:
         return 0
-    return USER_ERROR if all(outcome.status == "refused" for outcome in failures) else FAILURE
+    return USER_ERROR if all(outcome.status in ("refused", "held") for outcome in failures) else FAILURE
 
 
 def _report(message: str, status: int) -> int:
-    if _full_error() and sys.exc_info()[0] is not None:
+    if full_error() and sys.exc_info()[0] is not None:
         print(redacted(traceback.format_exc()), file=sys.stderr)
     sys.stdout.flush()
     print(redacted(f"alps_exp: {message}"), file=sys.stderr)
     return status
-
-
-def _trace() -> str:
-    return f"\n{traceback.format_exc()}" if _full_error() else ""
-
-
-def _full_error() -> bool:
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-
-def _describe(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -21,28 +21,12 @@ def main(overrides: list[str]) -> int:
     # Imported here so that the time of importing counts: it is part of what the user waits for.
     from . import cli
 
-    return cli.guarded(lambda: _demo(overrides, start))
-
-
-def _demo(overrides: list[str], start: float) -> int:
-    from . import cli, sweep, tables
-    from .overrides import compose
-
     sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}", f"sparsity={SPARSITY}"]
-    configs = [compose([f"method={method}", *sizes, *overrides]) for method in METHODS]
-    records, failed = sweep.execute(configs, again=True)
-    if failed:
-        return cli.FAILURE
-    frame = tables.comparison(records).drop(columns=["status", "seed"])
-    frame.loc[frame["method"] == "dense", "sparsity"] = "0"
-    print(f"\n{tables.markdown(frame)}")
-    first = records[-1]
-    print(
-        f"Calibration: {first['calibration']['windows']} windows of {first['calibration']['seqlen']} tokens; "
-        f"seconds: calibration, solving and propagation; device: {first['environment']['device']}."
-    )
-    print(f"The demo took {time.perf_counter() - start:.0f} s after installation.")
-    return 0
+    words = ["-m", f"method={','.join(METHODS)}", *sizes, "complete=again", *overrides]
+    status = cli.guarded(lambda: cli.command(words))
+    if status == 0:
+        print(f"The demo took {time.perf_counter() - start:.0f} s after installation.")
+    return status
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch
 from . import __version__, baselines
 
 # Modules that show, plan and arrange results without taking part in making them.
-_ARRANGING = ("__main__", "cli", "demo", "explain", "loggers", "plan", "plots", "progress", "sweep", "tables")
+_ARRANGING = ("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "plots", "progress")
+_ARRANGING += ("sweep", "tables")
 
 
 def environment(device: torch.device) -> dict:

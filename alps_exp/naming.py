@@ -9,16 +9,45 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-# Where the run is logged, whether it is only planned or resumed, and what is in memory when, change neither weights nor
-# evaluations.
-NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume")
+# Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory
+# when, change neither weights nor evaluations.
+NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
+
+# What an evaluation depends on where nothing is pruned, and what of it only a calibration reads.
+_EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")
+_CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout")}
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """sha256 (hex) of the resolved configuration, without Hydra's own part and the keys that change no result."""
+    """sha256 (hex) of the resolved configuration, without Hydra's own part and the keys that change no result.
+
+    For a method that prunes nothing, these are all keys but those that an evaluation depends on.
+    """
     kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_HASHED])
     content = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    if not prunes(cfg):
+        content = _evaluated(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prunes(cfg: DictConfig) -> bool:
+    """Whether the configuration's method changes any weight."""
+    from .registry import build
+
+    return build(OmegaConf.to_container(cfg.method, resolve=True)).prunes
+
+
+def _evaluated(content: dict) -> dict:
+    """The part of a configuration on which the evaluations of an unpruned model depend."""
+    content = {key: content[key] for key in _EVALUATED}
+    for node, keys in _CALIBRATING.items():
+        content[node] = {key: value for key, value in content[node].items() if key not in keys}
+    names = content["eval"]["datasets"]
+    if not names:  # tasks have no windows
+        del content["eval"]["seqlen"]
+    if content["data"]["name"] not in names:
+        del content["data"]
+    return content
 
 
 def model_name(cfg: DictConfig) -> str:
@@ -30,10 +59,15 @@ def model_name(cfg: DictConfig) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """<model>-<method>-<sparsity>-s<seed>-<hash>: safe as a file name, unique to the configuration."""
+    """<model>-<method>-<sparsity>-s<seed>-<hash>: safe as a file name, unique to the configuration.
+
+    <model>-<method>-<hash> where the method prunes nothing.
+    """
     from .overrides import pattern_of
 
-    words = f"{model_name(cfg)}-{cfg.method.name}-{pattern_of(cfg.sparsity).slug}-s{cfg.seed}"
+    words = f"{model_name(cfg)}-{cfg.method.name}"
+    if prunes(cfg):
+        words += f"-{pattern_of(cfg.sparsity).slug}-s{cfg.seed}"
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", words).lstrip(".-")[:120]
     return f"{safe}-{config_hash(cfg)[:8]}"
 

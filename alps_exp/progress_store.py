@@ -46,6 +46,10 @@ class FinishedBlock:
     sizes: list[int] = field(default_factory=list)
 
 
+class HeldError(UserError):
+    """Another process is at work in the run's directory."""
+
+
 class ProgressStore:
     """The finished blocks of one run.
 
@@ -235,14 +239,14 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold a run's directory for the length of the context; the system lets go of it when the process dies.
 
     Raises:
-        UserError: another process holds it.
+        HeldError: another process holds it.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise HeldError(
                 f"another process runs this configuration in {directory}: wait for it, or give another directory with "
                 "hydra.run.dir=DIR"
             ) from None
@@ -251,3 +255,14 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process holds the directory just now."""
+    try:
+        with locked(directory):
+            return False
+    except HeldError:
+        return True
+    except FileNotFoundError:
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from .solver import Solver, Stopwatch
 from .workspace import Workspace
 
 SAVE = (False, True, "dense", "packed")
+COMPLETE = ("auto", "skip", "renew", "again")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,6 +65,9 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
     for key in ("losses", "plan", "resumable"):
         one_of(key, cfg[key], (True, False))
+    one_of("complete", cfg["complete"], COMPLETE)
+    if cfg["minutes"] is not None:
+        require("minutes", cfg["minutes"], float, 0, float("inf"), open_low=True)
     one_of("save", cfg["save"], SAVE)
     one_of("stream", cfg["stream"], ("auto", True, False))
     one_of("hidden_states", cfg["hidden_states"], PLACES)
@@ -117,7 +121,12 @@ def selection_of(cfg: Mapping) -> Selection:
     return Selection.parse(layers["include"], layers["exclude"], layers["sparsity"])
 
 
-def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) -> dict:
+def run(
+    cfg: DictConfig,
+    directory: Path,
+    workspace: Workspace | None = None,
+    finished: Callable[[Path], dict | None] = lambda directory: None,
+) -> dict:
     """Run one configuration and write its record into `directory`.
 
     What an interrupted run of the same configuration has finished there is not done again.
@@ -126,11 +135,13 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         cfg: the composed configuration.
         directory: the run's own directory; a complete record of an earlier run there is kept as record.previous.json.
         workspace: loads the model and the texts; give one to share them between runs.
+        finished: asked once no other process is at work in the directory; a record that it finds is all there is to do.
 
     Returns:
         The record as plain values.
 
     Raises:
+        HeldError: another process is at work in the directory.
         UserError and others: after a record with status "failed" and the error was written.
         KeyboardInterrupt: likewise; its text says from where the same command goes on.
     """
@@ -149,12 +160,15 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         seed=plain["seed"],
     )
     directory.mkdir(parents=True, exist_ok=True)
+    workspace = workspace or Workspace()
     with locked(directory), _resource_errors(directory):
+        if (earlier := finished(directory)) is not None:
+            return earlier
         resume.check(plain, directory)
         resume.prepare(directory, plain["resume"])
         record.write(directory)
         try:
-            store = _execute(plain, solver, record, directory, workspace or Workspace())
+            store = _execute(plain, solver, record, directory, workspace)
             record.status = "complete"
             record.write(directory)
         except BaseException as error:
@@ -168,7 +182,8 @@ def run(cfg: DictConfig, directory: Path, workspace: Workspace | None = None) ->
         if store is not None:
             store.clear()
     log_record(record.to_dict(), plain["logger"], directory)
-    print(describe(record, directory), flush=True)
+    if not workspace.keep:  # a sweep has lines and tables of its own
+        print(describe(record, directory), flush=True)
     return record.to_dict()
 
 

@@ -1,120 +1,200 @@
-"""A sweep in one process: the model and the texts are loaded once, finished runs are skipped.
+"""A sweep: which runs its words ask for, which of them are still to be made, and what to say in the end.
 
-    python -m alps_exp.sweep method=dense,wanda,alps sparsity=0.5,2:4 eval=zeroshot
-    python -m alps_exp.sweep --minutes 9 +sweeps=zeroshot
-
-The words are those of `python -m alps_exp -m`, and so are the runs' directories. A method that prunes nothing runs
-once, whatever the sparsities. With --minutes the sweep stops before a run that would probably take longer; the same
-command goes on where it stopped, also after an interruption. A run that failed does not stop the others.
+A sweep is its runs' directories: whatever has a complete record there is left out, whatever was cut goes on, and
+several processes may work on one sweep at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
-import sys
+import os
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
-from . import cli, naming, overrides
+from . import naming, overrides
 from .errors import UserError
+from .job import Outcome, SweepJob, complete_record, is_done
 from .redaction import redacted
 
-RUNS = Path("results/runs")
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        directory: where it writes to.
+        words: its overrides, without those of Hydra's own keys.
+        cfg: its configuration, without Hydra's node.
+    """
+
+    directory: Path
+    words: list[str]
+    cfg: DictConfig
 
 
-def configurations(words: Sequence[str]) -> list[DictConfig]:
-    """The configurations of a sweep's words, in its order; one of several that differ in an unused sparsity only.
+def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Cell]:
+    """The runs of a sweep, all of them checked; of several that prune nothing and evaluate the same, the first.
+
+    Args:
+        jobs: the overrides of each run, from `overrides.expand`.
+        config_name: the root file.
 
     Raises:
-        UserError: as `python -m alps_exp -m` refuses them.
+        UserError: the first mistake found, naming its run.
     """
-    from .registry import build
+    from . import run
 
-    with overrides.initialized():
-        words = overrides.prepared(words)
-        if foreign := [word for word in words if word.lstrip("+~").startswith("hydra")]:
-            raise UserError(f"{foreign[0]}: Hydra takes no part here; give that to python -m alps_exp -m")
-        _, lines = overrides.expand(words)
-        found = [overrides.without_hydra(overrides.compose_prepared(line, with_hydra=True)) for line in lines]
-    kept: dict[str, DictConfig] = {}
-    for cfg in found:
-        same = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "sparsity"])
-        prunes = build(OmegaConf.to_container(cfg.method, resolve=True)).prunes
-        kept.setdefault(naming.config_hash(cfg if prunes else same), cfg)
+    found = []
+    # All are composed before the first is validated: names are wrong more often than values, and cost no import.
+    for number, line in enumerate(jobs):
+        with _naming_the_run(jobs, number):
+            found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
+    for number, cfg in enumerate(found):
+        with _naming_the_run(jobs, number):
+            run.validate(overrides.without_hydra(cfg))
+            _refuse_other_places(cfg)
+    kept: dict[str, Cell] = {}
+    for cfg, line in zip(found, jobs, strict=True):
+        name = naming.run_name(cfg)
+        if name in kept and naming.prunes(cfg):
+            raise UserError(
+                f"{_shown(kept[name].words)} and {_shown(line)} are the same configuration: name every run once"
+            )
+        place = Path(str(cfg.hydra.sweep.dir)).absolute()
+        own = [word for word in line if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        kept.setdefault(name, Cell(place / name, own, overrides.without_hydra(cfg)))
     return list(kept.values())
 
 
-def execute(configs: Sequence[DictConfig], again: bool = False, minutes: float | None = None) -> tuple[list[dict], int]:
-    """Run configurations one after the other, sharing what they load.
+def _refuse_other_places(cfg: DictConfig) -> None:
+    """A sweep finds its runs by their names."""
+    if cfg.resume not in ("auto", False):
+        raise UserError(f"resume={cfg.resume} goes with one run: leave out -m")
+    if cfg.hydra.sweep._get_node("subdir")._value() != "${run_name:}":
+        raise UserError(
+            "hydra.sweep.subdir is not allowed, since a sweep finds its runs by their names: give hydra.sweep.dir"
+        )
+
+
+def run(
+    app: Any, config_name: str, given: Sequence[str], words: list[str], runs: Sequence[Cell], start: float
+) -> list[Outcome]:
+    """Run what is not complete, by the launcher that the words choose.
 
     Args:
-        configs: what to run; all are checked before the first starts.
-        again: also run what has a complete record.
-        minutes: start no run that would end later, judged by the longest so far.
+        app: Hydra, set up.
+        config_name: the root file.
+        given: the overrides as the user gave them.
+        words: the same, prepared.
+        runs: from `cells`.
+        start: of the sweep, seconds since the epoch.
 
     Returns:
-        The records of all that is complete, and how many runs failed.
+        The outcome of every run.
 
     Raises:
-        UserError: a mistake found beforehand.
+        UserError: other code has made some of the records; nothing was started.
+        KeyboardInterrupt: with a line that says how far it came.
     """
-    from . import run as runs
-    from .record import FILE, is_complete
-    from .workspace import Workspace
+    from .launching import launch
 
-    start, longest, failed = time.perf_counter(), 0.0, 0
-    for cfg in configs:
-        runs.validate(cfg)
-    workspace, records = Workspace(keep=True), []
-    for number, cfg in enumerate(configs, 1):
-        directory = RUNS / naming.run_name(cfg)
-        if is_complete(directory / FILE) and not again:
-            records.append(json.loads((directory / FILE).read_text(encoding="utf-8")))
-            continue
-        begin = time.perf_counter()
-        if minutes is not None and longest and begin - start + longest > 60 * minutes:
-            print(f"stopped before run {number} of {len(configs)}: the same command goes on here", flush=True)
-            break
-        try:
-            records.append(runs.run(cfg, directory, workspace))
-        except Exception as error:
-            failed += 1
-            if not isinstance(error, UserError):
-                print(redacted(traceback.format_exc()), file=sys.stderr)
-            print(redacted(f"alps_exp: {directory.name}: {error}"), file=sys.stderr, flush=True)
-        gc.collect()  # the network of the run before refers to itself
-        longest = max(longest, time.perf_counter() - begin)
-    return records, failed
+    pending = _pending(runs, start)
+    runs[0].directory.parent.mkdir(parents=True, exist_ok=True)
+    _write_manifest(given, words, runs)
+    print(f"{len(runs)} runs: {len(runs) - len(pending)} complete, {len(pending)} to run", flush=True)
+    minutes = runs[0].cfg.minutes
+    deadline = None if minutes is None else start + 60 * minutes
+    outcomes = {cell.directory: Outcome(cell.directory.name, "completed", new=False) for cell in runs}
+    try:
+        if pending:
+            ended = launch(app, config_name, words, SweepJob(start, os.getpid()), pending, deadline)
+            outcomes |= {cell.directory: outcome for cell, outcome in zip(pending, ended, strict=True)}
+    except KeyboardInterrupt:
+        done = sum(_complete(cell) is not None for cell in runs)
+        raise KeyboardInterrupt(
+            f"interrupted: {done} of {len(runs)} runs are complete, and the same command goes on"
+        ) from None
+    _conclude(runs, list(outcomes.values()), time.time() - start)
+    return list(outcomes.values())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep and print its table, or the plans with plan=true; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alps_exp.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="start no run that would end later than this")
-    parser.add_argument("words", nargs="*", help="as for python -m alps_exp -m")
-    options = parser.parse_intermixed_args(arguments)
-    return cli.guarded(lambda: _sweep(options.words, options.minutes))
+def _pending(runs: Sequence[Cell], start: float) -> list[Cell]:
+    pending, others = [], []
+    for cell in runs:
+        record = _complete(cell)
+        if record is None or not is_done(record, cell.cfg.complete, start):
+            pending.append(cell)
+            if record is not None and cell.cfg.complete == "auto":
+                others.append(cell)
+    if others:
+        raise UserError(
+            f"{len(others)} of {len(runs)} runs are complete, but other code made them, such as "
+            f"{others[0].directory.name}: complete=skip takes them as they are, complete=renew runs them again, and "
+            "complete=again all; none was started"
+        )
+    return pending
 
 
-def _sweep(words: Sequence[str], minutes: float | None) -> int:
+def _complete(cell: Cell) -> dict | None:
+    return complete_record(cell.directory, naming.config_hash(cell.cfg))
+
+
+def _conclude(runs: Sequence[Cell], outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Print the table and how many runs ended how."""
     from . import tables
-    from .plan import plan
 
-    configs = configurations(words)
-    if all(cfg.plan for cfg in configs):
-        print("\n\n".join(map(plan, configs)))
-        return 0
-    records, failed = execute(configs, minutes=minutes)
+    records = [record for cell in runs if (record := _record(cell.directory)) is not None]
     if records:
-        print(f"\n{tables.markdown(tables.comparison(records).drop(columns=['status']))}")
-    return cli.FAILURE if failed else 0
+        print(f"\n{redacted(tables.report(records))}\n")
+    count = {status: 0 for status in ("completed", "refused", "failed", "left")}
+    for outcome in outcomes:
+        count[outcome.status] += 1
+    before = sum(outcome.status == "completed" and not outcome.new for outcome in outcomes)
+    parts = [f"{before} complete before", f"{count['completed'] - before} run now"]
+    if failed := count["refused"] + count["failed"]:
+        parts.append(f"{failed} failed")
+    if count["left"]:
+        parts.append(f"{count['left']} left, where the same command goes on")
+    print(f"{len(runs)} runs in {seconds:.0f} s: {', '.join(parts)}", flush=True)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _record(directory: Path) -> dict | None:
+    """The record of a run that has ended."""
+    from .record import FILE
+
+    try:
+        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if record.get("status") in ("complete", "failed") else None
+
+
+def _write_manifest(given: Sequence[str], words: Sequence[str], runs: Sequence[Cell]) -> None:
+    """Note beside the runs which of them a sweep's file asks for, where the words name one."""
+    from .record import write_json
+
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        if override.key_or_group == "sweeps" and isinstance(name := override.value(), str):
+            names = [cell.directory.name for cell in runs]
+            content = {"sweep": name, "words": list(given), "runs": names}
+            write_json(runs[0].directory.parent / f"{name}.sweep.json", content)
+
+
+@contextmanager
+def _naming_the_run(jobs: Sequence[Sequence[str]], number: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        place = f"run {number + 1} of {len(jobs)}: {_shown(jobs[number])}; none was started"
+        raise UserError(f"{error} ({place})") from error
+
+
+def _shown(line: Sequence[str]) -> str:
+    return " ".join(word.replace("'", "") for word in line if not word.startswith("hydra")) or "no overrides"

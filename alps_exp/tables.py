@@ -83,6 +83,12 @@ def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.Dat
     )
 
 
+def report(records: Iterable[Mapping]) -> str:
+    """The comparison of complete runs as text for the terminal."""
+    frame = comparison(record for record in records if record["status"] == "complete")
+    return "no run is complete" if frame.empty else markdown(frame.drop(columns=["status"]))
+
+
 def _column(item: Mapping) -> str:
     name = f"{item['dataset']} {item['metric']}"
     if "windows" in item:

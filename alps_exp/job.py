@@ -1,0 +1,175 @@
+"""One run as Hydra's launchers start it: alone, or as a cell of a sweep, perhaps in another process.
+
+Jobs hand back how they ended instead of raising, because an exception in one job would end Hydra's whole sweep.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from . import naming
+from .errors import UserError
+from .redaction import redacted
+
+# Seconds of the longest run that this process has made for a sweep, by the sweep's start.
+_longest: dict[float, float] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended.
+
+    Attributes:
+        name: the run's directory name.
+        status: "completed", "refused" (the user's mistake), "failed", "held" (another process is at it) or "left" (it
+            would take too long).
+        message: why, where it did not complete.
+        new: whether it was run, rather than found complete.
+    """
+
+    name: str
+    status: Literal["completed", "refused", "failed", "held", "left"]
+    message: str = ""
+    new: bool = True
+
+
+def single(cfg: DictConfig) -> Outcome:
+    """One run, in the directory that Hydra made for it."""
+    from . import run
+
+    return _guarded(lambda directory: run.run(cfg, directory))
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One run of a sweep, with the model and texts that the process has loaded for earlier ones.
+
+    Attributes:
+        start: of the sweep, seconds since the epoch.
+        process: id of the process that the sweep was started as.
+    """
+
+    start: float
+    process: int
+
+    def __call__(self, cfg: DictConfig) -> Outcome:
+        from . import gpus, run
+        from .workspace import shared
+
+        begin, longest = time.time(), _longest.get(self.start, 0.0)
+        if cfg.minutes is not None and begin + longest > self.start + 60 * cfg.minutes:
+            return Outcome(_directory().name, "left")
+        if os.getpid() != self.process and cfg.devices == 1:
+            gpus.claim()
+        digest, found = naming.config_hash(cfg), []
+
+        def finished(directory: Path) -> dict | None:
+            record = complete_record(directory, digest)
+            found.append(record is not None and is_done(record, cfg.complete, self.start))
+            return record if found[-1] else None
+
+        def attempt(directory: Path) -> None:
+            record = run.run(cfg, directory, shared(), finished)
+            if not found[-1]:
+                print(f"{directory.name}: complete in {time.time() - begin:.1f} s{_figures(record)}", flush=True)
+
+        outcome = _guarded(attempt)
+        gc.collect()  # the network of a run refers to itself
+        if outcome.status == "completed" and found[-1]:
+            return Outcome(outcome.name, "completed", new=False)
+        if outcome.status in ("refused", "failed"):
+            print(redacted(f"{outcome.name}: {outcome.status}: {outcome.message.splitlines()[0]}"), flush=True)
+        _longest[self.start] = max(longest, time.time() - begin)
+        return outcome
+
+
+def complete_record(directory: Path, digest: str) -> dict | None:
+    """The complete record in a directory, of the configuration with this hash."""
+    from .record import FILE
+
+    try:
+        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(record, dict) and record.get("config_hash") == digest
+    return record if same and record.get("status") == "complete" else None
+
+
+def is_done(record: Mapping, complete: str, start: float) -> bool:
+    """Whether a complete record makes its run superfluous.
+
+    Args:
+        record: of the run's configuration.
+        complete: the key of that name.
+        start: of the sweep, seconds since the epoch.
+    """
+    if complete == "again":
+        return datetime.fromisoformat(record["started"]).timestamp() >= int(start)  # records know whole seconds
+    return complete == "skip" or is_of_this_code(record)
+
+
+def is_of_this_code(record: Mapping) -> bool:
+    """Whether a record was made by the code that runs now."""
+    from .environment import code_version
+
+    return record.get("environment", {}).get("code") == code_version()
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and first line of an error."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def trace() -> str:
+    """The trace of the error at hand on lines of their own, if HYDRA_FULL_ERROR asks for it."""
+    return f"\n{traceback.format_exc()}" if full_error() else ""
+
+
+def full_error() -> bool:
+    """Whether HYDRA_FULL_ERROR asks for traces."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _directory() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _guarded(action: Callable[[Path], object]) -> Outcome:
+    from .progress_store import HeldError
+
+    directory, log = _directory(), logging.getLogger("alps_exp")
+    try:
+        action(directory)
+    except HeldError as error:
+        return Outcome(directory.name, "held", str(error))
+    except UserError as error:
+        log.exception("refused")
+        return Outcome(directory.name, "refused", str(error) + trace())
+    except Exception as error:
+        log.exception("failed")
+        where = directory / "alps_exp.log"
+        return Outcome(directory.name, "failed", f"{describe_error(error)}; the trace is in {where}{trace()}")
+    return Outcome(directory.name, "completed")
+
+
+def _figures(record: Mapping) -> str:
+    """The first figures of a run, for the terminal."""
+    loss = record["summary"].get("mean_relative_loss")
+    figures = [] if loss is None else [f"mean relative loss {loss:.4g}"]
+    shown = [row for row in record["evaluations"] if row["shown"]]
+    figures += [f"{row['dataset']} {row['metric']} {row['value']:.4g}" for row in shown[:3]]
+    return "".join(f", {figure}" for figure in figures)
