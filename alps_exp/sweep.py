@@ -56,10 +56,10 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     for number, line in enumerate(jobs):
         with _naming_the_run(jobs, number):
             found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
+            _refuse_other_places(found[-1])
     for number, cfg in enumerate(found):
         with _naming_the_run(jobs, number):
             run.validate(overrides.without_hydra(cfg))
-            _refuse_other_places(cfg)
     kept: dict[str, Cell] = {}
     for cfg, line in zip(found, jobs, strict=True):
         name = naming.run_name(cfg)

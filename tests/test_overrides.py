@@ -173,12 +173,46 @@ def test_compose_leaves_another_use_of_hydra_in_place():
 
 def test_the_hash_is_that_of_what_would_be_computed():
     default = naming.config_hash(compose(SMALL))
-    for same in (["sparsity=0.7"], ["logger=wandb"], ["plan=true"], ["sparsity=unstructured"], ["sparsity='0.70'"]):
+    for same in (
+        ["sparsity=0.7"],
+        ["logger=wandb"],
+        ["plan=true", "minutes=3", "complete=skip"],
+        ["sparsity=unstructured"],
+        ["sparsity='0.70'"],
+    ):
         assert naming.config_hash(compose(SMALL + same)) == default
     others = [["sparsity=0.71"], ["seed=1"], ["save=true"], ["method.rho=0.2"], ["eval=none"], ["nsamples=64"]]
     hashes = {naming.config_hash(compose(SMALL + other)) for other in others}
     assert len(hashes) == len(others)
     assert default not in hashes
+
+
+def test_a_dense_run_is_named_by_what_its_evaluation_depends_on():
+    dense = [*SMALL, "method=dense", "data=wikitext2", "eval.datasets=[wikitext2]"]
+
+    def same(*words: str) -> bool:
+        return naming.run_name(compose([*dense, *words])) == naming.run_name(compose(dense))
+
+    assert naming.run_name(compose(dense)) == f"opt-125m-dense-{naming.config_hash(compose(dense))[:8]}"
+    for word in (
+        "sparsity=2:4",
+        "seed=1",
+        "nsamples=3",
+        "propagate=dense",
+        "losses=false",
+        "batch_size=2",
+        "devices=2",
+    ):
+        assert same(word), word
+    assert same("layers.exclude=[k_proj]") and same("data.holdout=4") and same("seqlen=64", "eval.seqlen=2048")
+    for word in ("seqlen=64", "eval.windows=3", "eval.bos=true", "model.bos=true", "model.revision=x", "dtype=float16"):
+        assert not same(word), word
+    assert not same("data.column=x") and not same("device=cpu") and not same("save=true")
+    # Texts that are not evaluated, and windows where there is no text, do not matter.
+    dense = [*SMALL, "method=dense", "eval.datasets=[ptb]"]
+    assert same("data=c4") and not same("seqlen=64")
+    dense = [*SMALL, "method=dense", "eval=zeroshot"]
+    assert same("seqlen=64") and not same("eval.limit=10")
 
 
 def test_the_name_of_a_run_is_safe_and_tells_what_it_is(tmp_path):

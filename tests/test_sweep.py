@@ -1,107 +1,258 @@
-"""Sweeps in one process: what runs, what is skipped, when it stops."""
+"""Sweeps in one process: what runs, what is left out, when it stops, what it says in the end."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from alps_exp import loop, progress_store, sweep
+from alps_exp import cli, environment, launching, loop, models, overrides, progress_store, sweep, workspace
 from alps_exp import run as runs
 from alps_exp.blocks import BlockModel
 from alps_exp.hidden import HiddenStates
+from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
 
 
 @pytest.fixture
-def words(tiny_llama: Path, text_file: Path, tmp_path, monkeypatch) -> list[str]:
+def single(tiny_llama: Path, text_file: Path, tmp_path, monkeypatch) -> list[str]:
+    """The words of one run, to be started in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    workspace.shared.cache_clear()
     local = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "device=cpu"]
-    sizes = ["nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0"]
-    return [*local, *sizes, "method=dense,magnitude", "sparsity=0.5,2:4"]
+    return [*local, "nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0"]
+
+
+@pytest.fixture
+def words(single) -> list[str]:
+    return ["-m", *single, "method=dense,magnitude", "sparsity=0.5,2:4"]
+
+
+def call(words: list[str]) -> int:
+    return cli.guarded(lambda: cli.command(words))
+
+
+def cells(*words: str) -> list[sweep.Cell]:
+    with overrides.initialized():
+        return sweep.cells(overrides.expand(overrides.prepared(words))[1])
+
+
+def folders() -> dict[str, Path]:
+    return {path.parent.name.rsplit("-", 1)[0]: path.parent for path in Path("results/runs").glob("*/record.json")}
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The runs that were begun, by name."""
+    names, own = [], runs._execute
+
+    def execute(*arguments):
+        names.append(arguments[3].name)
+        return own(*arguments)
+
+    monkeypatch.setattr(runs, "_execute", execute)
+    return names
 
 
 def test_a_method_that_prunes_nothing_runs_once(words):
-    configs = sweep.configurations(words)
-    assert [cfg.method.name for cfg in configs] == ["dense", "magnitude", "magnitude"]
-    assert len(sweep.configurations(["+sweeps=zeroshot"])) == 16
+    found = [cell.cfg.method.name for cell in cells(*words[1:], "seed=0,1", "nsamples=2,3")]
+    assert found.count("dense") == 1 and found.count("magnitude") == 8
+    assert len(cells("+sweeps=zeroshot", "eval=none")) == 16
 
 
-def test_finished_runs_are_skipped_and_give_the_same_table(words, capsys, monkeypatch, tmp_path):
-    assert sweep.main(words) == 0
+def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, monkeypatch):
+    loaded, load = [], models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *rest: loaded.append(rest) or load(*rest))
+    assert call(words) == 0
     first = capsys.readouterr().out
-    assert first.count("| tiny_llama") == 3 and "2:4" in first
-    records = sorted(tmp_path.glob("results/runs/*/record.json"))
-    assert len(records) == 3
-    cut = json.loads(records[0].read_text())
-    records[0].write_text(json.dumps({**cut, "status": "running"}))
-    done = []
-    own = runs.run
-    monkeypatch.setattr(
-        runs, "run", lambda cfg, directory, workspace: done.append(directory.name) or own(cfg, directory, workspace)
-    )
-    assert sweep.main(words) == 0
-    assert done == [records[0].parent.name]
+    assert first.count("| tiny_llama") == 3 and "2:4" in first and len(loaded) == 1
+    assert "3 runs: 0 complete, 3 to run" in first and ": 0 complete before, 3 run now" in first
+    assert sum(": complete in " in line for line in first.splitlines()) == 3
+    assert len(ran) == 3 and ran[0].startswith("tiny_llama-dense-") and len(ran[0].split("-")) == 3
+    cut = folders()["tiny_llama-magnitude-2of4-s0"]
+    (cut / "record.json").write_text(json.dumps({**record(cut), "status": "running"}))
+    ran.clear()
+    assert call([*words, "hidden_states=host"]) == 0
+    again = capsys.readouterr().out
+    assert ran == [cut.name] and ": 2 complete before, 1 run now" in again
 
     def rows(text):
         return [line.split("|")[2:8] for line in text.splitlines() if line.startswith("| tiny_llama")]
 
-    assert rows(capsys.readouterr().out) == rows(first)
+    assert rows(again) == rows(first)
 
 
-def test_it_stops_before_a_run_that_would_take_too_long(words, capsys, tmp_path):
-    assert sweep.main(["--minutes", "0", *words]) == 0
-    assert "stopped before run 2 of 3" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("results/runs/*/record.json"))) == 1
+def test_records_of_other_code_are_a_choice(words, capsys, ran, monkeypatch):
+    assert call([*words, "sparsity=0.5"]) == 0
+    old = {name: record(place)["started"] for name, place in folders().items()}
+    ran.clear()
+    monkeypatch.setattr(environment, "code_version", lambda: "0.2 (other)")
+    capsys.readouterr()
+    assert call(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "2 of 3 runs are complete, but other code made them" in error
+    assert all(f"complete={choice}" in error for choice in ("skip", "renew", "again")) and not ran
+    assert call([*words, "complete=skip"]) == 0
+    assert len(ran) == 1
+    ran.clear()
+    assert call([*words, "complete=renew"]) == 0
+    assert len(ran) == 2 and call(words) == 0 and len(ran) == 2
+    assert call([*words, "complete=again"]) == 0
+    assert len(ran) == 5
+    place = folders()["tiny_llama-dense"]
+    assert json.loads((place / "record.previous.json").read_text())["environment"]["code"] == "0.2 (other)"
+    assert old.keys() < folders().keys() and record(place)["config"]["complete"] == "again"
 
 
-def test_a_failed_run_does_not_stop_the_others(words, capsys, monkeypatch):
-    own = runs.run
+def test_a_record_without_a_code_version_is_of_other_code(words, capsys):
+    assert call([*words, "method=dense"]) == 0
+    (place,) = folders().values()
+    old = record(place)
+    del old["environment"]["code"]
+    (place / "record.json").write_text(json.dumps(old))
+    assert call([*words, "method=dense"]) == 2
+    assert "1 of 1 runs" in capsys.readouterr().err
 
-    def fail(cfg, directory, workspace):
-        if cfg.method.name == "dense":
-            raise RuntimeError("out of luck")
-        return own(cfg, directory, workspace)
 
-    monkeypatch.setattr(runs, "run", fail)
-    assert sweep.main(words) == 1
+def test_it_starts_no_run_that_would_take_too_long(words, capsys, monkeypatch):
+    """By a clock on which the first run takes 40 s, and the checks before it less than 20."""
+    real = time.time
+    monkeypatch.setattr("alps_exp.job.time", SimpleNamespace(time=lambda: real() + 40 * len(folders())))
+    assert call([*words, "minutes=1"]) == 0
+    assert len(folders()) == 1
+    assert "1 run now, 2 left, where the same command goes on" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_recorded_and_does_not_stop_the_others(words, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        own = runs.validate
+        checked = []
+
+        def fail(cfg):
+            checked.append(cfg)
+            if len(checked) > 4 and cfg["method"]["name"] == "dense":  # all four were checked beforehand
+                raise RuntimeError("out of luck\nand more")
+            return own(cfg)
+
+        patch.setattr(runs, "validate", fail)
+        assert call(words) == 1
     captured = capsys.readouterr()
-    assert "out of luck" in captured.err and captured.out.count("| tiny_llama") == 2
+    place = folders()["tiny_llama-dense"]
+    assert record(place)["status"] == "failed" and record(place)["error"]["type"] == "RuntimeError"
+    lines = captured.err.splitlines()[-2:]
+    assert lines[0] == "alps_exp: 1 of 3 runs did not complete:"
+    assert lines[1].startswith(f"alps_exp: {place.name}: RuntimeError: out of luck; the trace is in ")
+    assert "0 complete before, 2 run now, 1 failed" in captured.out
+    assert call(words) == 0
+    assert "2 complete before, 1 run now" in capsys.readouterr().out
 
 
-def test_a_mistake_is_one_line(words, capsys):
-    assert sweep.main([*words, "method.power=3"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_lack_of_memory_is_one_failure(words, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(runs, "prune_blocks", exhausted)
+    assert call(words) == 2  # all failures are the user's to mend
+    assert record(folders()["tiny_llama-magnitude-u0.5-s0"])["error"]["type"] == "OutOfMemoryError"
+    assert "2 of 3 runs did not complete:" in capsys.readouterr().err
 
 
-def test_plans_and_settings_of_hydra(words, capsys, tmp_path):
-    assert sweep.main([*words, "plan=true"]) == 0
-    assert capsys.readouterr().out.count("run        tiny_llama-") == 3
-    assert sweep.main([*words, "hydra.run.dir=elsewhere"]) == 2
-    assert "python -m alps_exp -m" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("complete=maybe", "known: again, auto, renew, skip"),
+        ("minutes=0", "minutes=0"),
+        ("resume=results", "leave out -m"),
+        ("hydra.sweep.subdir=x", "hydra.sweep.dir"),
+        ("method.power=3", "power"),
+    ],
+)
+def test_a_mistake_is_one_line(words, capsys, word, part):
+    assert call([*words, word]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and part in error and not list(Path().iterdir())
+
+
+def test_a_sweep_of_a_file_names_its_runs(single, monkeypatch, capsys):
+    words = [*single, "+sweeps=demo", "method=dense,magnitude", "hydra.sweep.dir=grid"]
+    monkeypatch.setattr(runs, "run", lambda cfg, place, *_: 1 / 0)
+    assert call(["-m", *words]) == 1
+    manifest = json.loads(Path("grid/demo.sweep.json").read_text())
+    names = [cell.directory.name for cell in cells(*words)]
+    assert manifest == {"sweep": "demo", "words": words, "runs": names} and len(names) == 5
+    assert call(["-m", *words, "seed=1"]) == 1
+    assert len(json.loads(Path("grid/demo.sweep.json").read_text())["runs"]) == 5
 
 
 def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "solve_layers", interrupt)
-    assert sweep.main(words) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("alps_exp: interrupted: the same command goes on from ")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "solve_layers", interrupt)
+        assert call(words) == 130
+    expected = "alps_exp: interrupted: 1 of 3 runs are complete, and the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+    assert call(words) == 0
 
 
-def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
+def test_what_another_process_holds_is_waited_for(words, capsys, ran, monkeypatch):
+    """Left for later at first; here the other one goes away while the sweep waits."""
+    held = cells(*words[1:])[1].directory
+    held.mkdir(parents=True)
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(launching, "time", SimpleNamespace(time=time.time, sleep=lambda _: os.close(descriptor)))
+    assert call(words) == 0
+    assert [name == held.name for name in ran] == [False, False, True]
+    assert f"waiting for another process: {held.name}" in capsys.readouterr().out
+
+
+def test_what_another_process_holds_is_left_when_time_is_up(words, capsys, monkeypatch):
+    held = cells(*words[1:])[1].directory
+    held.mkdir(parents=True)
+    with progress_store.locked(held):
+        monkeypatch.setattr(launching, "time", SimpleNamespace(time=lambda: time.time() + 1e9))
+        assert call([*words, "minutes=60"]) == 0
+    assert "2 run now, 1 left" in capsys.readouterr().out
+
+
+def test_what_another_process_has_made_meanwhile_is_not_made_again(words, capsys, ran, monkeypatch):
+    """The list of open runs is made before the others' locks are looked at."""
+    monkeypatch.setattr(sweep, "_pending", lambda runs, start: list(runs))
+    for choice in ("auto", "skip", "renew"):
+        assert call([*words, f"complete={choice}"]) == 0
+        assert len(ran) == 3
+    assert "3 complete before, 0 run now" in capsys.readouterr().out
+
+
+def test_a_single_run_keeps_nothing(single, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(runs, "Workspace", lambda: made.append(Workspace()) or made[-1])
+    assert call([*single, "method=magnitude"]) == 0
+    assert not made[0].keep and made[0]._network is None
+    assert "mean relative loss" in capsys.readouterr().out
+
+
+def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     """Neither hooks on the network that both use, nor a block that is still being written while its weights change."""
-    cfg = sweep.configurations(words)[1]
-    workspace = Workspace(keep=True)
-    whole = runs.run(cfg, tmp_path / "whole", workspace)
+    cfg = compose([*single, "method=magnitude", "sparsity=0.5"])
+    shared = Workspace(keep=True)
+    whole = runs.run(cfg, tmp_path / "whole", shared)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    network = workspace.network(plain, torch.float32)
+    network = shared.network(plain, torch.float32)
     original, write = loop.solve_layers, progress_store.write_tensors
 
     def slowly(*arguments):
@@ -112,26 +263,26 @@ def test_a_failed_run_leaves_nothing_to_the_next(words, tmp_path, monkeypatch):
         patch.setattr(progress_store, "write_tensors", slowly)
         patch.setattr(loop, "solve_layers", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            runs.run(cfg, tmp_path / "run", workspace)
+            runs.run(cfg, tmp_path / "run", shared)
         assert (tmp_path / "run/.progress/block-00000.json").is_file()
-        assert workspace.network(plain, torch.float32) is network
+        assert shared.network(plain, torch.float32) is network
     with monkeypatch.context() as patch:
         patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)
         patch.setattr(HiddenStates, "advance", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
-            runs.run(cfg, tmp_path / "other", workspace)
+            runs.run(cfg, tmp_path / "other", shared)
     assert not any(module._forward_pre_hooks for module in network.modules())
-    again = runs.run(cfg, tmp_path / "run", workspace)
+    again = runs.run(cfg, tmp_path / "run", shared)
     assert again["attempts"] == 2 and again["evaluations"] == whole["evaluations"]
 
 
-def test_what_is_in_memory_is_not_read_from_files(words, tmp_path, monkeypatch):
-    cfg, workspace = sweep.configurations(words)[0], Workspace(keep=True)
-    network = workspace.network(OmegaConf.to_container(cfg, resolve=True), torch.float32)
+def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch):
+    cfg, shared = compose([*single, "method=dense"]), Workspace(keep=True)
+    network = shared.network(OmegaConf.to_container(cfg, resolve=True), torch.float32)
     size = 4 * sum(parameter.numel() for parameter in network.parameters())
     # A workspace keeps the network and a copy of it, which may take half of the free memory.
     for number, (place, free, streamed) in enumerate(
-        ((workspace, size, False), (Workspace(keep=True), 3 * size, True), (Workspace(keep=True), 5 * size, False))
+        ((shared, size, False), (Workspace(keep=True), 3 * size, True), (Workspace(keep=True), 5 * size, False))
     ):
         monkeypatch.setattr("alps_exp.workspace.free_host", lambda free=free: free)
         assert runs.run(cfg, tmp_path / str(number), place)["environment"]["streamed"] is streamed
