@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from . import models
 from .environment import code_version
 from .errors import UserError
 from .naming import NOT_HASHED
-from .progress_store import FOLDER, ProgressStore
+from .progress_store import FOLDER, HeldError, ProgressStore, locked
 from .record import FILE, is_complete
 
 
@@ -109,6 +110,14 @@ def prepare(directory: Path, resume: str | bool) -> None:
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
     if complete:
         (directory / FILE).replace(directory / "record.previous.json")
+
+
+def tidy(directory: Path) -> None:
+    """Remove the finished blocks of a complete run that was killed right after its last word."""
+    with suppress(FileNotFoundError, HeldError):
+        if (directory / FOLDER).is_dir():
+            with locked(directory):
+                shutil.rmtree(directory / FOLDER, ignore_errors=True)
 
 
 def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:

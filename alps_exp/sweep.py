@@ -126,6 +126,8 @@ def run(
 
 
 def _pending(runs: Sequence[Cell], start: float) -> list[Cell]:
+    from .resume import tidy
+
     pending, others = [], []
     for cell in runs:
         record = _complete(cell)
@@ -133,6 +135,8 @@ def _pending(runs: Sequence[Cell], start: float) -> list[Cell]:
             pending.append(cell)
             if record is not None and cell.cfg.complete == "auto":
                 others.append(cell)
+        else:
+            tidy(cell.directory)
     if others:
         raise UserError(
             f"{len(others)} of {len(runs)} runs are complete, but other code made them, such as "

@@ -1,10 +1,12 @@
 """Kills runs of a tiny model with SIGKILL, lets the same command go on, and compares the end with an undisturbed run.
 
-    python tests/crash.py --kills 36 --seed 0          (make crash)
+    python tests/crash.py --kills 36 --sweep-kills 24 --seed 0          (make crash)
 
 A kill is aimed at a phase: at a random moment within a random call of that phase's function. Every run is killed twice
 before it may end, the second time while it resumes. Recovered means: bit-identical weights, losses, perplexity and
 sample; and no layer of a finished block was solved again, which shows in the seconds of its row.
+
+Sweeps are killed likewise, four times each, at moments of their whole length. Recovered means the same records.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ PHASES = {
     "restore": "alps_exp.loop._Loop._restore",
     "any": "alps_exp.cli.main",
 }
+# Those that a sweep which saves nothing goes through, and moments of its whole length most of all.
+SWEPT = ["any"] * 6 + [phase for phase in PHASES if phase not in ("any", "save", "restore")]
 BLOCKS = 4
 
 
@@ -74,13 +78,17 @@ class Bench:
         folder: everything is written below it.
     """
 
+    more: tuple[str, ...] = ()
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         model = tiny_models.build("llama", folder / "model", blocks=BLOCKS)
         text = folder / "text.txt"
         text.write_text("\n".join(tiny_models.documents(60, seed=3)) + "\n", encoding="utf-8")
         data = ["model=local", f"model.path={model}", "data=local", f"data.path={text}", "nsamples=8", "seqlen=48"]
         self.words = [*data, "eval.windows=6", "eval.sample_tokens=4", "device=cpu", "save=true", "batch_size=2"]
+        self.words += self.more
         for phase in PHASES.values():
             importlib.import_module(_owner(phase)[0])
         self._number = 0
@@ -89,7 +97,18 @@ class Bench:
         killed = self.run(reference, watch=True)
         assert not killed, self.output(reference)
         self.calls = json.loads((reference / "calls.json").read_text())
-        self.outcome = outcome(reference)
+        self.outcome = self.read(reference)
+
+    def read(self, place: Path) -> dict:
+        """What must be the same in the end."""
+        return outcome(place)
+
+    def start(self, place: Path, *more: str, kill: Kill | None = None, watch: bool = False) -> int:
+        """Start the command in a process of its own; its id."""
+        child = os.fork()
+        if child == 0:
+            _child(place, [*self.words, *more], kill, watch)
+        return child
 
     def fresh(self) -> Path:
         """A folder for a run."""
@@ -130,10 +149,7 @@ class Bench:
 
     def run(self, place: Path, *more: str, kill: Kill | None = None, watch: bool = False) -> bool:
         """Run the command in a process of its own; whether it was killed, or interrupted by a kill's other signal."""
-        child = os.fork()
-        if child == 0:
-            _child(place, [*self.words, *more], kill, watch)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(self.start(place, *more, kill=kill, watch=watch), 0)
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL, 130 if kill and kill.signal == signal.SIGINT else 0), self.output(place)
         return code != 0
@@ -141,6 +157,32 @@ class Bench:
     def output(self, place: Path) -> str:
         """What the runs in a folder printed."""
         return (place / "output.txt").read_text()
+
+
+class SweepBench(Bench):
+    """Likewise for a sweep of five runs."""
+
+    more = ("-m", "method=dense,magnitude,sparsegpt", "sparsity=0.5,2:4", "save=false", "eval.sample_tokens=0")
+
+    def read(self, place: Path) -> dict:
+        """By run: status, evaluations, rows without seconds, and files that a complete run has no use for."""
+        found = {}
+        for path in place.glob("results/runs/*/record.json"):
+            record = json.loads(path.read_text())
+            rows = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in record["layers"]]
+            rest = [file.name for file in path.parent.iterdir() if file.name.startswith((".progress", ".record"))]
+            found[path.parent.name] = (record["status"], record["evaluations"], rows, rest)
+        return found
+
+    def trial(self, kills: Sequence[Kill], *more: str) -> list[Trial]:
+        """One sweep, killed so many times, and then left to its end."""
+        place = self.fresh()
+        fired = [self.run(place, *more, kill=kill) for kill in kills]
+        self.run(place, *more)
+        result = self.read(place)
+        different = sorted(name for name in {*result, *self.outcome} if result.get(name) != self.outcome.get(name))
+        shutil.rmtree(place)
+        return [Trial(kill, hit, tuple(different)) for kill, hit in zip(kills, fired, strict=True)]
 
 
 def _child(place: Path, words: list[str], kill: Kill | None, watch: bool) -> None:
@@ -281,29 +323,37 @@ def plan(kills: int, generator: random.Random) -> list[tuple[str, str]]:
 def main() -> int:
     """Print a line per phase; the status is 0 if every kill was recovered."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=36, help="at least so many")
+    parser.add_argument("--kills", type=int, default=36, help="of single runs, at least so many")
+    parser.add_argument("--sweep-kills", type=int, default=24, help="of sweeps, at least so many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    start, trials = time.perf_counter(), []
+    start, trials, sweeps = time.perf_counter(), [], []
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder) / "runs")
         while (done := sum(trial.fired for trial in trials)) < options.kills:
             for first, second in plan(options.kills - done, generator):
                 kills = [bench.draw(generator, first), bench.draw(generator, second)]
                 streamed = generator.random() < 0.5
                 trials += bench.trial(kills, f"stream={str(streamed).lower()}")
+        bench = SweepBench(Path(folder) / "sweeps")
+        while sum(trial.fired for trial in sweeps) < options.sweep_kills:
+            sweeps += bench.trial([bench.draw(generator, phase) for phase in generator.choices(SWEPT, k=4)])
     print(f"{'phase':<15}{'kills':>6}{'recovered':>11}")
     for phase in PHASES:
-        hits = [trial for trial in trials if trial.kill.phase == phase and trial.fired]
-        print(f"{phase:<15}{len(hits):>6}{sum(not trial.differences for trial in hits):>11}")
+        _report(phase, [trial for trial in trials if trial.kill.phase == phase])
+    good = _report("all", trials, f"    seed {options.seed}, {time.perf_counter() - start:.0f} s with sweeps")
+    return 0 if _report("sweeps", sweeps) and good else 1
+
+
+def _report(name: str, trials: list[Trial], more: str = "") -> bool:
     hits = [trial for trial in trials if trial.fired]
-    good = sum(not trial.differences for trial in hits)
-    print(f"{'all':<15}{len(hits):>6}{good:>11}    seed {options.seed}, {time.perf_counter() - start:.0f} s")
-    for trial in hits:
-        if trial.differences:
+    bad = [trial for trial in hits if trial.differences]
+    print(f"{name:<15}{len(hits):>6}{len(hits) - len(bad):>11}{more}")
+    if name in ("all", "sweeps"):
+        for trial in bad:
             print(f"{trial.kill}: {', '.join(trial.differences[:4])}")
-    return 0 if good == len(hits) else 1
+    return not bad
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Killed runs go on to the same result: five kills here, `make crash` has more."""
 
+import os
+import random
+import re
 import signal
 
 import crash
@@ -36,3 +39,29 @@ def test_an_interrupted_run_says_so_in_one_line_and_goes_on(bench):
     assert "1 of 4 blocks are finished already" in bench.output(place)
     result = crash.outcome(place)
     assert result["losses"] == bench.outcome["losses"] and result["files"] == []
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory) -> crash.SweepBench:
+    return crash.SweepBench(tmp_path_factory.mktemp("sweeps"))
+
+
+def test_killed_sweeps_end_in_the_same_records(sweeps):
+    assert len(sweeps.outcome) == 5 and all(status == "complete" for status, *_ in sweeps.outcome.values())
+    generator = random.Random(0)
+    # Within the last words of the second run, in the middle of the third, and at two moments anywhere.
+    kills = [crash.Kill("clean-up", 1, 0.0), crash.Kill("solve", 6, 0.0)]
+    trials = sweeps.trial([*kills, sweeps.draw(generator, "any"), sweeps.draw(generator, "any")])
+    assert sum(trial.fired for trial in trials) >= 2
+    assert trials[0].differences == ()
+
+
+def test_two_sweeps_of_one_grid_divide_it(sweeps):
+    place = sweeps.fresh()
+    processes = [sweeps.start(place), sweeps.start(place)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0], sweeps.output(place)
+    text = sweeps.output(place)
+    made = re.findall(r"(\S+): complete in ", text)
+    assert sorted(made) == sorted(sweeps.outcome), text
+    assert sum(map(int, re.findall(r"before, (\d) run now", text))) == 5
+    assert sweeps.read(place) == sweeps.outcome

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -14,44 +11,51 @@ import torch
 from alps_exp import gpus
 from alps_exp.checks import parse_device
 
-ROOT = Path(__file__).parents[1]
-# Says which GPU it has, and ends when its input does.
-WORKER = """
-import json, sys, torch
-from alps_exp import gpus
-from alps_exp.checks import parse_device
-chosen = []
-torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 3)
-torch.cuda.set_device = chosen.append
-print(json.dumps([gpus.claim(), gpus.claim(), str(parse_device("auto")), str(parse_device("cuda")), chosen]), flush=True)
-sys.stdin.read()
-"""
+
+def _work(connection, folder: Path, visible: str) -> None:
+    """Say which GPU this process has, and end when told to."""
+    chosen: list[int] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: 3)
+    patch.setattr(torch.cuda, "set_device", chosen.append)
+    patch.setattr("tempfile.gettempdir", lambda: str(folder))
+    patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    answer = gpus.claim(), gpus.claim(), str(parse_device("auto")), str(parse_device("cuda")), chosen
+    connection.send(answer)
+    connection.recv()
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **environment}
-    return subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+class Worker:
+    """A process that claims a GPU."""
+
+    def __init__(self, folder: Path, visible: str = "") -> None:
+        self.connection, other = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_work, args=(other, folder, visible), daemon=True)
+        self.process.start()
+        assert self.connection.poll(60)
+        self.index, *self.rest = self.connection.recv()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
 
 
 def test_processes_take_one_each_and_share_evenly(tmp_path):
-    workers = [start(tmp_path) for _ in range(4)]
+    workers = [Worker(tmp_path) for _ in range(4)]
     try:
-        answers = [json.loads(worker.stdout.readline()) for worker in workers]
-        taken = [answer[0] for answer in answers]
-        assert sorted(taken) == [0, 0, 1, 2]
-        for index, again, auto, cuda, chosen in answers:
-            assert (again, auto, cuda, chosen) == (index, f"cuda:{index}", f"cuda:{index}", [index])
-        gone = taken.index(1)
-        workers[gone].kill()  # and what it had is free again
-        workers[gone].wait()
-        workers.append(start(tmp_path))
-        assert json.loads(workers[-1].stdout.readline())[0] == 1
-        workers.append(start(tmp_path, CUDA_VISIBLE_DEVICES="2,5,7"))  # the 2 is taken by another sweep
-        assert json.loads(workers[-1].stdout.readline())[0] == 1
+        assert [worker.index for worker in workers] == [0, 1, 2, 0]
+        for worker in workers:
+            name = f"cuda:{worker.index}"
+            assert worker.rest == [worker.index, name, name, [worker.index]]
+        workers[1].kill()  # and what it had is free again
+        workers += [Worker(tmp_path), Worker(tmp_path, "2,5,7"), Worker(tmp_path, "2,5,7"), Worker(tmp_path)]
+        # Of GPUs 2, 5 and 7 the first is taken by a process that sees all; then 1 has fewer processes than 0.
+        assert [worker.index for worker in workers[4:]] == [1, 1, 2, 1]
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -1,4 +1,4 @@
-"""Sweeps whose runs are made by other processes, which may die; and two sweeps of one grid at once."""
+"""Sweeps whose runs are made by other processes, which may die."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from alps_exp import cli, launching, progress_store
+from alps_exp.job import Outcome
+from alps_exp.sweep import Cell
+
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = {
-    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-    "submitit": ["hydra/launcher=submitit_local"],
-    "ray": [
-        "hydra/launcher=ray",
-        "+hydra.launcher.ray.init.num_cpus=2",
-        "+hydra.launcher.ray.init.include_dashboard=false",
-    ],
-}
 # A method that kills its process.
 DEADLY = """
 import os, signal
@@ -35,21 +32,19 @@ class Deadly(Magnitude):
 
 
 @pytest.fixture
-def words(tiny_opt, text_file) -> list[str]:
+def words(tiny_opt, text_file, tmp_path, monkeypatch) -> list[str]:
+    for name, value in {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
     local = ["model=local", f"model.path={tiny_opt}", "data=local", f"data.path={text_file}", "device=cpu"]
     return ["-m", *local, "nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0"]
 
 
-def start(folder: Path, words: list[str], **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **environment}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "alps_exp", *words]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def end(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=300)
-    return process.returncode, out, error
+def process(*words: str, python_path: Sequence[Path] = (ROOT,)) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path))}
+    return subprocess.run(
+        [sys.executable, "-m", "alps_exp", *words], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def need(launcher: str) -> None:
@@ -57,88 +52,132 @@ def need(launcher: str) -> None:
         pytest.skip(f"needs the extra {launcher}: pip install -e '.[{launcher}]'")
 
 
-def records(folder: Path) -> dict[str, dict]:
-    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("results/runs/*/record.json")}
+def results() -> dict[str, tuple]:
+    """What must not depend on the process that made it, by run; the folder of runs is put aside."""
+    folder = Path("results/runs")
+    found = {}
+    for path in folder.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        losses = [row["relative_loss"] for row in record["layers"]]
+        found[path.parent.name] = (record["status"], record["evaluations"], losses)
+    folder.rename(f"results/{len(list(Path('results').iterdir()))}")
+    return found
 
 
-def results(record: dict) -> tuple:
-    """What must not depend on the process."""
-    return record["status"], record["evaluations"], [row["relative_loss"] for row in record["layers"]]
+def in_one_process(*words: str) -> dict[str, tuple]:
+    assert cli.guarded(lambda: cli.command(list(words))) == 0
+    return results()
 
 
-@pytest.fixture
-def expected(tmp_path, words) -> dict[str, tuple]:
-    """What a sweep in one process makes of the words."""
-    folder = tmp_path / "one"
-    folder.mkdir()
-    code, _, error = end(start(folder, [*words, "method=dense,magnitude", "sparsity=0.55,2:4"]))
-    assert code == 0, error
-    return {name: results(record) for name, record in records(folder).items()}
+def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
+    need("joblib")
+    from joblib.externals.loky import get_reusable_executor
 
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_other_processes_make_the_same_records(launcher, tmp_path, words, expected):
-    need(launcher)
-    grid = [*words, "method=dense,magnitude", "sparsity=0.55,2:4", *LAUNCHERS[launcher]]
-    code, out, error = end(start(tmp_path, grid))
-    assert code == 0, error
-    assert {name: results(record) for name, record in records(tmp_path).items()} == expected
-    assert ": 0 complete before, 3 run now" in out
-    if launcher == "joblib":
-        assert sum(": complete in " in line for line in out.splitlines()) == 3
-        code, out, _ = end(start(tmp_path, grid))
-        assert code == 0 and ": 3 complete before, 0 run now" in out
-
-
-@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
-def test_a_worker_that_dies_costs_no_other_run(launcher, tmp_path, words):
-    need(launcher)
+    expected = in_one_process(*words, "method=dense,magnitude")
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "deadly.yaml").write_text("name: deadly\n_target_: deadly.Deadly\n")
     (tmp_path / "deadly.py").write_text(DEADLY)
-    grid = [*words, "method=magnitude,deadly,wanda", "eval=none", "--config-dir", ".", *LAUNCHERS[launcher]]
-    code, out, error = end(start(tmp_path, grid, PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)])))
-    assert code == 1, error
-    status = {record["method"]: record["status"] for record in records(tmp_path).values()}
-    assert status == {"magnitude": "complete", "deadly": "failed", "wanda": "complete"}
-    assert "2 run now, 1 failed" in out
-    assert "alps_exp: 1 of 3 runs did not complete:" in error
-    last = error.splitlines()[-1]
-    assert last.startswith("alps_exp: tiny_opt-deadly-u0.7-s0-") and "its process ended" in last
+    monkeypatch.syspath_prepend(str(tmp_path))
+    grid = [*words, "method=dense,deadly,magnitude", "--config-dir", ".", "hydra/launcher=joblib"]
+    capfd.readouterr()
+    try:
+        assert cli.guarded(lambda: cli.command([*grid, "hydra.launcher.n_jobs=2"])) == 1
+    finally:
+        get_reusable_executor().shutdown(wait=True)
+    out, error = capfd.readouterr()
+    found = results()
+    (dead,) = found.keys() - expected.keys()
+    assert found.pop(dead)[0] == "failed" and found == expected
+    assert sum(": complete in " in line for line in out.splitlines()) == 2
+    assert "0 complete before, 2 run now, 1 failed" in out
+    first, last = error.splitlines()[-2:]
+    assert first == "alps_exp: 1 of 3 runs did not complete:"
+    assert last.startswith(f"alps_exp: {dead}: its process ended (TerminatedWorkerError: ")
 
 
-def test_two_sweeps_of_one_grid_divide_it(tmp_path, words):
-    grid = [
-        *words,
-        "method=magnitude,wanda,sparsegpt",
-        "sparsity=0.5,0.6,0.7,0.8",
-        "eval=none",
-        "nsamples=64",
-        "seqlen=128",
-    ]
-    ends = [end(process) for process in [start(tmp_path, grid), start(tmp_path, grid)]]
-    assert [code for code, *_ in ends] == [0, 0], ends
-    made = [line.split(":")[0] for _, out, _ in ends for line in out.splitlines() if ": complete in " in line]
-    assert len(made) == len(set(made)) == 12
-    assert all(record["status"] == "complete" and record["attempts"] == 1 for record in records(tmp_path).values())
-    assert not list(tmp_path.glob("results/runs/*/record.previous.json"))
+def test_submitit(words, capsys):
+    need("submitit")
+    expected = in_one_process(*words, "method=dense,magnitude")
+    assert in_one_process(*words, "method=dense,magnitude", "hydra/launcher=submitit_local") == expected
 
 
-def test_presets_and_plain_runs_where_no_launcher_is_installed(tmp_path):
+def test_ray(words):
+    need("ray")
+    expected = in_one_process(*words, "method=dense,magnitude")
+    local = ["+hydra.launcher.ray.init.num_cpus=1", "+hydra.launcher.ray.init.include_dashboard=false"]
+    end = process(*words, "method=dense,magnitude", "hydra/launcher=ray", *local)
+    assert end.returncode == 0 and "2 run now" in end.stdout, end.stderr
+    assert results() == expected
+
+
+class Workers:
+    """A launcher whose batch breaks when it comes to a deadly run, with the one before it still under way."""
+
+    def __init__(self, deadly: set[str]) -> None:
+        self.deadly, self.batches = deadly, []
+
+    def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
+        names = [cell.directory.name for cell in cells]
+        self.batches.append(names)
+        for number, cell in enumerate(cells):
+            self.write(cell, "running")
+            if cell.directory.name in self.deadly:
+                raise RuntimeError("a worker died")
+            following = names[number + 1 : number + 2]
+            if not self.deadly.intersection(following):
+                self.write(cell, "complete")
+        return [Outcome(name, "completed") for name in names]
+
+    @staticmethod
+    def write(cell: Cell, status: str) -> None:
+        cell.directory.mkdir(exist_ok=True)
+        record = {"status": status, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        (cell.directory / "record.json").write_text(json.dumps(record))
+
+
+def test_runs_that_were_cut_are_repeated_one_by_one(tmp_path):
+    cells = [Cell(tmp_path / name, [], None) for name in "abcdefg"]
+    workers = Workers({"c", "f"})
+    found = {outcome.name: outcome for outcome in launching._outlive(workers, cells)}
+    assert workers.batches == [list("abcdefg"), list("defg"), ["g"], ["b"], ["c"], ["e"], ["f"]]
+    assert {name for name, outcome in found.items() if outcome.status == "completed"} == set("abdeg")
+    assert found["c"].message == "its process ended (RuntimeError: a worker died)"
+    record = json.loads((tmp_path / "c" / "record.json").read_text())
+    assert record["status"] == "failed" and record["error"] == {"type": "RuntimeError", "message": "a worker died"}
+
+
+def test_what_still_runs_after_a_break_is_held(tmp_path):
+    cells = [Cell(tmp_path / name, [], None) for name in "ab"]
+    workers = Workers({"b"})
+    cells[0].directory.mkdir()
+    with progress_store.locked(cells[0].directory):
+        found = {outcome.name: outcome.status for outcome in launching._outlive(workers, cells)}
+    assert found == {"a": "held", "b": "failed"}
+
+
+def test_a_launcher_that_starts_nothing_is_no_failure_of_runs(tmp_path):
+    def broken(cells):
+        raise RuntimeError("no cluster here")
+
+    with pytest.raises(RuntimeError, match="no cluster here"):
+        launching._outlive(broken, [Cell(tmp_path / "a", [], None)])
+
+
+def test_presets_and_questions_where_no_launcher_is_installed(words, tmp_path):
     """An empty package hides the plugins."""
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "__init__.py").write_text("")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    assert end(start(tmp_path, ["--help"], PYTHONPATH=path))[0] == 0
-    assert end(start(tmp_path, ["--cfg", "job"], PYTHONPATH=path))[0] == 0
+    path = [tmp_path, ROOT]
+    assert process("--help", python_path=path).returncode == 0
+    assert process("--cfg", "job", python_path=path).returncode == 0
     for choice, extra in (("slurm", "submitit"), ("ray_gpu", "ray"), ("joblib", "joblib")):
-        code, _, error = end(start(tmp_path, ["-m", "seed=0,1", f"hydra/launcher={choice}"], PYTHONPATH=path))
-        assert code == 2 and error.count("\n") == 1 and f"pip install 'alps-exp[{extra}]'" in error
+        end = process("-m", "seed=0,1", f"hydra/launcher={choice}", python_path=path)
+        assert end.returncode == 2 and end.stderr.count("\n") == 1
+        assert f"pip install 'alps-exp[{extra}]'" in end.stderr
 
 
 @pytest.mark.parametrize(("choice", "extra"), [("slurm", "submitit"), ("ray_gpu", "ray")])
-def test_presets_compose(tmp_path, choice, extra):
+def test_presets_compose(choice, extra, capsys):
     need(extra)
-    code, out, error = end(start(tmp_path, [f"hydra/launcher={choice}", "--cfg", "hydra", "-p", "hydra.launcher"]))
-    assert code == 0, error
-    assert {"slurm": "max_num_timeout: 10", "ray_gpu": "num_gpus: 1"}[choice] in out
+    assert cli.command([f"hydra/launcher={choice}", "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
+    assert {"slurm": "max_num_timeout: 10", "ray_gpu": "num_gpus: 1"}[choice] in capsys.readouterr().out
