@@ -67,9 +67,8 @@ def ran(monkeypatch) -> list[str]:
 
 
 def test_a_method_that_prunes_nothing_runs_once(words):
-    found = [cell.cfg.method.name for cell in cells(*words[1:], "seed=0,1", "nsamples=2,3")]
-    assert found.count("dense") == 1 and found.count("magnitude") == 8
-    assert len(cells("+sweeps=zeroshot", "eval=none")) == 16
+    found = [cell.cfg.method.name for cell in cells(*words[1:], "seed=0,1")]
+    assert found == ["dense"] + 4 * ["magnitude"]
 
 
 def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, monkeypatch):
