@@ -72,7 +72,7 @@ class SweepJob:
         begin, longest = time.time(), _longest.get(self.start, 0.0)
         if cfg.minutes is not None and begin + longest > self.start + 60 * cfg.minutes:
             return Outcome(_directory().name, "left")
-        if os.getpid() != self.process and cfg.devices == 1:
+        if os.getpid() != self.process and cfg.devices == 1 and cfg.device in ("auto", "cuda"):
             gpus.claim()
         digest, found = naming.config_hash(cfg), []
 

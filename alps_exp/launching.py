@@ -104,7 +104,10 @@ def _outlive(start: Callable[[Sequence[Cell]], list[Outcome]], cells: Sequence[C
         except Exception:
             states = [(cell, _state(cell, begin)) for cell in rest]
             if not any(state for _, state in states):
-                raise
+                if len(rest) == len(cells):
+                    raise  # it is the launcher that fails
+                alone += rest
+                break
             outcomes += [state for _, state in states if isinstance(state, Outcome)]
             alone += [cell for cell, state in states if state == "cut"]
             rest = [cell for cell, state in states if state is None]

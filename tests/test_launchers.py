@@ -30,6 +30,16 @@ class Deadly(Magnitude):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
+# Stand-ins for SLURM's commands: a job begins at once, on this machine.
+SLURM = {
+    "sbatch": """script="${@: -1}"; cp "$script" "$JOBS/script"
+export SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1
+setsid bash "$script" > "$JOBS/log" 2>&1 < /dev/null &
+echo "Submitted batch job 7" """,
+    "srun": """while [[ "$1" == --* ]]; do [[ "$1" == --unbuffered ]] || shift; shift; done; exec "$@" """,
+    "sacct": """echo "JobID|State|NodeList" """,
+}
+
 
 @pytest.fixture
 def words(tiny_opt, text_file, tmp_path, monkeypatch) -> list[str]:
@@ -95,10 +105,20 @@ def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
     assert last.startswith(f"alps_exp: {dead}: its process ended (TerminatedWorkerError: ")
 
 
-def test_submitit(words, capsys):
+def test_submitit(words, tmp_path, monkeypatch):
+    """Processes of this machine; and the preset for SLURM, as far as submitit goes."""
     need("submitit")
     expected = in_one_process(*words, "method=dense,magnitude")
     assert in_one_process(*words, "method=dense,magnitude", "hydra/launcher=submitit_local") == expected
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("JOBS", str(tmp_path))
+    found = in_one_process(*words, "method=dense", "hydra/launcher=slurm", "hydra.launcher.partition=fast")
+    assert len(found) == 1 and found.items() <= expected.items()
+    script = (tmp_path / "script").read_text()
+    assert all(f"#SBATCH --{line}\n" in script for line in ("gpus-per-node=1", "partition=fast", "time=720"))
 
 
 def test_ray(words):
@@ -144,6 +164,17 @@ def test_runs_that_were_cut_are_repeated_one_by_one(tmp_path):
     assert found["c"].message == "its process ended (RuntimeError: a worker died)"
     record = json.loads((tmp_path / "c" / "record.json").read_text())
     assert record["status"] == "failed" and record["error"] == {"type": "RuntimeError", "message": "a worker died"}
+
+
+def test_a_run_that_dies_before_its_first_word_is_found_too(tmp_path):
+    class Silent(Workers):
+        @staticmethod
+        def write(cell, status):
+            if cell.directory.name != "b":
+                Workers.write(cell, status)
+
+    found = launching._outlive(Silent({"b"}), [Cell(tmp_path / name, [], None) for name in "abc"])
+    assert {outcome.name: outcome.status for outcome in found} == {"a": "completed", "b": "failed", "c": "completed"}
 
 
 def test_what_still_runs_after_a_break_is_held(tmp_path):
