@@ -33,14 +33,7 @@ def _demo(overrides: list[str], start: float) -> int:
     records, failed = sweep.execute(configs, again=True)
     if failed:
         return cli.FAILURE
-    frame = tables.comparison(records).drop(columns=["status", "seed"])
-    frame.loc[frame["method"] == "dense", "sparsity"] = "0"
-    print(f"\n{tables.markdown(frame)}")
-    first = records[-1]
-    print(
-        f"Calibration: {first['calibration']['windows']} windows of {first['calibration']['seqlen']} tokens; "
-        f"seconds: calibration, solving and propagation; device: {first['environment']['device']}."
-    )
+    print(f"\n{tables.report(records)}\n")
     print(f"The demo took {time.perf_counter() - start:.0f} s after installation.")
     return 0
 

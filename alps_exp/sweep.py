@@ -112,7 +112,7 @@ def _sweep(words: Sequence[str], minutes: float | None) -> int:
         return 0
     records, failed = execute(configs, minutes=minutes)
     if records:
-        print(f"\n{tables.markdown(tables.comparison(records).drop(columns=['status']))}")
+        print(f"\n{tables.report(records)}")
     return cli.FAILURE if failed else 0
 
 
