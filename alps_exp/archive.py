@@ -15,6 +15,7 @@ from .record import FILE
 
 MANIFEST = ".sweep.json"
 KEPT = ".jsonl.gz"
+MISSING = "missing"
 
 _KEYS = {"model", "method", "sparsity", "seed", "status", "summary", "phases", "evaluations"}
 
@@ -36,16 +37,31 @@ class RunSet:
     origin: str
 
 
-def read_records(path: Path) -> list[dict]:
-    """All records below a folder, in the order of their paths, or those of a kept file (.jsonl.gz).
+def read_records(folder: Path) -> list[dict]:
+    """All records below a folder, in the order of their paths.
 
     Raises:
         UserError: a record that cannot be read.
     """
-    if path.name.endswith(KEPT):
-        return _read_kept(path)
-    files = [file for file in sorted(path.rglob(FILE)) if file.parent.name != "model"]  # that copy goes with a model
+    files = [file for file in sorted(folder.rglob(FILE)) if file.parent.name != "model"]  # that copy goes with a model
     return [_read(file) for file in files]
+
+
+def read_kept(path: Path) -> RunSet:
+    """What `write_kept` wrote.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        missing = [row["run"] for row in rows if row["status"] == MISSING]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise UserError(f"{path} is not a readable file of records ({error}): fetch or keep it again") from None
+    found = [(number, row) for number, row in enumerate(rows, 1) if row["status"] != MISSING]
+    records = [_checked(record, f"{path}, line {number}") for number, record in found]
+    return RunSet(path.name.removesuffix(KEPT), records, missing, str(path))
 
 
 def read_sweep(manifest: Path) -> RunSet:
@@ -74,8 +90,7 @@ def read_all(runs: Path, kept: Path | None) -> list[RunSet]:
     found = {}
     if kept is not None:
         for file in sorted(kept.glob(f"*{KEPT}")):
-            name = file.name.removesuffix(KEPT)
-            found[name] = RunSet(name, read_records(file), [], str(file))
+            found[file.name.removesuffix(KEPT)] = read_kept(file)
     for manifest in sorted(runs.glob(f"*{MANIFEST}")):
         sweep = read_sweep(manifest)
         if sweep.records:
@@ -101,13 +116,14 @@ def keep(name: str, runs: Path, kept: Path) -> tuple[Path, RunSet]:
     if not sweep.records:
         raise UserError(f"none of the {len(sweep.missing)} runs in {manifest} has a record: run the sweep first")
     path = kept / f"{name}{KEPT}"
-    write_kept(sweep.records, path)
+    write_kept(sweep.records, path, sweep.missing)
     return path, sweep
 
 
-def write_kept(records: Iterable[dict], path: Path) -> None:
-    """Write records into one file, a line of JSON each."""
-    lines = [json.dumps(without_paths(record), ensure_ascii=False, separators=(",", ":")) for record in records]
+def write_kept(records: Iterable[dict], path: Path, missing: Iterable[str] = ()) -> None:
+    """Write records into one file, a line of JSON each, and a line for each run without a record."""
+    rows = [without_paths(record) for record in records] + [{"status": MISSING, "run": run} for run in missing]
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
@@ -133,15 +149,6 @@ def _read(file: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
     return _checked(record, str(file)) | {"run": file.parent.name}
-
-
-def _read_kept(path: Path) -> list[dict]:
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-        records = [json.loads(line) for line in lines if line]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is not a readable file of records ({error}): fetch or keep it again") from None
-    return [_checked(record, f"{path}, line {number}") for number, record in enumerate(records, 1)]
 
 
 def _checked(record, place: str) -> dict:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .frames import AXES, UNKNOWN, Aggregate, Group, is_dense, measures
 
+_NAMED = 12  # runs that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
 
 
@@ -24,8 +25,9 @@ def footnotes(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
     if sources:
         lines.append(f"Published (not measured here): {'; '.join(sources)}.")
     if found.incomplete:
-        runs = "; ".join(f"{run} ({why})" for run, why in sorted(found.incomplete.items()))
-        lines.append(f"In no mean: {runs}.")
+        runs = [f"{run} ({why})" for run, why in sorted(found.incomplete.items())]
+        more = f"; and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
+        lines.append(f"Not averaged: {'; '.join(runs[:_NAMED])}{more}.")
     return lines
 
 

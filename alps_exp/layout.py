@@ -224,10 +224,8 @@ def _best(frame: pd.DataFrame) -> dict[tuple, str]:
 def _ours(row: Mapping | None, best: Mapping) -> Cell:
     if row is None:
         return Cell()
-    if not _known(row["mean"]):
+    if not row["n"]:
         return Cell(row["status"] if row["status"] in ("OOM", "error") else NONE)
-    if math.isnan(row["mean"]):
-        return Cell("nan")
     text = number(row["mean"], row["metric"])
     error = row["std"] if row["n"] > 1 else row["stderr"]
     is_best = row["sparsity"] != "0" and best.get((row["model"], row["sparsity"], row["metric"])) == text

@@ -102,6 +102,8 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3 * columns),
             frameon=False, handlelength=3, columnspacing=1.2,
         )  # fmt: skip
+        figure.draw_without_rendering()  # places everything; once is enough for all formats
+        figure.set_layout_engine("none")
         for file in files:
             kept = {"Date": None} if file.suffix == ".svg" else {"Software": None}
             figure.savefig(file, dpi=130, metadata=kept | {"Description": mark})

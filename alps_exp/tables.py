@@ -66,7 +66,7 @@ def _aggregate(records: Iterable[Mapping], missing: Iterable[str], spec: Spec) -
 def _sets(runs: Path, kept: Path | None) -> list[archive.RunSet]:
     """What tables are made of: a kept file, or each sweep below a folder and all of its own runs together."""
     if runs.name.endswith(archive.KEPT):
-        return [archive.RunSet(runs.name.removesuffix(archive.KEPT), archive.read_records(runs), [], str(runs))]
+        return [archive.read_kept(runs)]
     sets = archive.read_all(runs, kept)
     own = archive.read_records(runs)
     if own:
