@@ -117,10 +117,12 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
         spec: how the table looks.
 
     Raises:
-        UserError: none of the table's metrics was measured.
+        UserError: no records, or none of the table's metrics was measured.
     """
-    metrics = shown_metrics(found.frame, spec.metrics)
-    frame = found.frame[found.frame["metric"].isin(metrics) | found.frame["metric"].isna()]
+    if found.frame.empty:
+        raise UserError("there are no records")
+    metrics = shown_metrics(found.frame, spec.metrics) or ["status"]
+    frame = _shown_rows(found, metrics)
     varies = {axis for axis in (*AXES, *found.settings) if frame[axis].nunique() > 1}
     rows, columns = _axes(spec, found.settings, varies, metrics)
     cells = _cells(frame, metrics, (*AXES, *found.settings), columns)
@@ -153,6 +155,17 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
         header.append((*[""] * (len(columns) - 1), "n"))
     constant = {axis: str(frame[axis].iloc[0]) for axis in AXES if axis not in varies and axis not in rows}
     return Grid(spec.title, list(rows), header, body, footnotes(found, constant, metrics))
+
+
+def _shown_rows(found: Aggregate, metrics: Sequence[str]) -> pd.DataFrame:
+    """The table's figures; a row without a metric for pruned models of which nothing that it shows was measured."""
+    frame = found.frame[found.frame["metric"].isin(metrics) | found.frame["metric"].isna()]
+    axes = [*AXES, *found.settings]
+    there = set(frame[axes].itertuples(index=False, name=None))
+    absent = [group.key for group in found.groups if group.key not in there and group.key[1] != "0"]
+    rows = found.frame[found.frame[axes].apply(tuple, axis=1).isin(absent)].drop_duplicates(axes)
+    nothing = {"metric": None, "mean": math.nan, "std": math.nan, "n": 0, "published": math.nan, "ratio": math.nan}
+    return pd.concat([frame, rows.assign(**nothing)]) if absent else frame
 
 
 def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]:

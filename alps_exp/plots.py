@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .frames import PHASES, Aggregate, Group, mean_and_std, measures, method_order, sparsity_order
@@ -29,25 +29,18 @@ COLOURS = {
     "dsnot": "#CC79A7",
     "magnitude": "#000000",
 }
-_MARKERS = {
-    "alps": "o",
-    "alps-simple": "h",
-    "alps-paper": "p",
-    "sparsegpt": "s",
-    "wanda": "^",
-    "dsnot": "v",
-    "magnitude": "X",
+_OTHER = "#888888"
+_SIGNS = {
+    "alps": ("o", "-"),
+    "alps-simple": ("h", (0, (8, 1))),
+    "alps-paper": ("p", (0, (6, 1, 1, 1))),
+    "sparsegpt": ("s", (0, (5, 2))),
+    "wanda": ("^", (0, (3, 1, 1, 1))),
+    "dsnot": ("v", (0, (3, 1, 1, 1, 1, 1))),
+    "magnitude": ("X", (0, (1, 1))),
+    "other": ("D", (0, (2, 2))),
 }
-_STYLES = {
-    "alps": "-",
-    "alps-simple": (0, (8, 1)),
-    "alps-paper": (0, (6, 1, 1, 1)),
-    "sparsegpt": (0, (5, 2)),
-    "wanda": (0, (3, 1, 1, 1)),
-    "dsnot": (0, (3, 1, 1, 1, 1, 1)),
-    "magnitude": (0, (1, 1)),
-}
-_OTHER = ("#888888", "D", (0, (2, 2)))
+_VARIANTS = "D<>P*d8"
 _PHASES = {"calibrate": ("#FFFFFF", "///"), "solve": ("#555555", ""), "propagate": ("#BBBBBB", "..")}
 _COLUMNS = 3
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
@@ -110,14 +103,20 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
         pyplot.close(figure)
 
 
-def _series(groups: Sequence[Group]) -> Iterator[tuple[str, str, list[Group]]]:
-    """Label, method and groups of what is drawn in one colour: a method, with its settings where these vary."""
-    found: dict[tuple, list[Group]] = {}
+def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, list[Group]]]:
+    """What is drawn alike: a method, with its settings where these vary. Its label and look, and its groups; settings
+    of one method have its colour and markers of their own."""
+    variants: dict[str, dict[tuple, int]] = {}
+    for group in found.groups:
+        method = variants.setdefault(group.key[2], {})
+        method.setdefault(group.key[3:], len(method))
+    members: dict[tuple, list[Group]] = {}
     for group in groups:
         if group.records and group.key[1] != "0":
-            found.setdefault((group.key[2], *group.key[3:]), []).append(group)
-    for key in sorted(found, key=lambda key: (method_order(key[0]), key[1:])):
-        yield " ".join(word for word in key if word), key[0], found[key]
+            members.setdefault(group.key[2:], []).append(group)
+    for key in sorted(members, key=lambda key: (method_order(key[0]), variants[key[0]][key[1:]])):
+        label = " ".join(word for word in key if word)
+        yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
 
 
 def _statistic(group: Group, metric: str) -> tuple[float, float] | None:
@@ -158,10 +157,10 @@ def _perplexity(found: Aggregate, spec: Spec) -> list[dict]:
     for model, groups in _models(found).items():
         for metric in metrics:
             series = []
-            for label, method, members in _series(groups):
+            for look, members in _series(found, groups):
                 points = [(group.key[1], *figures) for group in members if (figures := _statistic(group, metric))]
                 if points:
-                    series.append({"label": label, "method": method, "points": points})
+                    series.append(look | {"points": points})
             patterns = {point[0] for item in series for point in item["points"]}
             dense = [group for group in groups if group.key[1] == "0" and group.records]
             level = _statistic(dense[0], metric) if dense else None
@@ -184,7 +183,7 @@ def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
     step = 0.1 if len(levels) < 2 else (levels[-1] - levels[0]) / 3.5
     places = {name: (levels[-1] if levels else 0) + step * (index + 1) for index, name in enumerate(apart)}
     for index, item in enumerate(panel["series"]):
-        colour, marker, style = _look(item["method"])
+        colour, marker, style = _look(item)
         line = [(float(name), mean, std) for name, mean, std in item["points"] if ":" not in name]
         (handle,) = axis.plot(
             [x for x, _, _ in line],
@@ -218,7 +217,7 @@ def _losses(found: Aggregate, spec: Spec) -> list[dict]:
     panels, title = [], _titles(found)
     for (model, sparsity), groups in _cells(found).items():
         series = []
-        for label, method, members in _series(groups):
+        for look, members in _series(found, groups):
             for kind in ("relative_loss", "held_out_loss"):
                 blocks: dict[int, list[float]] = {}
                 for record in members[0].records:
@@ -227,7 +226,7 @@ def _losses(found: Aggregate, spec: Spec) -> list[dict]:
                             blocks.setdefault(row["block"], []).append(float(row[kind]))
                 points = [(block, mean_and_std(blocks[block])[0]) for block in sorted(blocks)]
                 if points:
-                    series.append({"label": label, "method": method, "kind": kind, "points": points})
+                    series.append(look | {"kind": kind, "points": points})
         if any(len(item["points"]) > 1 for item in series):
             panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
     return panels
@@ -236,7 +235,7 @@ def _losses(found: Aggregate, spec: Spec) -> list[dict]:
 def _draw_losses(axis, panel: dict, handles: dict) -> None:
     """Mean relative loss of each block's layers; the thin lines with crosses are those on held-out windows."""
     for item in panel["series"]:
-        colour, marker, style = _look(item["method"])
+        colour, marker, style = _look(item)
         held_out = item["kind"] == "held_out_loss"
         blocks, values = zip(*item["points"], strict=True)
         (handle,) = axis.plot(
@@ -258,10 +257,10 @@ def _seconds(found: Aggregate, spec: Spec) -> list[dict]:
         return []
     for (model, sparsity), groups in _cells(found).items():
         points = []
-        for label, method, members in _series(groups):
+        for look, members in _series(found, groups):
             time, loss = _statistic(members[0], "seconds"), _statistic(members[0], metrics[0])
             if time and loss:
-                points.append({"label": label, "method": method, "seconds": time, "loss": loss})
+                points.append(look | {"seconds": time, "loss": loss})
         if len(points) > 1:
             panels.append({"title": title(model, f"sparsity {sparsity}"), "loss": metrics[0], "points": points})
     return panels
@@ -270,7 +269,7 @@ def _seconds(found: Aggregate, spec: Spec) -> list[dict]:
 def _draw_seconds(axis, panel: dict, handles: dict) -> None:
     """Loss against time, one standard deviation over seeds as bars; the front: what no other point beats in both."""
     for point in panel["points"]:
-        colour, marker, _ = _look(point["method"])
+        colour, marker, _ = _look(point)
         (time, time_std), (loss, loss_std) = point["seconds"], point["loss"]
         handle = axis.errorbar(
             [time], [loss], xerr=[min(time_std, 0.9 * time)], yerr=[min(loss_std, 0.9 * loss)],
@@ -294,13 +293,13 @@ def _phases(found: Aggregate, spec: Spec) -> list[dict]:
         return []
     for (model, sparsity), groups in _cells(found).items():
         bars = []
-        for label, method, members in _series(groups):
+        for look, members in _series(found, groups):
             phases = [record["phases"] for record in members[0].records]
             means = {
                 phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in PHASES
             }
             if any(means.values()):
-                bars.append({"label": label, "method": method, "seconds": means})
+                bars.append(look | {"seconds": means})
         if bars:
             panels.append({"title": title(model, f"sparsity {sparsity}"), "bars": bars})
     return panels
@@ -334,10 +333,14 @@ def _plain_ticks(axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _look(method: str) -> tuple:
-    if method not in COLOURS:
-        return _OTHER
-    return COLOURS[method], _MARKERS[method], _STYLES[method]
+def _look(item: Mapping) -> tuple:
+    """Colour, marker and line style."""
+    colour, marker, style = COLOURS.get(item["method"], _OTHER), *_SIGNS.get(item["method"], _SIGNS["other"])
+    if item["variant"]:
+        styles = [style for _, style in _SIGNS.values()]
+        marker = _VARIANTS[(item["variant"] - 1) % len(_VARIANTS)]
+        style = styles[item["variant"] % len(styles)]
+    return colour, marker, style
 
 
 KINDS = {

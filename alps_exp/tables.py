@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -39,7 +39,7 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
     return [*render.write(found, table, pictures, folder, runs.name), *pictures]
 
 
-def report(records: Sequence[Mapping], name: str = "", missing: Iterable[str] = (), width: int | None = None) -> str:
+def report(records: Iterable[Mapping], name: str = "", missing: Iterable[str] = (), width: int | None = None) -> str:
     """The table of a sweep for the terminal.
 
     Args:

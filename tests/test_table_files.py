@@ -116,10 +116,21 @@ class TestFiles:
         found = frames.aggregate([record("dense")])
         assert plots.draw(found, layout.Spec(), tmp_path / "none", "a") == [] and not (tmp_path / "none").exists()
 
-    def test_methods_keep_their_colours_apart(self):
-        looks = [plots._look(method) for method in plots.COLOURS]
-        assert len({str(look[0]) for look in looks}) == len({look[1] for look in looks}) == len(plots.COLOURS)
+    def test_methods_keep_their_looks_apart(self):
+        looks = [plots._look({"method": method, "variant": 0}) for method in plots.COLOURS]
+        for signs in zip(*looks, strict=True):
+            assert len(set(map(str, signs))) == len(plots.COLOURS)
         assert set(plots.COLOURS) | {"dense"} == set(frames.METHODS)
+        variants = {str(plots._look({"method": "alps", "variant": index})) for index in range(6)}
+        assert len(variants) == 6 and all(plots.COLOURS["alps"] in look for look in variants)
+
+    def test_settings_of_one_method_are_drawn_apart(self):
+        records = [record(sparsity=sparsity) for sparsity in ("0.5", "0.7") for _ in range(2)]
+        for number, item in enumerate(records):
+            item["config"]["method"]["rho"] = number % 2
+        (panel,) = plots.KINDS["perplexity"][0](frames.aggregate(records), layout.Spec())
+        looks = [(item["label"], item["variant"], len(item["points"])) for item in panel["series"]]
+        assert looks == [("alps 0", 0, 2), ("alps 1", 1, 2)]
 
 
 class TestSweeps:

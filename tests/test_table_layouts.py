@@ -199,3 +199,9 @@ class TestReport:
     def test_a_sweeps_own_layout(self, grid_of_runs):
         assert tables.report(grid_of_runs, "zeroshot").startswith("Zero-shot accuracy")
         assert "seconds" not in tables.report(grid_of_runs, "zeroshot")
+
+    def test_what_was_not_measured(self):
+        assert tables.report([]) == "no table: there are no records"
+        assert "error" in tables.report([failed("ValueError")]) and "status" in tables.report([failed("ValueError")])
+        dense = tables.report([record("dense")])
+        assert "20.00" in dense and "dense" in dense

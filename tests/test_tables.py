@@ -185,6 +185,15 @@ class TestCells:
         }
         assert all(f"{run} (missing)" in grid.notes[-1] for run in missing) and "begun (unfinished)" in grid.notes[-1]
 
+    def test_a_row_without_the_tables_metrics_stays(self):
+        other = record("wanda", evaluations=[task(0.5)])
+        shown = cells(laid_out([record(), other, failed("ValueError", method="dsnot")], metrics=["wiki*"]))
+        assert {key: row[METRIC] for key, row in shown.items()} == {
+            ("wanda",): "–",
+            ("dsnot",): "error",
+            ("alps",): "20.00",
+        }
+
     @pytest.mark.parametrize(
         ("value", "error", "text"),
         [
