@@ -25,6 +25,8 @@ UNKNOWN = "unknown"
 
 # The released ALPS is what was published; our default is set beside it too.
 _PUBLISHED_AS = {"alps-paper": "alps"}
+# What the dense model's figures depend on.
+_EVALUATED = ("model", "eval", "dtype", "device")
 _FIRST = ("relative_loss", "held_out_loss")
 _CALIBRATION = ("dataset", "source", "split", "revision", "sampling", "windows", "seqlen", "bos")
 _READING = ("source", "split", "revision", "protocol", "reading", "windows", "seqlen", "bos", "sampling", "shots")
@@ -152,24 +154,33 @@ def aggregate(
 
 
 def varying(records: Sequence[Mapping]) -> list[str]:
-    """Keys of the configuration, other than the seed, that differ among the pruned records of one model; of a method's
-    own keys, among those of one model and method."""
-    scopes: dict[tuple, list[dict]] = {}
+    """Keys of the configuration, other than the seed, that differ among the records of one model; of a method's own
+    keys, among those of one model and method."""
+    scopes: dict[tuple, list[tuple[dict, bool]]] = {}
     for record in records:
-        if not is_dense(record):
-            flat = _flat({key: value for key, value in record.get("config", {}).items() if key not in NOT_HASHED})
-            for key in ("seed", "model.name", "method.name", "method._target_"):
-                flat.pop(key, None)
-            own = {key: value for key, value in flat.items() if key.startswith("method.")}
-            rest = {key: value for key, value in flat.items() if not key.startswith(("method.", "sparsity."))}
-            scopes.setdefault((record["model"],), []).append(rest)
-            scopes.setdefault((record["model"], record["method"]), []).append(own)
+        flat = _settings(record)
+        own = {key: value for key, value in flat.items() if key.startswith("method.")}
+        rest = {key: value for key, value in flat.items() if key not in own}
+        scopes.setdefault((record["model"], record["method"]), []).append((own, False))
+        scopes.setdefault((record["model"],), []).append((rest, is_dense(record)))
     keys = set()
     for configs in scopes.values():
-        for key in set().union(*configs):
-            if len({config.get(key) for config in configs}) > 1:
+        for key in set().union(*(config for config, _ in configs)):
+            # To lack a key (of layers.sparsity) is a difference, but for the dense model, which has few.
+            values = {config.get(key) for config, dense in configs if key in config or not dense}
+            if len(values) > 1:
                 keys.add(key)
     return sorted(keys)
+
+
+def _settings(record: Mapping) -> dict[str, str]:
+    """What of a record's configuration can change its figures, beside model, method, sparsity and seed: keys → text.
+    Of the dense model, what its evaluation depends on."""
+    config = {key: value for key, value in record.get("config", {}).items() if key not in NOT_HASHED}
+    if is_dense(record):
+        config = {key: value for key, value in config.items() if key in _EVALUATED}
+    flat = _flat({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
+    return {key: value for key, value in flat.items() if key not in ("model.name", "method.name", "method._target_")}
 
 
 def _flat(node: Mapping, prefix: str = "") -> dict[str, str]:
@@ -186,11 +197,8 @@ def _flat(node: Mapping, prefix: str = "") -> dict[str, str]:
 def _groups(records: Sequence[Mapping], settings: Sequence[str]) -> list[Group]:
     members: dict[tuple[str, ...], list[Mapping]] = {}
     for record in records:
-        if is_dense(record):
-            values = [""] * len(settings)
-        else:
-            flat = _flat(record.get("config", {}))
-            values = [flat.get(key, "") for key in settings]
+        flat = _settings(record)
+        values = (flat.get(key, "") for key in settings)
         members.setdefault((record["model"], record["sparsity"], record["method"], *values), []).append(record)
     groups = []
     for key, found in members.items():

@@ -211,8 +211,9 @@ def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], col
         names = metrics if row["metric"] is None or row["metric"] != row["metric"] else [row["metric"]]
         places = [{axis: row[axis] for axis in axes}]
         if row["sparsity"] == "0":
-            for axis in set(columns) - {"model", "method", "metric"}:
-                places = [at | {axis: value} for at in places for value in values[axis] or [row[axis]]]
+            for axis in columns:
+                if axis == "sparsity" or (axis in axes and not row[axis]):
+                    places = [at | {axis: value} for at in places for value in values[axis] or [row[axis]]]
         found += [(at | {"metric": name}, row) for at in places for name in names]
     return found
 

@@ -72,7 +72,7 @@ def latex(grid: Grid) -> str:
         multicol_align="c",
     )
     notes = "".join(f"\\par\\footnotesize {_tex(note)}\n" for note in grid.notes)
-    return text.replace("\\end{table}\n", f"{notes}\\end{{table}}\n")
+    return "% \\usepackage{booktabs}\n" + text.replace("\\end{table}\n", f"{notes}\\end{{table}}\n")
 
 
 _TEX = {

@@ -153,6 +153,8 @@ def _check(tables: Path) -> int:
     differences = check(KEPT, tables)
     for line in differences:
         print(f"alps_exp: {line}: make tables", file=sys.stderr)
+    if not differences:
+        print(f"{tables} matches {KEPT}")
     return 1 if differences else 0
 
 

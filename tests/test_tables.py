@@ -105,6 +105,15 @@ class TestAveraging:
             assert cells(grid)["0.7", "alps", text][METRIC].strip("*") == "20.50 ± 0.71"
         assert ("0", "dense", "–") in cells(grid)
 
+    def test_dense_evaluated_in_two_ways_is_two_rows(self):
+        dense = [record("dense"), record("dense", evaluations=[task(0.5)])]
+        dense[1]["config"] |= {"eval": {"name": "zeroshot"}, "nsamples": 99}
+        shown = cells(laid_out([*dense, record()]))
+        assert shown["0", "dense", "wanda"][METRIC] == shown["0.7", "alps", "wanda"][METRIC] == "20.00"
+        assert shown["0", "dense", "zeroshot"] == dict.fromkeys(shown["0.7", "alps", "wanda"], "–") | {
+            "piqa acc": "0.5000 ± 0.0100"
+        }
+
     def test_what_a_model_brings_is_no_column(self):
         other = record() | {"model": "other"}
         other["config"]["nsamples"] = 128
