@@ -21,7 +21,7 @@ def footnotes(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
     lines = [_protocol(found, constant, metrics)]
     if legend := _legend(found, metrics):
         lines.append(legend)
-    sources = dict.fromkeys(found.frame.loc[found.frame["metric"].isin(metrics), "source"].dropna())
+    sources = dict.fromkeys(filter(None, found.frame.loc[found.frame["metric"].isin(metrics), "source"]))
     if sources:
         lines.append(f"Published (not measured here): {'; '.join(sources)}.")
     if found.incomplete:
@@ -36,6 +36,8 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "evaluation": lambda record: f"eval={(record.get('config') or {}).get('eval', {}).get('name', UNKNOWN)}",
         "windows": lambda record: _windows(record, metrics),
         "calibration": _calibration,
+        "refit": lambda record: _unusual(record, "refit", "none"),
+        "propagate": lambda record: _unusual(record, "propagate", "pruned"),
         "seeds": lambda record: None,
         "dtype": lambda record: _environment(record, "dtype"),
         "device": lambda record: _environment(record, "device"),
@@ -87,6 +89,11 @@ def _calibration(record: Mapping) -> str | None:
     if not facts:
         return None
     return f"{facts['windows']} × {facts['seqlen']} tokens of {facts['dataset']} ({facts.get('split', UNKNOWN)})"
+
+
+def _unusual(record: Mapping, key: str, usual: str) -> str | None:
+    value = (record.get("config") or {}).get(key, usual)
+    return None if value == usual or is_dense(record) else value
 
 
 def _environment(record: Mapping, key: str) -> str:

@@ -27,7 +27,7 @@ UNKNOWN = "unknown"
 _PUBLISHED_AS = {"alps-paper": "alps"}
 # What the dense model's figures depend on.
 _EVALUATED = ("model", "eval", "dtype", "device")
-_FIRST = ("relative_loss", "held_out_loss")
+_LOSSES = {"relative_loss": "relative loss", "held_out_loss": "held-out loss"}
 _CALIBRATION = ("dataset", "source", "split", "revision", "sampling", "windows", "seqlen", "bos")
 _READING = ("source", "split", "revision", "protocol", "reading", "windows", "seqlen", "bos", "sampling", "shots")
 
@@ -94,11 +94,9 @@ def measures(record: Mapping) -> dict[str, Measure]:
     """What a record measured, by the names that docs/tables.md lists."""
     found = {}
     layers = record.get("layers") or []
-    fields = {name for row in layers for name in row if name.endswith("_loss")}
-    for field in [*_FIRST, *sorted(fields.difference(_FIRST))]:
+    for field, name in _LOSSES.items():
         values = [float(row[field]) for row in layers if row.get(field) is not None]
         if values:
-            name = "held-out loss" if field == "held_out_loss" else field.replace("_", " ")
             where = f" of {layers[0]['name']}" if len(layers) == 1 else ""
             found[name + where] = Measure(math.fsum(values) / len(values))
     for item in record["evaluations"]:
@@ -145,12 +143,14 @@ def aggregate(
     for key in {_coordinates(run, models) for run in missing} - present - {None}:
         groups.append(Group((*key, *[""] * len(settings)), [], "missing"))
     groups.sort(key=lambda group: order(group.key))
-    rows = [row for group in groups for row in _rows(group, settings, seconds)]
-    columns = [*AXES, *settings, "metric", "mean", "std", "n", "stderr", "status", "better", "shown"]
-    frame = pd.DataFrame(rows, columns=columns)
+    rows = [row for group in groups for row in _rows(group, settings, seconds, published)]
+    figures = ["metric", "mean", "std", "n", "stderr", "status", "published", "source"]
+    frame = pd.DataFrame(rows, columns=[*AXES, *settings, *figures, "better", "shown"])
+    frame = frame.astype(dict.fromkeys(("mean", "std", "stderr", "published"), "float64"))
+    frame.insert(frame.columns.get_loc("published") + 1, "ratio", frame["mean"] / frame["published"])
     incomplete = {_name(record): _status(record) for record in records if record["status"] != "complete"}
     incomplete |= dict.fromkeys(missing, "missing")
-    return Aggregate(settings, groups, _with_published(frame, published), seconds, incomplete)
+    return Aggregate(settings, groups, frame, seconds, incomplete)
 
 
 def varying(records: Sequence[Mapping]) -> list[str]:
@@ -257,10 +257,9 @@ def _name(record: Mapping) -> str:
     return str(record.get("run") or f"the run of seed {record['seed']}")
 
 
-def _rows(group: Group, settings: Sequence[str], seconds: bool) -> list[dict]:
+def _rows(group: Group, settings: Sequence[str], seconds: bool, published: bool) -> list[dict]:
     labels = dict(zip([*AXES, *settings], group.key, strict=True))
-    if not group.records:
-        return [labels | {"metric": None, "n": 0, "status": group.status, "better": 0, "shown": True}]
+    nothing = {"metric": None, "n": 0, "status": group.status, "source": "", "better": 0, "shown": True}
     found: dict[str, list[Measure]] = {}
     for record in group.records:
         for name, measure in measures(record).items():
@@ -269,6 +268,7 @@ def _rows(group: Group, settings: Sequence[str], seconds: bool) -> list[dict]:
     rows = []
     for name, values in found.items():
         mean, std = mean_and_std([measure.value for measure in values])
+        figure, source = _published_beside(group, name) if published else (None, "")
         rows.append(
             labels
             | {
@@ -278,11 +278,13 @@ def _rows(group: Group, settings: Sequence[str], seconds: bool) -> list[dict]:
                 "n": len(values),
                 "stderr": values[0].stderr if len(values) == 1 else None,
                 "status": group.status,
+                "published": figure,
+                "source": source,
                 "better": values[0].better,
                 "shown": values[0].shown,
             }
         )
-    return rows or [labels | {"metric": None, "n": 0, "status": group.status, "better": 0, "shown": True}]
+    return rows or [labels | nothing]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -309,18 +311,15 @@ def _published() -> dict[tuple[str, str, str, str], tuple[float, str]]:
     return found
 
 
-def _with_published(frame: pd.DataFrame, wanted: bool) -> pd.DataFrame:
-    values, sources = [], []
-    for row in frame[[*AXES, "metric"]].itertuples(index=False):
-        method = _PUBLISHED_AS.get(row.method, row.method)
-        for sparsity in (row.sparsity, "*"):
-            value, source = _published().get((row.model, sparsity, method, row.metric), (None, None))
-            if value is not None:
-                break
-        values.append(value if wanted else None)
-        sources.append(source if wanted else None)
-    frame = frame.assign(published=pd.Series(values, dtype="float64"), source=pd.Series(sources, dtype="object"))
-    return frame.assign(ratio=frame["mean"] / frame["published"])
+def _published_beside(group: Group, metric: str) -> tuple[float | None, str]:
+    """The published figure of a group's metric and its source; None and "" where there is none."""
+    model, sparsity, method = group.key[:3]
+    refit = group.records[0].get("config", {}).get("refit") or "none"
+    name = metric if refit == "none" else f"{metric}, refit={refit}"
+    method = _PUBLISHED_AS.get(method, method)
+    return _published().get((model, sparsity, method, name)) or _published().get(
+        (model, "*", method, name), (None, None)
+    )
 
 
 def order(key: Sequence[str]) -> tuple:

@@ -101,6 +101,8 @@ def parse(node: Mapping, name: str) -> Spec:
             raise UserError(f"{place}: {axis} is no axis; {nearest(axis, (*AXES, 'metric'))} Or a configuration's key")
         if axis in spec.rows and axis in spec.columns:
             raise UserError(f"{place} has {axis} in rows and in columns: name it once")
+    if "metric" in spec.rows and not spec.columns:
+        raise UserError(f"{place} has metric in rows and no columns: name them, as in columns: [sparsity]")
     return spec
 
 
@@ -153,7 +155,9 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
         body.append(([_word(word) for word in line], texts + count))
     if with_n:
         header.append((*[""] * (len(columns) - 1), "n"))
-    constant = {axis: str(frame[axis].iloc[0]) for axis in AXES if axis not in varies and axis not in rows}
+    named = {*rows, *columns}
+    constant = {axis: str(frame[axis].iloc[0]) for axis in AXES if axis not in varies | named}
+    constant |= {"metric": metrics[0]} if "metric" not in named else {}
     return Grid(spec.title, list(rows), header, body, footnotes(found, constant, metrics))
 
 
@@ -197,9 +201,7 @@ def _axes(spec: Spec, settings: Sequence[str], varies: set[str], metrics: Sequen
     rows += [axis for axis in (*AXES, *settings) if axis in varies and axis not in named]
     if ("metric" not in named and len(metrics) > 1) or not columns:
         columns += ["metric"] if "metric" not in rows else []
-    if not rows:
-        rows = ["method"]
-    return rows, columns or ["metric"] if "metric" not in rows else columns
+    return rows or ["method"], columns or list(spec.columns[:1])
 
 
 def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], columns: Sequence[str]) -> list:

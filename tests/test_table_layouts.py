@@ -14,6 +14,7 @@ from alps_exp.errors import UserError
 from alps_exp.registry import resource_root
 
 ROOT = Path(__file__).parents[1]
+LAYER = "model.decoder.layers.0.self_attn.k_proj"
 
 
 @pytest.fixture
@@ -25,10 +26,10 @@ class TestLayouts:
     """The tables that the sweeps need."""
 
     def test_losses_of_one_layer_by_sparsity_and_method(self):
-        def solved(method, sparsity, loss):
+        def solved(method, sparsity, loss, refit="exact"):
             item = record(method, sparsity) | {"model": "opt-13b"}
-            name = "model.decoder.layers.0.self_attn.k_proj"
-            item["layers"] = [item["layers"][0] | {"name": name, "relative_loss": 9.0, "optimal_loss": loss}]
+            item["layers"] = [item["layers"][0] | {"name": LAYER, "relative_loss": loss}]
+            item["config"]["refit"] = refit
             return item
 
         records = [
@@ -37,7 +38,7 @@ class TestLayouts:
             solved("alps", "0.6", 0.0147),
             solved("wanda", "0.6", 0.01),
         ]
-        grid = laid_out(records, rows=["sparsity"], columns=["method"], metrics=["optimal loss*"])
+        grid = laid_out(records, rows=["sparsity"], columns=["method"], metrics=["relative loss*"])
         assert grid.labels == ["sparsity"]
         assert cells(grid) == {
             ("0.5",): {
@@ -58,6 +59,13 @@ class TestLayouts:
             },
         }
         assert "Published (not measured here): Meng et al., NeurIPS 2024, Table 1." in grid.notes
+        assert f"metric relative loss of {LAYER}" in grid.notes[0] and "refit exact" in grid.notes[0]
+        both = laid_out(
+            [*records, solved("magnitude", "0.5", 0.0318, "none"), solved("magnitude", "0.5", 0.0124, "pcg")]
+        )
+        assert both.labels == ["sparsity", "method", "refit"]
+        assert cells(both)["0.5", "magnitude", "none"][f"relative loss of {LAYER}, published"] == "0.03180"
+        assert cells(both)["0.5", "magnitude", "pcg"][f"relative loss of {LAYER}, ours / published"] == "1.000"
 
     def test_metrics_and_methods_by_model(self):
         records = [
@@ -74,6 +82,11 @@ class TestLayouts:
         beside = cells(laid_out(records, **node))
         assert beside[METRIC, "alps"]["opt-13b, published"] == "16.71"
         assert beside[METRIC, "alps"]["opt-13b, ours / published"] == f"{20 / 16.71:.3f}"
+
+    def test_one_model_where_several_were_meant(self):
+        grid = laid_out([record(), record("wanda")], rows=["metric", "method"], columns=["model"])
+        assert grid.labels == ["metric", "method"] and grid.header == [("tiny",)]
+        assert cells(grid)[METRIC, "alps"] == {"tiny": "*20.00*"}
 
     def test_several_metrics_in_the_columns_of_each_model(self):
         records = [record(method) | {"model": model} for model in ("a", "b") for method in ("alps", "wanda")]
@@ -137,6 +150,7 @@ class TestLayouts:
             ({"plots": ["pareto"]}, "there is no plot pareto"),
             ({"seconds": "no"}, "give true or false"),
             ({"rows": ["model"], "columns": ["model"]}, "name it once"),
+            ({"rows": ["metric"]}, "metric in rows and no columns"),
         ],
     )
     def test_a_wrong_node_is_refused(self, node, words):
