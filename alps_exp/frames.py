@@ -317,9 +317,8 @@ def _published_beside(group: Group, metric: str) -> tuple[float | None, str]:
     refit = group.records[0].get("config", {}).get("refit") or "none"
     name = metric if refit == "none" else f"{metric}, refit={refit}"
     method = _PUBLISHED_AS.get(method, method)
-    return _published().get((model, sparsity, method, name)) or _published().get(
-        (model, "*", method, name), (None, None)
-    )
+    figures = (_published().get((model, level, method, name)) for level in (sparsity, "*"))
+    return next((figure for figure in figures if figure), (None, ""))
 
 
 def order(key: Sequence[str]) -> tuple:
