@@ -91,8 +91,9 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
             axis.set_title(content["title"], fontsize=9)
             axis.grid(alpha=0.3, which="major")
             axis.set_axisbelow(True)
+        room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3 * columns),
+            handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), int(size[0] / room))),
             frameon=False, handlelength=3, columnspacing=1.2,
         )  # fmt: skip
         figure.draw_without_rendering()  # places everything; once is enough for all formats
@@ -115,7 +116,8 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
         if group.records and group.key[1] != "0":
             members.setdefault(group.key[2:], []).append(group)
     for key in sorted(members, key=lambda key: (method_order(key[0]), variants[key[0]][key[1:]])):
-        label = " ".join(word for word in key if word)
+        names = (name.rpartition(".")[2] for name in found.settings)
+        label = " ".join([key[0], *(f"{n}={word}" for n, word in zip(names, key[1:], strict=True) if word)])
         yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
 
 
@@ -210,6 +212,9 @@ def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
     if levels and apart:
         axis.axvline(levels[-1] + step / 2, color="#999999", linewidth=0.8, linestyle=":")
     axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log")
+    low, high = axis.get_ylim()
+    if high < 100 * low:
+        _plain_ticks(axis.yaxis)
     axis.set_xticks([*levels, *places.values()], [f"{level:g}" for level in levels] + apart)
 
 
@@ -319,7 +324,7 @@ def _draw_phases(axis, panel: dict, handles: dict) -> None:
 
 def _plain_ticks(axis) -> None:
     """Ticks written out, also where a logarithmic axis spans less than a decade."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     for steps in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6), (1, 2, 5), (1, 3), (1,)):
@@ -328,7 +333,7 @@ def _plain_ticks(axis) -> None:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 6:
             break
-    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(3))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

@@ -130,7 +130,7 @@ class TestFiles:
             item["config"]["method"]["rho"] = number % 2
         (panel,) = plots.KINDS["perplexity"][0](frames.aggregate(records), layout.Spec())
         looks = [(item["label"], item["variant"], len(item["points"])) for item in panel["series"]]
-        assert looks == [("alps 0", 0, 2), ("alps 1", 1, 2)]
+        assert looks == [("alps rho=0", 0, 2), ("alps rho=1", 1, 2)]
 
 
 class TestSweeps:
