@@ -39,8 +39,8 @@ format: setup ## Put the code into the project's style
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
 
-tables: setup ## Make results/tables from the run records
-	@$(python) -m alps_exp.tables
+tables: setup ## Make results/tables from the records (CHECK=1: see that the committed ones match theirs)
+	@$(python) -m alps_exp.tables $(if $(CHECK),--check)
 
 bench: setup ## Time the methods on one block of the demo model's shape (minutes on a CPU)
 	@$(python) benchmarks/layer.py --shapes smollm2-135m --sparsities 0.7,2:4

@@ -16,8 +16,10 @@ import torch
 from . import __version__, baselines
 
 # Modules that show, plan and arrange results without taking part in making them.
-_ARRANGING = ("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "plots", "progress")
-_ARRANGING += ("sweep", "tables")
+_ARRANGING = (
+    *("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "progress", "sweep"),
+    *("archive", "footnotes", "frames", "layout", "plots", "render", "tables"),
+)
 
 
 def environment(device: torch.device) -> dict:

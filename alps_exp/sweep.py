@@ -107,7 +107,9 @@ def run(
 
     pending = _pending(runs, start)
     runs[0].directory.parent.mkdir(parents=True, exist_ok=True)
-    _write_manifest(given, words, runs)
+    name = _sweep_name(words)
+    if name is not None:
+        _write_manifest(name, given, runs)
     print(f"{len(runs)} runs: {len(runs) - len(pending)} complete, {len(pending)} to run", flush=True)
     minutes = runs[0].cfg.minutes
     deadline = None if minutes is None else start + 60 * minutes
@@ -121,7 +123,7 @@ def run(
         raise KeyboardInterrupt(
             f"interrupted: {done} of {len(runs)} runs are complete, and the same command goes on"
         ) from None
-    _conclude(runs, list(outcomes.values()), time.time() - start)
+    _conclude(name, runs, list(outcomes.values()), time.time() - start)
     return list(outcomes.values())
 
 
@@ -150,13 +152,14 @@ def _complete(cell: Cell) -> dict | None:
     return complete_record(cell.directory, naming.config_hash(cell.cfg))
 
 
-def _conclude(runs: Sequence[Cell], outcomes: Sequence[Outcome], seconds: float) -> None:
+def _conclude(name: str | None, runs: Sequence[Cell], outcomes: Sequence[Outcome], seconds: float) -> None:
     """Print the table and how many runs ended how."""
     from . import tables
 
-    records = [record for cell in runs if (record := _record(cell.directory)) is not None]
-    if records:
-        print(f"\n{redacted(tables.report(records))}\n")
+    found = {cell.directory.name: _record(cell.directory) for cell in runs}
+    if records := [record for record in found.values() if record is not None]:
+        missing = [run for run, record in found.items() if record is None]
+        print(f"\n{redacted(tables.report(records, name, missing))}\n")
     count = {status: 0 for status in ("completed", "refused", "failed", "left")}
     for outcome in outcomes:
         count[outcome.status] += 1
@@ -180,15 +183,20 @@ def _record(directory: Path) -> dict | None:
     return record if record.get("status") in ("complete", "failed") else None
 
 
-def _write_manifest(given: Sequence[str], words: Sequence[str], runs: Sequence[Cell]) -> None:
-    """Note beside the runs which of them a sweep's file asks for, where the words name one."""
-    from .record import write_json
-
+def _sweep_name(words: Sequence[str]) -> str | None:
+    """The sweep's file that the words name."""
     for override in OverridesParser.create().parse_overrides(list(words)):
         if override.key_or_group == "sweeps" and isinstance(name := override.value(), str):
-            names = [cell.directory.name for cell in runs]
-            content = {"sweep": name, "words": list(given), "runs": names}
-            write_json(runs[0].directory.parent / f"{name}.sweep.json", content)
+            return name
+    return None
+
+
+def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> None:
+    """Note beside the runs which of them a sweep's file asks for."""
+    from .record import write_json
+
+    content = {"sweep": name, "words": list(given), "runs": [cell.directory.name for cell in runs]}
+    write_json(runs[0].directory.parent / f"{name}.sweep.json", content)
 
 
 @contextmanager

@@ -1,164 +1,173 @@
-"""Comparison tables from run records: `python -m alps_exp.tables [RUNS] [TABLES]`, or `make tables`."""
+"""Tables and plots from run records: `python -m alps_exp.tables`, or `make tables`."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from . import archive, plots, render
 from .errors import UserError
-from .plots import losses_by_depth
-from .record import FILE
+from .frames import Aggregate, aggregate
+from .layout import Spec, grid, spec_of
 
-_METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps")
+RUNS, KEPT, TABLES = Path("results/runs"), Path("results/records"), Path("results/tables")
+COMPARISON = "comparison"
 
 
-def read_records(folder: Path) -> list[dict]:
-    """All records below a folder, in the order of their paths.
+def make(runs: archive.RunSet, folder: Path) -> list[Path]:
+    """Write the tables and plots of one set of runs, and remove plots of it that are no longer made.
+
+    Returns:
+        The files written.
 
     Raises:
-        UserError: a record that cannot be read.
+        UserError: records that cannot be averaged, or a table node that does not fit them.
     """
-    records = []
-    for path in sorted(folder.rglob(FILE)):
-        if path.parent.name == "model":  # the copy that travels with a saved model
-            continue
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable record ({error}): delete it or run it again") from None
-        if not isinstance(record, dict) or not {"summary", "phases", "evaluations", "status"} <= set(record):
-            raise UserError(f"{path} is no run record: move it elsewhere, or name another folder")
-        records.append(record)
-    return records
+    spec = spec_of(runs.name)
+    found = _aggregate(runs.records, runs.missing, spec)
+    table = grid(found, spec)
+    pictures = plots.draw(found, spec, folder, runs.name)
+    for old in _files_of(runs.name, folder):
+        if old.stem != runs.name and old not in pictures:
+            old.unlink()
+    return [*render.write(found, table, pictures, folder, runs.name), *pictures]
 
 
-def comparison(records: Iterable[Mapping], every_metric: bool = False) -> pd.DataFrame:
-    """One row per record: what ran, the sparsity reached, mean relative loss, perplexities, task scores and seconds.
-
-    Perplexity columns name data set, windows and seqlen, since a perplexity without them means nothing; columns of
-    what was evaluated in part say so, and a column "X ±" holds the standard errors of X. The seconds are those
-    of calibration, solving and propagation; loading and evaluation are left out.
+def report(records: Iterable[Mapping], name: str = "", missing: Iterable[str] = (), width: int | None = None) -> str:
+    """The table of a sweep for the terminal.
 
     Args:
         records: run records as plain values.
-        every_metric: all metrics instead of each task's usual one.
+        name: the sweep's, for its table node; without one the default layout.
+        missing: names of runs without a record.
+        width: columns to fill; by default the terminal's.
+
+    Returns:
+        The table, or a line that says why there is none.
     """
-    rows = []
-    for record in records:
-        summary, phases = record["summary"], record["phases"]
-        row = {
-            "model": record["model"],
-            "sparsity": record["sparsity"],
-            "method": record["method"],
-            "seed": record["seed"],
-            "status": record["status"],
-            "zeros": summary.get("sparsity"),
-            "mean relative loss": summary.get("mean_relative_loss"),
-        }
-        if summary.get("mean_held_out_loss") is not None:
-            row["held-out loss"] = summary["mean_held_out_loss"]
-        for item in record["evaluations"]:
-            if every_metric or item.get("shown", True):
-                row[_column(item)] = float(item["value"])
-                if item.get("stderr") is not None:
-                    row[f"{_column(item)} ±"] = float(item["stderr"])
-        spent = [phases.get(f"{phase}_seconds") for phase in ("calibrate", "solve", "propagate")]
-        row["seconds"] = sum(value for value in spent if value is not None) if any(spent) else None
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    known = {name: place for place, name in enumerate(_METHODS)}
-    order = frame["method"].map(lambda name: known.get(name, len(known)))
-    return (
-        frame.assign(_order=order)
-        .sort_values(["model", "sparsity", "_order", "method", "seed"], kind="stable")
-        .drop(columns="_order")
-        .reset_index(drop=True)
-    )
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    spec = spec_of(name) if name else Spec()
+    try:
+        return render.plain(grid(_aggregate(records, missing, spec), spec), width)
+    except UserError as error:
+        return f"no table: {error}"
 
 
-def report(records: Iterable[Mapping]) -> str:
-    """The comparison of complete runs as text for the terminal."""
-    frame = comparison(record for record in records if record["status"] == "complete")
-    return "no run is complete" if frame.empty else markdown(frame.drop(columns=["status"]))
+def _aggregate(records: Iterable[Mapping], missing: Iterable[str], spec: Spec) -> Aggregate:
+    return aggregate(records, missing, spec.seconds, spec.published)
 
 
-def _column(item: Mapping) -> str:
-    name = f"{item['dataset']} {item['metric']}"
-    if "windows" in item:
-        partial = f" of {item['total_windows']}" if item.get("partial") else ""
-        return f"{name} ({item['windows']}{partial} × {item['seqlen']})"
-    return f"{name} ({item['samples']} of {item['total_samples']})" if item["partial"] else name
+def _sets(runs: Path, kept: Path | None) -> list[archive.RunSet]:
+    """What tables are made of: a kept file, or each sweep below a folder and all of its own runs together."""
+    if runs.name.endswith(archive.KEPT):
+        return [archive.read_kept(runs)]
+    sets = archive.read_all(runs, kept)
+    own = archive.read_records(runs)
+    if own:
+        sets.append(archive.RunSet(COMPARISON, own, [], str(runs)))
+    return sets
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """The table as GitHub Markdown; what is missing shows as –."""
-    return _as_text(frame).to_markdown(index=False, disable_numparse=True) + "\n"
+def _files_of(name: str, folder: Path) -> list[Path]:
+    stems = {f"{name}.{suffix}" for suffix in render.FORMATS}
+    stems |= {f"{name}-{plot}.{suffix}" for plot in plots.KINDS for suffix in plots.FORMATS}
+    return [folder / stem for stem in sorted(stems) if (folder / stem).is_file()]
 
 
-def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
-    def cell(column: str, value, error=None) -> str:
-        if value is None or pd.isna(value):
-            return "–"
-        if error is not None and not pd.isna(error):
-            return f"{value:.4f} ± {error:.2g}"
-        if isinstance(value, float):
-            return f"{value:.1f}" if column == "seconds" else f"{value:.4f}" if column == "zeros" else f"{value:.4g}"
-        return str(value)
+def check(kept: Path, tables: Path) -> list[str]:
+    """Which committed tables are not what the committed records give.
 
-    shown = {}
-    for column in frame:
-        if not column.endswith(" ±"):
-            errors = frame.get(f"{column} ±", [None] * len(frame))
-            shown[column] = [cell(column, value, error) for value, error in zip(frame[column], errors, strict=True)]
-    return pd.DataFrame(shown)
+    Markdown, csv and LaTeX are compared byte by byte; parquet by its content and plots by the digest of what they were
+    drawn from, which they carry, since libraries of other versions write other bytes.
+
+    Returns:
+        A line per file that differs.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for runs in archive.read_all(Path(folder) / "none", kept):
+            new = make(runs, Path(folder) / runs.name)
+            names = {path.name for path in new}
+            for path in new:
+                there = tables / path.name
+                if not there.is_file():
+                    found.append(f"{there} is missing")
+                elif not _same(path, there):
+                    found.append(f"{there} does not match {runs.origin}")
+            stale = [old for old in _files_of(runs.name, tables) if old.name not in names]
+            found += [f"{old} is no longer made from {runs.origin}" for old in stale]
+    return found
 
 
-def write(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write NAME.md, NAME.csv and NAME.tex; the same frame gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = _as_text(frame)
-    latex = text.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    contents = {
-        "md": markdown(frame),
-        "csv": frame.to_csv(index=False, lineterminator="\n"),
-        "tex": latex.to_latex(hrules=True),
-    }
-    paths = []
-    for suffix, content in contents.items():
-        path = folder / f"{name}.{suffix}"
-        path.write_text(content, encoding="utf-8")
-        paths.append(path)
-    return paths
+def _same(new: Path, old: Path) -> bool:
+    if new.suffix == ".parquet":
+        return pd.read_parquet(new).equals(pd.read_parquet(old))
+    if new.suffix[1:] in plots.FORMATS:
+        return plots.digest_of(new) == plots.digest_of(old)
+    return new.read_bytes() == old.read_bytes()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read every record and write the comparison tables; returns the exit status."""
+    """Make, check or keep, as the arguments say; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m alps_exp.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("results/runs"), help="folder of run records")
-    parser.add_argument("tables", nargs="?", type=Path, default=Path("results/tables"), help="folder to write to")
-    parser.add_argument("--all-metrics", action="store_true", help="every metric of every task")
-    parser.add_argument("--no-seconds", action="store_true", help="leave out times, as of runs that shared a device")
+    parser.add_argument("runs", nargs="?", type=Path, help=f"folder of run records, or a {archive.KEPT} file")
+    parser.add_argument("tables", nargs="?", type=Path, default=TABLES, help="folder to write to")
+    parser.add_argument("--check", action="store_true", help="compare the committed tables with the committed records")
+    parser.add_argument("--keep", metavar="NAME", help=f"write the sweep's records into {KEPT}/NAME{archive.KEPT}")
     options = parser.parse_args(arguments)
     try:
-        records = read_records(options.runs)
-        frame = comparison(records, options.all_metrics)
-        frame = frame.drop(columns="seconds", errors="ignore") if options.no_seconds else frame
-        if frame.empty:
-            raise UserError(f"no {FILE} below {options.runs}: run something first, such as make demo")
-        paths = write(frame, options.tables, "comparison") + losses_by_depth(records, options.tables)
+        if options.check:
+            return _check(options.tables)
+        if options.keep:
+            return _keep(options.keep, options.runs or RUNS)
+        return _make_all(options.runs, options.tables)
     except UserError as error:
-        print(f"alps_exp: {error}", file=sys.stderr)
-        return 2
-    print(markdown(frame))
-    print("written: " + ", ".join(map(str, paths)))
+        return _refuse(error)
+
+
+def _make_all(runs: Path | None, tables: Path) -> int:
+    sets = _sets(runs or RUNS, KEPT if runs is None else None)
+    if not sets:
+        raise UserError(f"no records below {runs or RUNS}: run something first, such as make demo")
+    status, kept = 0, {file.name for file in KEPT.glob(f"*{archive.KEPT}")}
+    for found in sets:
+        try:
+            paths = make(found, tables)
+        except UserError as error:  # of one table; the others can be made
+            status = _refuse(UserError(f"{found.name}: {error}"))
+            continue
+        instead = ""
+        if f"{found.name}{archive.KEPT}" in kept and found.origin.endswith(archive.MANIFEST):
+            instead = f", in place of {KEPT / found.name}{archive.KEPT}"
+        print(f"{tables / found.name}: {len(paths)} files from {len(found.records)} records, {found.origin}{instead}")
+    return status
+
+
+def _check(tables: Path) -> int:
+    differences = check(KEPT, tables)
+    for line in differences:
+        print(f"alps_exp: {line}: make tables", file=sys.stderr)
+    if not differences:
+        print(f"{tables} matches {KEPT}")
+    return 1 if differences else 0
+
+
+def _keep(name: str, runs: Path) -> int:
+    path, sweep = archive.keep(name, runs, KEPT)
+    missing = f"; {len(sweep.missing)} runs have none" if sweep.missing else ""
+    print(f"{path}: {len(sweep.records)} records, {path.stat().st_size / 1e6:.2f} MB{missing}")
     return 0
+
+
+def _refuse(error: UserError) -> int:
+    print(f"alps_exp: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

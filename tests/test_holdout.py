@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from alps_exp import data, plots, tables
+from alps_exp import archive, data, frames, layout, plots, tables
 from alps_exp import run as runs
 from alps_exp.errors import UserError
 from alps_exp.overrides import compose
@@ -105,17 +105,17 @@ def test_refused(settings, words):
         runs.validate(compose([*settings, *words]))
 
 
-def test_tables_and_plot(settings, tmp_path, capsys):
+def test_tables_and_plot(settings, tmp_path):
     for method in ("wanda", "magnitude"):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)
     assert tables.main([str(tmp_path / "runs"), str(tmp_path / "one")]) == 0
-    assert "held-out loss" in capsys.readouterr().out
+    assert "held-out loss" in (tmp_path / "one" / "comparison.md").read_text()
+    (panel,) = plots.KINDS["losses"][0](frames.aggregate(archive.read_records(tmp_path / "runs")), layout.Spec())
+    assert {(item["method"], item["kind"]) for item in panel["series"]} == {
+        (method, kind) for method in ("wanda", "magnitude") for kind in ("relative_loss", "held_out_loss")
+    }
     record = json.loads((tmp_path / "runs" / "wanda" / "record.json").read_text())
-    again = plots.losses_by_depth(tables.read_records(tmp_path / "runs"), tmp_path / "two")
-    assert [path.name for path in again] == ["losses.svg", "losses.png"]
-    for path in again:
-        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
-    drawing = again[0].read_text()
-    assert drawing.count("stroke-dasharray") >= 2, "a dashed line for each method"
-    assert plots.losses_by_depth([record | {"layers": []}], tmp_path / "none") == []
-    assert not (tmp_path / "none").exists()
+    wanda = next(item for item in panel["series"] if (item["method"], item["kind"]) == ("wanda", "held_out_loss"))
+    for block, mean in wanda["points"]:
+        losses = [row["held_out_loss"] for row in record["layers"] if row["block"] == block]
+        assert mean == pytest.approx(sum(losses) / len(losses))

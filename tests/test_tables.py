@@ -1,79 +1,233 @@
+"""Tables: what is averaged and what is refused, what cells say."""
+
+from __future__ import annotations
+
+import itertools
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from table_records import METRIC, cells, failed, laid_out, record, save, several, task
 
-from alps_exp import tables
-from alps_exp.errors import UserError
+from alps_exp import frames, layout, tables
 
-
-def record(method: str, sparsity: str = "2:4", loss: float | None = 0.1, perplexity: float = 20.0) -> dict:
-    return {
-        "model": "tiny_model",
-        "method": method,
-        "sparsity": sparsity,
-        "seed": 0,
-        "status": "complete",
-        "summary": {"sparsity": 0.5, "mean_relative_loss": loss} if loss is not None else {},
-        "phases": {"calibrate_seconds": 1.0, "solve_seconds": 2.5} if loss is not None else {"load_seconds": 9.0},
-        "evaluations": [
-            {"dataset": "wikitext2", "metric": "perplexity", "value": perplexity, "windows": 10, "seqlen": 2048}
-        ],
-    }
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    for index, item in enumerate([record("alps"), record("dense", "0", None), record("magnitude", loss=0.4)]):
-        path = tmp_path / "runs" / str(index) / "record.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(item))
-    copy = tmp_path / "runs" / "0" / "model" / "record.json"
-    copy.parent.mkdir()
-    copy.write_text(json.dumps(record("alps")))
-    return tmp_path / "runs"
+def grid_of_runs() -> list[dict]:
+    return several()
 
 
-def test_comparison_reads_every_run_once_in_a_fixed_order(runs):
-    frame = tables.comparison(tables.read_records(runs))
-    assert list(frame["method"]) == ["dense", "magnitude", "alps"]
-    assert frame["wikitext2 perplexity (10 × 2048)"].tolist() == [20.0] * 3
-    assert frame["seconds"].iloc[2] == 3.5 and pd.isna(frame["seconds"].iloc[0])
+class TestAveraging:
+    def test_means_and_deviations_are_those_of_numpy(self):
+        values, losses = [20.5, 23.25, 19.125], [0.11, 0.13, 0.07]
+        records = [
+            record(seed=seed, perplexity=value, loss=loss)
+            for seed, (value, loss) in enumerate(zip(values, losses, strict=True))
+        ]
+        frame = frames.aggregate(records).frame.set_index("metric")
+        for name, wanted in ((METRIC, values), ("relative loss", losses)):
+            assert frame.loc[name, "mean"] == pytest.approx(np.mean(wanted), rel=1e-14)
+            assert frame.loc[name, "std"] == pytest.approx(np.std(wanted, ddof=1), rel=1e-12)
+            assert frame.loc[name, "n"] == 3
+        assert frame.loc["seconds", "mean"] == 4.0 and frame.loc["seconds", "std"] == 0.0
+        grid = laid_out(records)
+        assert cells(grid)[("alps",)][METRIC] == "20.96 ± 2.10" and "n = 3 seeds" in " ".join(grid.notes)
+
+    def test_one_seed_has_no_deviation_but_a_tasks_standard_error(self):
+        grid = laid_out([record(evaluations=[task(0.5)])])
+        assert cells(grid)[("alps",)]["piqa acc"] == "0.5000 ± 0.0100"
+        assert "standard error" in " ".join(grid.notes)
+        frame = frames.aggregate([record(evaluations=[task(0.5)])]).frame.set_index("metric")
+        assert pd.isna(frame.loc["piqa acc", "std"]) and frame.loc["piqa acc", "stderr"] == 0.01
+
+    def test_over_seeds_the_deviation_takes_the_standard_errors_place(self):
+        records = [record(seed=seed, evaluations=[task(value)]) for seed, value in enumerate((0.5, 0.54))]
+        assert cells(laid_out(records))[("alps",)]["piqa acc"] == "0.5200 ± 0.0283"
+
+    def test_dense_is_one_row_whatever_its_seeds(self):
+        dense = [record("dense", perplexity=9.0) | {"seed": seed} for seed in range(3)]
+        shown = cells(laid_out([*dense, record()], metrics=["wiki*"]))
+        assert shown == {("0", "dense"): {METRIC: "9.000"}, ("0.7", "alps"): {METRIC: "20.00"}}
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda r: r["environment"].update(code="0.1 (def)"), r"code is 0\.1 \(abc\) in .* and 0\.1 \(def\) in"),
+            (lambda r: r["environment"].pop("code"), r"code is 0\.1 \(abc\) in .* and unknown in"),
+            (lambda r: r["environment"].update(dtype="float16"), "dtype is float32 in .* and float16 in"),
+            (lambda r: r["environment"].update(device="GPU"), "device is CPU in .* and GPU in"),
+            (lambda r: r["calibration"].update(source="file"), "calibration source is hub in .* and file in"),
+            (lambda r: r["evaluations"][0].update(source="x"), "source is wiki.test.raw in .* and x in"),
+            (lambda r: r.update(seed=0), "have the same configuration and seed"),
+        ],
+    )
+    def test_records_that_differ_in_more_than_the_seed_are_refused(self, tmp_path, capsys, change, words):
+        other = record(seed=1)
+        change(other)
+        runs, out = save([record(), other], tmp_path / "runs"), tmp_path / "tables"
+        assert tables.main([str(runs), str(out)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(words, error) and "tiny 0.7 alps" in error and error.count("\n") == 1
+        assert not out.exists()
+        assert tables.report([record(), other]).startswith("no table: ")
+
+    def test_one_refused_table_leaves_the_others(self, tmp_path, capsys):
+        runs = save([record(), record(seed=1)], tmp_path / "runs", "good")
+        stray = record(environment={"code": "other"})
+        (runs / "stray").mkdir()
+        (runs / "stray" / "record.json").write_text(json.dumps(stray))
+        assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+        assert "comparison: tiny 0.7 alps" in capsys.readouterr().err
+        assert {path.name for path in (tmp_path / "tables").glob("*.md")} == {"good.md"}
+
+    @pytest.mark.parametrize(
+        ("key", "values"), [("nsamples", (8, 64)), ("method.rho", (0.1, 0.3)), ("layers.include", (["*"], ["*.q"]))]
+    )
+    def test_other_configurations_are_other_rows(self, key, values):
+        records = []
+        for value, seed in itertools.product(values, range(2)):
+            item = record(seed=seed, perplexity=20.0 + seed)
+            node = item["config"]
+            *parents, leaf = key.split(".")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+            records.append(item)
+        grid = laid_out([*records, record("wanda"), record("dense")], metrics=["wiki*"])
+        assert grid.labels == ["sparsity", "method", key]
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        for text in texts:
+            assert cells(grid)["0.7", "alps", text][METRIC].strip("*") == "20.50 ± 0.71"
+        assert ("0", "dense", "–") in cells(grid)
+
+    def test_dense_evaluated_in_two_ways_is_two_rows(self):
+        dense = [record("dense"), record("dense", evaluations=[task(0.5)])]
+        dense[1]["config"] |= {"eval": {"name": "zeroshot"}, "nsamples": 99}
+        shown = cells(laid_out([*dense, record()]))
+        assert shown["0", "dense", "wanda"][METRIC] == shown["0.7", "alps", "wanda"][METRIC] == "20.00"
+        assert shown["0", "dense", "zeroshot"] == dict.fromkeys(shown["0.7", "alps", "wanda"], "–") | {
+            "piqa acc": "0.5000 ± 0.0100"
+        }
+
+    def test_what_a_model_brings_is_no_column(self):
+        other = record() | {"model": "other"}
+        other["config"]["nsamples"] = 128
+        assert laid_out([record(), other]).labels == ["model"]
+
+    def test_keys_that_change_no_result_make_no_rows(self):
+        other = record(seed=1)
+        other["config"] |= {"logger": {"name": "wandb"}, "stream": True}
+        assert frames.aggregate([record(), other]).settings == []
 
 
-def test_a_perplexity_of_some_windows_says_so():
-    some = record("alps")
-    some["evaluations"][0] |= {"partial": True, "total_windows": 141}
-    assert "wikitext2 perplexity (10 of 141 × 2048)" in tables.comparison([some]).columns
+class TestCells:
+    def test_the_best_of_each_model_and_sparsity_is_marked(self, grid_of_runs):
+        shown = cells(laid_out(grid_of_runs))
+        for sparsity in ("0.5", "0.7", "2:4"):
+            for metric in (METRIC, "relative loss"):
+                means = {}
+                for method in ("alps", "wanda"):
+                    items = [r for r in grid_of_runs if (r["method"], r["sparsity"]) == (method, sparsity)]
+                    means[method] = np.mean([frames.measures(item)[metric].value for item in items])
+                for method in means:
+                    best = bool(means[method] == min(means.values()))
+                    assert shown[sparsity, method][metric].startswith("*") is best
+        assert not any("*" in row["seconds"] for row in shown.values())
+        assert "*" not in shown["0", "dense"][METRIC]
 
+    def test_ties_are_both_marked_and_equal_is_what_looks_equal(self):
+        pair = [record(perplexity=20.001), record("wanda", perplexity=20.002), record("dsnot", perplexity=21)]
+        shown = cells(laid_out(pair, metrics=["wiki*"]))
+        assert [shown[(name,)][METRIC] for name in ("wanda", "dsnot", "alps")] == ["*20.00*", "21.00", "*20.00*"]
 
-def test_files_are_the_same_bytes_each_time(runs, tmp_path, capsys):
-    contents = []
-    for folder in ("one", "other"):
-        assert tables.main([str(runs), str(tmp_path / folder)]) == 0
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
-    assert contents[0] == contents[1] and set(contents[0]) == {f"comparison.{kind}" for kind in ("md", "csv", "tex")}
-    assert "| alps " in capsys.readouterr().out
-    markdown, latex = contents[0]["comparison.md"].decode(), contents[0]["comparison.tex"].decode()
-    assert "| –" in markdown and "0.4" in markdown
-    assert r"tiny\_model" in latex and r"\toprule" in latex
-    assert len(pd.read_csv(tmp_path / "one" / "comparison.csv")) == 3
+    def test_accuracy_is_best_when_high_and_perplexity_of_tasks_when_low(self):
+        def scored(method, acc, perplexity):
+            return record(method, evaluations=[task(acc, None), task(perplexity, None, "perplexity", shown=True)])
 
+        shown = cells(laid_out([scored("alps", 0.6, 9.0), scored("wanda", 0.5, 10.0)]))
+        assert shown[("alps",)]["piqa acc"] == "*0.6000*" and shown[("wanda",)]["piqa acc"] == "0.5000"
+        assert shown[("alps",)]["piqa perplexity"] == "*9.000*"
 
-def test_nothing_to_tabulate(tmp_path, capsys):
-    assert tables.main([str(tmp_path), str(tmp_path / "tables")]) == 2
-    assert "run something first" in capsys.readouterr().err and not (tmp_path / "tables").exists()
+    def test_a_lone_figure_is_not_the_best(self):
+        assert not any(cell.best for _, row in laid_out([record(), record("dense")]).rows for cell in row)
 
+    def test_infinite_and_undefined_figures_are_shown_and_never_best(self):
+        records = [record(perplexity="inf"), record("wanda", perplexity="nan"), record("dsnot", perplexity=9e9)]
+        shown = cells(laid_out(records, metrics=["wiki*"]))
+        assert shown == {("wanda",): {METRIC: "nan"}, ("dsnot",): {METRIC: "*9.000e+09*"}, ("alps",): {METRIC: "inf"}}
 
-def test_a_broken_record_is_named(runs):
-    (runs / "1" / "record.json").write_text('{"model": ')
-    with pytest.raises(UserError, match=r"1/record\.json is not a readable record"):
-        tables.read_records(runs)
+    @pytest.mark.parametrize(
+        ("kind", "message", "text"),
+        [
+            ("OutOfMemoryError", "CUDA out of memory", "OOM"),
+            ("UserError", "the device's memory does not suffice (CUDA out of memory): use shorter windows", "OOM"),
+            ("MemoryError", "", "OOM"),
+            ("ValueError", "device's memory does not suffice", "error"),
+        ],
+    )
+    def test_a_failed_run_shows_how(self, kind, message, text):
+        grid = laid_out([record("wanda"), failed(kind, message) | {"run": "that-run"}])
+        assert set(cells(grid)[("alps",)].values()) == {text}
+        assert f"that-run ({text})" in grid.notes[-1]
 
+    def test_a_failed_seed_is_left_out_and_named(self):
+        records = [record(seed=0), record(seed=1), failed("ValueError", seed=2) | {"run": "third"}]
+        grid = laid_out([*records, *(record("wanda", seed=seed) for seed in range(3))], metrics=["wiki*"])
+        assert cells(grid)[("alps",)] == {METRIC: "*20.00 ± 0.00*", "n": "2"}
+        assert cells(grid)[("wanda",)]["n"] == "3" and "third (error)" in grid.notes[-1]
 
-def test_a_foreign_file_of_that_name_is_named(runs, tmp_path, capsys):
-    (runs / "1" / "record.json").write_text('{"a": 1}')
-    assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
-    error = capsys.readouterr().err
-    assert "is no run record" in error and error.count("\n") == 1
+    def test_missing_and_unfinished_runs_have_a_row_of_dashes(self):
+        running = record("dsnot") | {"status": "running", "evaluations": [], "layers": [], "run": "begun"}
+        missing = ["tiny-sparsegpt-u0.7-s0-0123abcd", "tiny-dense-0123abcd", "nonsense"]
+        grid = laid_out([record(), record("wanda", "2:4"), running], missing, metrics=["wiki*"])
+        assert {key: row[METRIC] for key, row in cells(grid).items()} == {
+            ("0", "dense"): "–",
+            ("0.7", "dsnot"): "–",
+            ("0.7", "sparsegpt"): "–",
+            ("0.7", "alps"): "20.00",
+            ("2:4", "wanda"): "20.00",
+        }
+        assert all(f"{run} (missing)" in grid.notes[-1] for run in missing) and "begun (unfinished)" in grid.notes[-1]
+
+    def test_a_row_without_the_tables_metrics_stays(self):
+        other = record("wanda", evaluations=[task(0.5)])
+        shown = cells(laid_out([record(), other, failed("ValueError", method="dsnot")], metrics=["wiki*"]))
+        assert {key: row[METRIC] for key, row in shown.items()} == {
+            ("wanda",): "–",
+            ("dsnot",): "error",
+            ("alps",): "20.00",
+        }
+
+    @pytest.mark.parametrize(
+        ("value", "error", "text"),
+        [
+            (0.0329812, 0.00043, "0.03298 ± 0.00043"),
+            (137648.2, 11336.1, "137648 ± 11336"),
+            (18.2, 1e-5, "18.20 ± 1e-05"),
+            (0.0, 0.0, "0.0000 ± 0.0000"),
+            (1234567890.0, 1000.0, "1.235e+09 ± 1.0e+03"),
+        ],
+    )
+    def test_digits(self, value, error, text):
+        shown = layout.number(value, METRIC)
+        assert f"{shown} ± {layout.deviation(error, shown)}" == text
+
+    def test_a_partial_evaluation_says_so(self):
+        some = record()
+        some["evaluations"][0] |= {"partial": True, "total_windows": 141}
+        some["evaluations"].append(task(0.5, partial=True, samples=7))
+        header = cells(laid_out([some]))[("alps",)]
+        assert "wikitext2 perplexity (2048, 10 of 141)" in header and "piqa acc (7 of 100)" in header
+
+    def test_the_footnote_says_what_rows_differ_in(self):
+        other = record("wanda")
+        other["environment"] = other["environment"] | {"device": "GPU", "versions": {"torch": "2.12"}}
+        line = laid_out([record(), other]).notes[0]
+        assert "device GPU (wanda) / CPU (alps)" in line and "torch 2.12 (wanda) / 2.11 (alps)" in line
+        assert "dtype float32;" in line and "windows wikitext2 10 × 2048" in line and "evaluation eval=wanda" in line
+        assert "calibration 8 × 2048 tokens of c4" in line and "seeds 0" in line and "code 0.1 (abc)" in line

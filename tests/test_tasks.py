@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import evaluation, tables
+from alps_exp import evaluation, frames
 from alps_exp import run as runs
 from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
@@ -129,10 +129,9 @@ def test_rows_of_the_record_and_columns_of_tables(settings, tmp_path, capsys):
     assert row["bos"] == "auto: the tokenizer adds <s> to each text"
     assert scores(record)["arc_easy", "acc"]["sampling"] == "all of 30"
     assert "on piqa (7 of 30 examples, partial)" in capsys.readouterr().out
-    columns = set(tables.comparison([record]).columns)
-    assert {"arc_easy acc", "boolq acc", "piqa acc (7 of 30)"} <= columns and "arc_easy acc_norm" not in columns
-    every = tables.comparison([record], every_metric=True)
-    assert {"arc_easy acc_norm", "arc_easy acc_norm ±"} <= set(every.columns)
+    measured = frames.aggregate([record]).frame.set_index("metric")
+    assert {"arc_easy acc", "boolq acc", "piqa acc (7 of 30)"} <= set(measured.index[measured["shown"]])
+    assert not measured.loc["arc_easy acc_norm", "shown"] and measured.loc["arc_easy acc_norm", "stderr"] > 0
     # All rows have what tables and loggers read.
     for item in record["evaluations"]:
         assert {"dataset", "metric", "value", "stderr", "shown", "protocol", "partial", "source", "bos"} <= set(item)

@@ -1,0 +1,157 @@
+"""Records of many runs: below a folder, of a sweep, or kept in one file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .record import FILE
+
+MANIFEST = ".sweep.json"
+KEPT = ".jsonl.gz"
+MISSING = "missing"
+
+_KEYS = {"model", "method", "sparsity", "seed", "status", "summary", "phases", "evaluations"}
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """The runs that one table is made from.
+
+    Attributes:
+        name: the sweep's; the table's files carry it.
+        records: run records as plain values, each with the name of its directory as `run`.
+        missing: names of runs of the sweep that have no record.
+        origin: what was read.
+    """
+
+    name: str
+    records: list[dict]
+    missing: list[str]
+    origin: str
+
+
+def read_records(folder: Path) -> list[dict]:
+    """All records below a folder, in the order of their paths.
+
+    Raises:
+        UserError: a record that cannot be read.
+    """
+    files = [file for file in sorted(folder.rglob(FILE)) if file.parent.name != "model"]  # that copy goes with a model
+    return [_read(file) for file in files]
+
+
+def read_kept(path: Path) -> RunSet:
+    """What `write_kept` wrote.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        missing = [row["run"] for row in rows if row["status"] == MISSING]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise UserError(f"{path} is not a readable file of records ({error}): fetch or keep it again") from None
+    found = [(number, row) for number, row in enumerate(rows, 1) if row["status"] != MISSING]
+    records = [_checked(record, f"{path}, line {number}") for number, record in found]
+    return RunSet(path.name.removesuffix(KEPT), records, missing, str(path))
+
+
+def read_sweep(manifest: Path) -> RunSet:
+    """The records of the grid that a sweep was last asked for; its runs lie beside the manifest.
+
+    Raises:
+        UserError: a manifest or a record that cannot be read.
+    """
+    try:
+        runs = [str(run) for run in json.loads(manifest.read_text(encoding="utf-8"))["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is no readable list of a sweep's runs ({error}): start the sweep again") from None
+    files = {run: manifest.parent / run / FILE for run in runs}
+    records = [_read(file) for file in files.values() if file.is_file()]
+    missing = [run for run, file in files.items() if not file.is_file()]
+    return RunSet(manifest.name.removesuffix(MANIFEST), records, missing, str(manifest))
+
+
+def read_all(runs: Path, kept: Path | None) -> list[RunSet]:
+    """One set per sweep, by name: the user's own runs, else the kept records of that name.
+
+    Args:
+        runs: folder of runs and manifests; may be absent.
+        kept: folder of kept records, None: only own runs.
+    """
+    found = {}
+    if kept is not None:
+        for file in sorted(kept.glob(f"*{KEPT}")):
+            found[file.name.removesuffix(KEPT)] = read_kept(file)
+    for manifest in sorted(runs.glob(f"*{MANIFEST}")):
+        sweep = read_sweep(manifest)
+        if sweep.records:
+            found[sweep.name] = sweep
+    return [found[name] for name in sorted(found)]
+
+
+def keep(name: str, runs: Path, kept: Path) -> tuple[Path, RunSet]:
+    """Write a sweep's records into one file, without what only this machine's paths say.
+
+    The same records give the same bytes.
+
+    Returns:
+        The file, and what was kept.
+
+    Raises:
+        UserError: no such sweep among the runs, or none of its runs has a record.
+    """
+    manifest = runs / f"{name}{MANIFEST}"
+    if not manifest.is_file():
+        raise UserError(f"{manifest} does not exist: run the sweep first, python -m alps_exp -m +sweeps={name}")
+    sweep = read_sweep(manifest)
+    if not sweep.records:
+        raise UserError(f"none of the {len(sweep.missing)} runs in {manifest} has a record: run the sweep first")
+    path = kept / f"{name}{KEPT}"
+    write_kept(sweep.records, path, sweep.missing)
+    return path, sweep
+
+
+def write_kept(records: Iterable[dict], path: Path, missing: Iterable[str] = ()) -> None:
+    """Write records into one file, a line of JSON each, and a line for each run without a record."""
+    rows = [without_paths(record) for record in records] + [{"status": MISSING, "run": run} for run in missing]
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    temporary.replace(path)
+
+
+# A slash that begins a word, and all folders up to the last name. Neither URLs nor relative paths begin so.
+_ABSOLUTE = re.compile(r"""(?<![\w.~:/\\-])/(?:[^/\s'"()\[\],;:]+/)+(?=[^/\s'"()\[\],;:])""")
+
+
+def without_paths(value):
+    """The value with absolute paths cut to their last name: folders of one machine mean nothing on another."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return _ABSOLUTE.sub("", value) if isinstance(value, str) else value
+
+
+def _read(file: Path) -> dict:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
+    return _checked(record, str(file)) | {"run": file.parent.name}
+
+
+def _checked(record, place: str) -> dict:
+    if not isinstance(record, dict) or not set(record) >= _KEYS:
+        raise UserError(f"{place} is no run record: move it elsewhere, or name another folder")
+    return record
