@@ -167,13 +167,16 @@ class BlockModel:
                         module._buffers[name] = buffer.to(self.device)
 
     @contextmanager
-    def block(self, index: int, dense: bool = False, changing: bool = True) -> Iterator[nn.Module]:
+    def block(
+        self, index: int, dense: bool = False, changing: bool = True, ahead: bool = True
+    ) -> Iterator[nn.Module]:
         """A block, on the device for the length of the context.
 
         Args:
             index: which one.
             dense: of a streamed model, the unpruned one although it was pruned already.
             changing: its weights change meanwhile and are brought back.
+            ahead: of a streamed model, begin to read the next one meanwhile.
         """
         block = self.blocks[index]
         if self.source is None:
@@ -181,7 +184,8 @@ class BlockModel:
                 yield block
             return
         tensors = self.source.take(index, dense)
-        self.source.prefetch(index + 1)
+        if ahead:
+            self.source.prefetch(index + 1)
         assign(block, {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()})
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         del tensors  # on a GPU the host's copy is of no use any more
@@ -260,7 +264,7 @@ class BlockModel:
 
     def _learn_return(self, hidden: Tensor, call: Call) -> None:
         """Whether blocks return hidden states alone or first in a tuple, seen from the first one."""
-        with self.block(0, changing=False) as block:
+        with self.block(0, changing=False, ahead=False) as block:
             output = type(block).forward(block, hidden[:, :1].expand_as(hidden), *call.args, **call.kwargs)
         self._returns_tuple = isinstance(output, tuple)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,10 +82,22 @@ def other_names(model: nn.Module) -> list[str]:
     return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 3]
 
 
+def end_of(names: Iterable[str], prefix: str) -> int:
+    """One more than the index of the last block that one of these layers belongs to; behind it there is nothing to do.
+
+    Args:
+        names: of layers.
+        prefix: name of the list of blocks.
+    """
+    return 1 + max((int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in names), default=-1)
+
+
 def prune_blocks(
     model: BlockModel, job: PruneJob, store: ProgressStore | None = None, team: Team | None = None
 ) -> PruneResult:
     """Prune the model in place, block by block; of a streamed model, into the store's shards.
+
+    Blocks behind the last one that has layers to prune are neither read nor run.
 
     Args:
         model: the model.
@@ -112,16 +124,17 @@ class _Loop:
         self.hidden: HiddenStates | None = None
         self.held_out: HiddenStates | None = None
         self.result = PruneResult()
+        self.end = end_of(job.patterns, model.prefix)
 
     def run(self) -> PruneResult:
         finished = self.store.finished if self.store is not None else []
         watch = Stopwatch(self.model.device)
-        if self.job.statistics and len(finished) < len(self.model):
+        if self.job.statistics and len(finished) < self.end:
             self.hidden = self._embedded()
             if self.job.held_out is not None:
                 self.held_out = HiddenStates(self.model, self.job.held_out, self.job.batch_size)
             watch.lap("calibrate")
-        progress = Progress(range(len(self.model)), "pruning blocks", quiet=self.job.quiet)
+        progress = Progress(range(self.end), "pruning blocks", quiet=self.job.quiet)
         for index in progress:
             if index < len(finished):
                 block = finished[index]
@@ -178,7 +191,7 @@ class _Loop:
         if self.hidden is not None:
             if self.team is None:  # whose processes have each its own
                 self.hidden.rechunk(block.sizes)
-            with self.model.block(index, dense) as module:
+            with self.model.block(index, dense, ahead=index < self.end - 1) as module:
                 if not dense:
                     self._load(index, module)
                 self._advance(index, module)
@@ -196,9 +209,9 @@ class _Loop:
         """Solve a block and advance the hidden states; the block's tensors are returned in host memory."""
         model, job = self.model, self.job
         watch, name = Stopwatch(model.device), model.name(index)
-        propagating = self.hidden is not None and index < len(model) - 1
+        propagating = self.hidden is not None and index < self.end - 1
         sizes: list[int] = []
-        with model.block(index) as block:
+        with model.block(index, ahead=index < self.end - 1) as block:
             watch.lap("transfer")
             linears = {
                 layer: module

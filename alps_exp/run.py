@@ -27,6 +27,7 @@ from .patterns import Pattern
 from .progress_store import ProgressStore, locked
 from .record import FILE, RunRecord
 from .redaction import refuse_keys
+from .refit import REFITS, refitted
 from .registry import build
 from .saving import save
 from .selection import Selection
@@ -62,6 +63,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
+    one_of("refit", cfg["refit"], REFITS)
     for key in ("losses", "plan", "resumable"):
         one_of(key, cfg[key], (True, False))
     one_of("save", cfg["save"], SAVE)
@@ -245,7 +247,7 @@ def job_of(
     """
     calibration, held_out = tokens[: cfg["nsamples"]], tokens[cfg["nsamples"] :]
     return PruneJob(
-        solver=solver,
+        solver=refitted(solver, cfg["refit"]),
         patterns=patterns,
         selection=selection_of(cfg),
         tokens=calibration,
