@@ -105,6 +105,7 @@ def _check_texts(cfg: Mapping) -> None:
     """What the configuration says about calibration texts, and about BOS, without reading them."""
     for rule in (cfg["model"]["bos"], cfg["eval"]["bos"]):
         data.check_node(cfg["data"], rule)
+    data.check_seed(cfg["data"], cfg["seed"])
     for key in ("path", "eval_path"):
         path = cfg["data"].get(key)
         if path is not None and not Path(str(path)).expanduser().is_file():
