@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # Where the run is logged, whether it is only planned or resumed, and what is in memory when, change neither weights nor
 # evaluations.
-NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume")
+NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "statistics_cache")
 
 
 def config_hash(cfg: DictConfig) -> str:

@@ -15,7 +15,7 @@ from .blocks import find_blocks
 from .checks import parse_device
 from .evaluation import seqlen
 from .hidden import choose_place
-from .loop import end_of, linear_shapes
+from .loop import blocks_of, linear_shapes
 from .naming import run_name
 from .packed import packed_size
 from .problem import Statistics
@@ -62,7 +62,8 @@ def plan(cfg: Mapping) -> str:
 
 def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list[str]:
     prefix, blocks = find_blocks(skeleton)
-    block_weights = sum(p.numel() for block in blocks[: end_of(patterns, prefix)] for p in block.parameters())
+    end = max(blocks_of(patterns, prefix), default=-1) + 1
+    block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
     tokens = cfg["nsamples"] * cfg["seqlen"]
     passes = 0 if not needed else 1 if cfg["propagate"] == "dense" else 2
     forward = 2 * block_weights * tokens * passes

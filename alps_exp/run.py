@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate, evaluation, launch, resume
+from . import data, evaluate, evaluation, launch, resume, statistics_cache
 from .checks import one_of, parse_device, require
 from .environment import environment, peak_memory
 from .errors import UserError
@@ -72,6 +72,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     if cfg["stream"] is True and not cfg["resumable"] and solver.prunes:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
     resume.check(cfg)
+    statistics_cache.check(cfg)
     parse_device(cfg["device"])
     check_logger(cfg["logger"])
     _check_texts(cfg)
@@ -187,7 +188,7 @@ def _execute(
     watch = Stopwatch(device)
     patterns = validate(cfg)
 
-    tokens, store = None, None
+    tokens = store = cache = None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = evaluation.prepare(cfg, workspace)
@@ -199,13 +200,15 @@ def _execute(
     model = workspace.model(cfg, device, dtype_of(cfg, device), directory)
     record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
     record.environment["streamed"] = model.source is not None
-    if solver.prunes and cfg["resumable"]:
-        store = resume.open_store(
-            directory, resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
-        )
-        record.attempts = store.attempts - together
-        if store.finished and not together:
-            print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
+    if solver.prunes:
+        job = job_of(cfg, solver, patterns, tokens)
+        same = resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
+        if cfg["resumable"]:
+            store = resume.open_store(directory, same)
+            record.attempts = store.attempts - together
+            if store.finished and not together:
+                print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
+        cache = statistics_cache.open_cache(cfg, job, same, directory, workspace.keep)
     watch.lap("load")
 
     sampling = cfg["eval"]["sample_tokens"] > 0
@@ -214,10 +217,11 @@ def _execute(
         watch.lap("evaluate")
     if solver.prunes:
         try:
-            record.book(prune_blocks(model, job_of(cfg, solver, patterns, tokens), store))
+            record.book(prune_blocks(model, job, store, cache=cache))
         finally:
-            if store is not None:
-                store.close()
+            for opened in (store, cache):
+                if opened is not None:
+                    opened.close()
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)

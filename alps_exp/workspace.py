@@ -20,10 +20,13 @@ class Workspace:
 
     Args:
         keep: keep the network in memory, with a copy of the weights that a run may change, and hand it out restored.
+
+    Attributes:
+        keep: likewise; whether other runs of a sweep follow.
     """
 
     def __init__(self, keep: bool = False) -> None:
-        self._keep = keep
+        self.keep = keep
         self._texts: dict[str, tuple[Tensor, dict]] = {}
         self._tokenizers: dict[str, object] = {}
         self._samples: dict[str, str | None] = {}
@@ -73,7 +76,7 @@ class Workspace:
         if not self._holds(cfg, dtype):
             self._release()
             network = models.load_model(cfg["model"], dtype)
-            if not self._keep:
+            if not self.keep:
                 return network
             prefix, blocks = find_blocks(network)
             pristine = {
@@ -107,7 +110,7 @@ class Workspace:
         options = {"hidden_states": cfg["hidden_states"], "scratch": scratch}
         if not self._holds(cfg, dtype):
             self._release()  # before it is asked how much memory is free
-        if cfg["stream"] is True or (not self._holds(cfg, dtype) and streams(cfg, dtype, 2 if self._keep else 1)):
+        if cfg["stream"] is True or (not self._holds(cfg, dtype) and streams(cfg, dtype, 2 if self.keep else 1)):
             network, source = models.load_streamed(cfg["model"], dtype, pin=device.type == "cuda")
             return BlockModel(network, device, source=source, **options)
         return BlockModel(self.network(cfg, dtype), device, **options)
