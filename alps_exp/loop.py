@@ -316,9 +316,10 @@ class _Loop:
     def _collect(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group] | None:
         """None when the device's memory does not suffice."""
         names, groups = list(linears), []
+        needed = self.cache.collected(index) if self.cache is not None else self.job.statistics
         step = -(-len(names) // self.thrift.passes)
         for begin in range(0, len(names), step):
-            collector = Collector({name: linears[name] for name in names[begin : begin + step]}, self.job.statistics)
+            collector = Collector({name: linears[name] for name in names[begin : begin + step]}, needed)
             try:
                 for batch in self.hidden:
                     collector.begin(batch)

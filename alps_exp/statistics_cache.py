@@ -112,6 +112,7 @@ class StatisticsCache:
         text = json.dumps(dict(identity), sort_keys=True)
         self.notes: list[str] = []
         self._root, self._dense, self._limit = root, dense, limit
+        self._needed = needed
         self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._fields = _fields(needed) | ({"held_out"} if held_out else set())
         self._descriptor = _hold(self._folder)
@@ -148,6 +149,11 @@ class StatisticsCache:
             )
             for names, fields in _read(self._file(index), device)
         ]
+
+    def collected(self, index: int) -> Statistics:
+        """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
+        kept = Statistics.GRAM in self._needed and (self._dense or index == 0) and not self.notes
+        return Statistics.ALL if kept else self._needed
 
     def keep(self, index: int, groups: list[Group]) -> None:
         """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""

@@ -34,8 +34,8 @@ def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
     return [*words, "eval=none", "device=cpu", "batch_size=2", "statistics_cache=1"]
 
 
-def execute(settings: list[str], folder: Path, *more: str, **options) -> dict:
-    return runs.run(compose([*settings, *more]), folder, **options)
+def execute(settings: list[str], folder: Path, *more: str, workspace: Workspace | None = None) -> dict:
+    return runs.run(compose([*settings, *more]), folder, workspace)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,13 +53,14 @@ def sets(folder: Path) -> list[Path]:
     [([DENSE, "data.holdout=2"], [0, 1, 2]), ([DENSE, "stream=true"], [0, 1, 2]), (["propagate=pruned"], [0])],
 )
 def test_the_same_bits_as_without(settings, tmp_path, more, cached):
-    more = [*more, "save=true"]
-    # Magnitude collects Gram matrices for its losses; DSnoT adds moments to them; the last one brings another sparsity.
-    cells = (("magnitude", "0.5", []), ("dsnot", "0.5", []), ("wanda", "2:4", cached), ("dsnot", "0.7", cached))
+    more, workspace = [*more, "save=true"], Workspace(keep=True)
+    # Magnitude collects Gram matrices for its losses, and the moments that DSnoT needs for those that follow.
+    cells = (("magnitude", "0.5", []), ("dsnot", "0.5", cached), ("sparsegpt", "2:4", cached), ("dsnot", "0.7", cached))
     for number, (method, sparsity, expected) in enumerate(cells):
         words = [f"method={method}", f"sparsity={sparsity}", *more]
-        one = execute(settings, tmp_path / "shared" / str(number), *words)
-        other = execute(settings, tmp_path / "alone" / str(number), *words, "statistics_cache=0")
+        one = execute(settings, tmp_path / "shared" / str(number), *words, workspace=workspace)
+        alone = [*words, "statistics_cache=0"]
+        other = execute(settings, tmp_path / "alone" / str(number), *alone, workspace=workspace)
         assert (one["cached_blocks"], other["cached_blocks"]) == (expected, [])
         assert one["config_hash"] == other["config_hash"]
         for row, without in zip(one["layers"], other["layers"], strict=True):
@@ -95,34 +96,37 @@ def test_windows_go_no_further_than_the_last_unknown_block(settings, tmp_path, m
 
 
 def test_a_diagonal_is_not_taken_from_a_gram_matrix(settings, tmp_path):
-    execute(settings, tmp_path / "gram", "method=wanda", DENSE)
-    words = ["method=wanda", "losses=false", DENSE]
-    assert execute(settings, tmp_path / "diagonal", *words)["cached_blocks"] == []
-    assert execute(settings, tmp_path / "again", *words, "sparsity=0.5")["cached_blocks"] == [0, 1, 2]
-    assert execute(settings, tmp_path / "both", "method=wanda", DENSE, "sparsity=0.5")["cached_blocks"] == [0, 1, 2]
+    workspace, every = Workspace(keep=True), [0, 1, 2]
+    cells = [("wanda", "true", []), ("wanda", "false", []), ("dsnot", "false", every), ("wanda", "false", every)]
+    for number, (method, losses, cached) in enumerate([*cells, ("sparsegpt", "true", every)]):
+        words = [f"method={method}", DENSE, f"losses={losses}"]
+        assert execute(settings, tmp_path / str(number), *words, workspace=workspace)["cached_blocks"] == cached
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "nsamples=5",
-        "seqlen=32",
-        "seed=1",
-        "batch_size=3",
-        "dtype=bfloat16",
-        "layers.exclude=[k_proj]",
-        "weights",
-        "code",
-    ],
-)
-def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypatch, change):
-    execute(settings, tmp_path / "one", "method=wanda")
-    if change == "weights":  # also where the file's content seems to be the same
-        os.utime(Path(settings[1].removeprefix("model.path=")) / "model.safetensors", (1, time.time() + 5))
-    if change == "code":
-        monkeypatch.setattr("alps_exp.resume._software", lambda: {"code": "0.0"})
-    record = execute(settings, tmp_path / "two", "method=wanda", *([change] if "=" in change else []))
-    assert record["cached_blocks"] == [] and len(sets(tmp_path)) == 2
+def test_what_is_missing_is_added(settings, tmp_path):
+    workspace = Workspace(keep=True)
+    for number, (method, losses, cached) in enumerate(
+        [("wanda", "false", []), ("dsnot", "false", []), ("wanda", "true", []), ("dsnot", "false", [0])]
+    ):
+        words = [f"method={method}", f"losses={losses}", "layers.include=[layers.0.*]"]
+        assert execute(settings, tmp_path / str(number), *words, workspace=workspace)["cached_blocks"] == cached
+
+
+def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypatch):
+    settings = [*settings, "method=wanda", "layers.include=[layers.0.*]"]
+    changes = ["nsamples=5", "seqlen=32", "seed=1", "batch_size=3", "dtype=bfloat16", "layers.exclude=[k_proj]"]
+    changes += ["data.holdout=2", "time", "code"]
+    workspace = Workspace(keep=True)
+    execute(settings, tmp_path / "one", workspace=workspace)
+    for number, change in enumerate(changes):
+        with monkeypatch.context() as patch:
+            if change == "code":
+                patch.setattr("alps_exp.resume._software", lambda: {"code": "0.0"})
+            if change == "time":  # of the files, whose content seems to be the same
+                os.utime(Path(settings[1].removeprefix("model.path=")) / "model.safetensors", (1, time.time() + 5))
+            words = [change] if "=" in change else []
+            record = execute(settings, tmp_path / str(number), *words, workspace=workspace)
+        assert record["cached_blocks"] == [] and len(sets(tmp_path)) == 2 + number, change
 
 
 def test_in_sweeps_only_unless_asked(settings, tmp_path):
