@@ -7,7 +7,7 @@ and positions differ between layer types) or hand in finished hidden states, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,16 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
     return linears
 
 
+def blocks_of(names: Iterable[str], prefix: str) -> list[int]:
+    """Indices of the blocks that these layers belong to, in order.
+
+    Args:
+        names: of layers.
+        prefix: name of the list of blocks.
+    """
+    return sorted({int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in names})
+
+
 class BlockModel:
     """A model cut into blocks.
 
@@ -167,9 +177,7 @@ class BlockModel:
                         module._buffers[name] = buffer.to(self.device)
 
     @contextmanager
-    def block(
-        self, index: int, dense: bool = False, changing: bool = True, ahead: bool = True
-    ) -> Iterator[nn.Module]:
+    def block(self, index: int, dense: bool = False, changing: bool = True, ahead: bool = True) -> Iterator[nn.Module]:
         """A block, on the device for the length of the context.
 
         Args:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .blocks import BlockModel, block_linears, find_blocks
+from .blocks import BlockModel, block_linears, blocks_of, find_blocks
 from .errors import UserError
 from .hidden import HiddenStates
 from .layers import out_major, solve_layers
@@ -81,16 +80,6 @@ def other_names(model: nn.Module) -> list[str]:
     """What else a user may name as excluded although it is never pruned: leaf modules and fused weights."""
     leaves = [name for name, module in model.named_modules() if not any(module.children())]
     return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 3]
-
-
-def blocks_of(names: Iterable[str], prefix: str) -> list[int]:
-    """Indices of the blocks that these layers belong to, in order.
-
-    Args:
-        names: of layers.
-        prefix: name of the list of blocks.
-    """
-    return sorted({int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in names})
 
 
 def prune_blocks(
@@ -295,22 +284,11 @@ class _Loop:
         return groups
 
     def _from_cache(self, index: int) -> list[Group] | None:
-        """A block's groups as an earlier run has collected them; None without such."""
+        """A block's groups as an earlier run has collected them; None without such, where windows have come."""
         if self.cache is None:
             return None
-        try:
-            groups = self.cache.load(index, self.model.device)
-        except (OSError, SafetensorError) as error:
-            groups, why = None, str(error)
-        else:
-            why = "it is gone"
-        if groups is not None:
-            self.result.cached_blocks.append(index)
-        elif index > self.last:  # where no window has come
-            raise UserError(
-                f"{self.cache.discard(index)} was whole when the run started and cannot be read now ({why}): the same "
-                "command goes on without it"
-            )
+        groups = self.cache.load(index, self.model.device, needed=index > self.last)
+        self.result.cached_blocks += [index] if groups is not None else []
         return groups
 
     def _collect(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group] | None:

@@ -234,6 +234,7 @@ def _register_sweeps() -> None:
         name, _, suffix = resource.name.rpartition(".")
         if suffix == "yaml":
             node = OmegaConf.create(resource.read_text(encoding="utf-8"))
+            node.pop("table", None)  # how its table looks: docs/tables.md
             ConfigStore.instance().store(name, node, group="sweeps", package="_global_", provider="alps_exp")
 
 

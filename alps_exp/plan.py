@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from . import models
-from .blocks import find_blocks
+from .blocks import blocks_of, find_blocks
 from .checks import parse_device
 from .evaluation import seqlen
 from .hidden import choose_place
-from .loop import blocks_of, linear_shapes
+from .loop import linear_shapes
 from .naming import run_name
 from .packed import packed_size
 from .problem import Statistics

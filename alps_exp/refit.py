@@ -71,6 +71,12 @@ class Refitted(Solver):
         fit = 30 * 2 * rows * width**2 if self.refit == "pcg" else rows * (width / 2) ** 3 / 3
         return self.method.flops(rows, width) + fit
 
+    def parts(self) -> int:
+        return self.method.parts()
+
+    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
+        return self.method.make_parts(problem, indices)
+
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         for problem in problems:
             problem.require(Statistics.GRAM)

@@ -133,22 +133,29 @@ class StatisticsCache:
         except (OSError, SafetensorError):
             return False
 
-    def load(self, index: int, device: torch.device) -> list[Group] | None:
-        """A block's groups of layers with what the run needs of their inputs, on the device; None where it is not here.
+    def load(self, index: int, device: torch.device, needed: bool = False) -> list[Group] | None:
+        """A block's groups of layers with what the run needs of their inputs; None where it is not here.
 
         Args:
             index: the block.
             device: where the tensors go.
+            needed: `holds` has said that it is here, and it cannot be collected any more.
+
+        Raises:
+            UserError: it was needed and cannot be read.
         """
-        if not self.holds(index):
-            return None
-        return [
-            (
-                names,
-                {field: value for field, value in fields.items() if field in self._fields | {"tokens", "sequences"}},
+        try:
+            groups = _read(self._file(index), device) if self.holds(index) else None
+        except (OSError, SafetensorError):
+            groups = None
+        if groups is None and needed:
+            self._file(index).unlink(missing_ok=True)
+            raise UserError(
+                f"{self._file(index)} was whole when the run started and cannot be read now: the same command goes on "
+                "without it"
             )
-            for names, fields in _read(self._file(index), device)
-        ]
+        kept = self._fields | {"tokens", "sequences"}
+        return groups and [(names, {key: fields[key] for key in fields if key in kept}) for names, fields in groups]
 
     def collected(self, index: int) -> Statistics:
         """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
@@ -170,11 +177,6 @@ class StatisticsCache:
                 _write(self._file(index), merged)
         except OSError as error:
             self.notes.append(f"statistics of block {index} and later ones were not kept for other runs: {error}")
-
-    def discard(self, index: int) -> Path:
-        """Remove a block's file, which cannot be read, and return its path."""
-        self._file(index).unlink(missing_ok=True)
-        return self._file(index)
 
     def _file(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"

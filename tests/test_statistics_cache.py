@@ -254,10 +254,10 @@ def test_a_file_that_is_lost_on_the_way_is_named_and_the_same_command_goes_on(se
     expected = execute(settings, tmp_path / "alone", "method=sparsegpt", DENSE, "statistics_cache=0", "save=true")
     original = StatisticsCache.load
 
-    def losing(self, index, device):
+    def losing(self, index, device, needed):
         if index == 1:
             self._file(1).write_bytes(b"nothing")
-        return original(self, index, device)
+        return original(self, index, device, needed)
 
     with monkeypatch.context() as patch:
         patch.setattr(StatisticsCache, "load", losing)
