@@ -103,7 +103,7 @@ def calibration_tokens(
             "documents": used,
             "total_windows": available,
             "protocol": f"random distinct windows of the documents joined by {text.join!r}"
-            + (f", part {seed} of {parts} disjoint ones" if parts > 1 else ""),
+            + (f", dealt out to {parts} seeds" if parts > 1 else ""),
         }
     description = _description(data, text, encoder, nsamples) | facts
     if holdout:
@@ -303,7 +303,8 @@ def _from_stream(
     """
     documents = _run_of(text.documents, generator)
     ids = encoder.encode([text.join.join(documents)])[0]
-    windows = range(len(ids) // encoder.payload)
+    total = len(ids) // encoder.payload
+    windows = range(total)
     if part != slice(0, None, 1):
         windows = generator.sample(windows, len(windows))[part]
     available = len(windows)
@@ -313,7 +314,7 @@ def _from_stream(
     if available - nsamples < holdout:
         raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
     picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
-    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), available
+    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), total
 
 
 def _run_of(documents: list[str], generator: random.Random) -> list[str]:
