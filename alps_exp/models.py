@@ -174,9 +174,9 @@ def identity(model: Mapping) -> dict[str, str]:
 def changed(model: Mapping) -> str:
     """When the files of a local checkpoint were last written, which tells of changes that `identity` does not see."""
     folder = Path(_locate(model).path)
-    return (
-        str(max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0)) if folder.is_dir() else "on the hub"
-    )
+    if not folder.is_dir():
+        return "on the hub"
+    return str(max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0))
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
