@@ -287,7 +287,10 @@ class _Loop:
         """A block's groups as an earlier run has collected them; None without such, where windows have come."""
         if self.cache is None:
             return None
-        groups = self.cache.load(index, self.model.device, needed=index > self.last)
+        try:
+            groups = self.cache.load(index, self.model.device, needed=index > self.last)
+        except torch.OutOfMemoryError:  # each group visits the device when its layers are solved
+            groups = self.cache.load(index, torch.device("cpu"), needed=index > self.last)
         self.result.cached_blocks += [index] if groups is not None else []
         return groups
 

@@ -270,6 +270,14 @@ def test_a_file_that_is_lost_on_the_way_is_named_and_the_same_command_goes_on(se
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_statistics_that_do_not_fit_on_the_device_wait_in_host_memory(settings, tmp_path, monkeypatch):
+    expected, asked = execute(settings, tmp_path / "one", "method=wanda", DENSE), []
+    out_of_memory(monkeypatch, StatisticsCache, "load", lambda *_: asked.append(1) or len(asked) == 2)
+    record = execute(settings, tmp_path / "two", "method=wanda", DENSE)
+    assert len(asked) == 4 and record["cached_blocks"] == [0, 1, 2]
+    assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
+
+
 def test_nothing_is_kept_once_memory_has_run_short(settings, tmp_path, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:
