@@ -56,7 +56,7 @@ class Alps(Solver):
     Attributes:
         rho: initial penalty ρ.
         schedule: how ρ grows, "geometric" or "paper".
-        growth: factor of the geometric schedule.
+        growth: factor of the geometric schedule; 1 keeps ρ at `rho`, and ADMM ends by the support alone.
         update_every: iterations between updates of ρ and tests of the support.
         max_iterations: of ADMM.
         stop_rho: the geometric schedule goes on while ρ is below this, however stable the support: while ρ is small
@@ -90,7 +90,7 @@ class Alps(Solver):
     def __post_init__(self) -> None:
         inf = float("inf")
         require("method.rho", self.rho, float, 0, 1e6, open_low=True)
-        require("method.growth", self.growth, float, 1, 10, open_low=True)
+        require("method.growth", self.growth, float, 1, 10)
         require("method.update_every", self.update_every, int, 1, inf)
         require("method.max_iterations", self.max_iterations, int, 1, inf)
         require("method.stop_rho", self.stop_rho, float, 0, 1e6)
@@ -106,7 +106,8 @@ class Alps(Solver):
     def flops(self, rows: int, width: int) -> float:
         # ADMM ends once ρ has grown about tenfold. Each of the resolvent's four nodes is a Cholesky factorisation
         # (n³/3), a triangular inverse and its Gram matrix (2/3 n³ each).
-        iterations = min(self.max_iterations, self.update_every * (math.log(10) / math.log(self.growth)))
+        tenfold = math.log(10) / math.log(self.growth) if self.growth > 1 else math.inf
+        iterations = min(self.max_iterations, self.update_every * tenfold)
         return 4 * (5 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
 
     def parts(self) -> int:
@@ -172,7 +173,7 @@ class Alps(Solver):
         if self.schedule == "paper":
             layer.stopped = _paper_rho(layer, changed / max(kept, 1)) or (stable and iteration >= self.min_iterations)
         else:
-            layer.stopped = stable and layer.rho >= self.stop_rho
+            layer.stopped = stable and (layer.rho >= self.stop_rho or self.growth == 1)
             if not layer.stopped:
                 layer.rho = min(layer.rho * self.growth, 1e6)
 

@@ -13,6 +13,7 @@ from .checks import one_of, parse_device, require
 from .errors import UserError
 from .patterns import Pattern, parse_sparsity
 from .problem import LayerProblem
+from .refit import refitted
 from .registry import solver as named_solver
 from .solver import Solution, Solver
 
@@ -31,6 +32,7 @@ def prune_layer(
     sequences: int | None = None,
     method: str | Solver = "alps",
     sparsity: float | str | Pattern = 0.7,
+    refit: str = "none",
     **hyperparameters,
 ) -> Solution:
     """Prune one linear layer. Needs torch and a yaml reader only.
@@ -45,6 +47,7 @@ def prune_layer(
         sequences: number of sequences behind `gram`, or into which a (tokens, in) `inputs` divides.
         method: a name in conf/method ("alps", "sparsegpt", "wanda", "dsnot", "magnitude", "dense"), or a solver.
         sparsity: 0.7, "0.7", "2:4", or a pattern.
+        refit: "pcg" or "exact" replaces the weights on the method's support by the best ones there; "none".
         **hyperparameters: the method's, by name.
 
     Returns:
@@ -53,7 +56,7 @@ def prune_layer(
     Raises:
         UserError: an unknown name or a value that is not allowed (a ValueError; one line that says what is).
     """
-    chosen = named_solver(method, **hyperparameters)
+    chosen = refitted(named_solver(method, **hyperparameters), refit)
     pattern = parse_sparsity(sparsity)
     for label, value in (("weight", weight), ("inputs", inputs), ("gram", gram), ("mean", mean), ("var", var)):
         if not isinstance(value, (Tensor, type(None))) or (label == "weight" and value is None):
@@ -82,6 +85,7 @@ def prune_model(
     batch_size: int = 1,
     propagate: str = "pruned",
     losses: bool = True,
+    refit: str = "none",
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
@@ -93,7 +97,7 @@ def prune_model(
     Args:
         model: the model, on any device, in any floating dtype.
         tokens: (windows, seqlen) integer token ids to calibrate on.
-        method, sparsity, **hyperparameters: as in `prune_layer`.
+        method, sparsity, refit, **hyperparameters: as in `prune_layer`.
         device: where the blocks compute; by default where the model is.
         batch_size: windows per forward.
         propagate: "pruned" (each block sees what the pruned blocks before it produce) or "dense".
@@ -133,6 +137,7 @@ def prune_model(
         raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
 
     chosen = named_solver(method, **hyperparameters)
+    fitting = refitted(chosen, refit)
     pattern = parse_sparsity(sparsity)
     method_name = method if isinstance(method, str) else type(method).__name__.lower()
     home = next(model.parameters()).device
@@ -141,7 +146,7 @@ def prune_model(
     patterns = {}
     if chosen.prunes:
         patterns = selection.patterns_for(linear_shapes(model, selection), pattern, other_names(model))
-    job = PruneJob(chosen, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
+    job = PruneJob(fitting, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
     record = RunRecord(
         status="complete",
         config={
@@ -150,6 +155,7 @@ def prune_model(
             "batch_size": batch_size,
             "propagate": propagate,
             "losses": losses,
+            "refit": refit,
             "layers": {
                 "include": list(selection.include),
                 "exclude": list(selection.exclude),

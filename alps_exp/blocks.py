@@ -7,7 +7,7 @@ and positions differ between layer types) or hand in finished hidden states, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,16 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
     return linears
 
 
+def blocks_of(names: Iterable[str], prefix: str) -> list[int]:
+    """Indices of the blocks that these layers belong to, in order.
+
+    Args:
+        names: of layers.
+        prefix: name of the list of blocks.
+    """
+    return sorted({int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in names})
+
+
 class BlockModel:
     """A model cut into blocks.
 
@@ -167,13 +177,14 @@ class BlockModel:
                         module._buffers[name] = buffer.to(self.device)
 
     @contextmanager
-    def block(self, index: int, dense: bool = False, changing: bool = True) -> Iterator[nn.Module]:
+    def block(self, index: int, dense: bool = False, changing: bool = True, ahead: bool = True) -> Iterator[nn.Module]:
         """A block, on the device for the length of the context.
 
         Args:
             index: which one.
             dense: of a streamed model, the unpruned one although it was pruned already.
             changing: its weights change meanwhile and are brought back.
+            ahead: of a streamed model, begin to read the next one meanwhile.
         """
         block = self.blocks[index]
         if self.source is None:
@@ -181,7 +192,8 @@ class BlockModel:
                 yield block
             return
         tensors = self.source.take(index, dense)
-        self.source.prefetch(index + 1)
+        if ahead:
+            self.source.prefetch(index + 1)
         assign(block, {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()})
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         del tensors  # on a GPU the host's copy is of no use any more
@@ -260,7 +272,7 @@ class BlockModel:
 
     def _learn_return(self, hidden: Tensor, call: Call) -> None:
         """Whether blocks return hidden states alone or first in a tuple, seen from the first one."""
-        with self.block(0, changing=False) as block:
+        with self.block(0, changing=False, ahead=False) as block:
             output = type(block).forward(block, hidden[:, :1].expand_as(hidden), *call.args, **call.kwargs)
         self._returns_tuple = isinstance(output, tuple)
 

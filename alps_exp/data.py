@@ -59,7 +59,8 @@ def calibration_tokens(
         tokenizer: the model's.
         nsamples: windows.
         seqlen: tokens in a window.
-        seed: same seed, same windows; no global generator is used or changed.
+        seed: same seed, same windows; no global generator is used or changed. With the data node's `disjoint_seeds`
+            of N, the windows of the joined text are dealt out to the seeds 0 to N - 1: none is in two seeds' windows.
         holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
             windows before them are the same with and without.
         bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
@@ -76,8 +77,10 @@ def calibration_tokens(
     if sampling not in SAMPLINGS:
         raise UserError(f"data.sampling={sampling} is not allowed; {nearest(sampling, SAMPLINGS)}")
     _at_least_one("nsamples", nsamples)
+    check_seed(data, seed)
     text = calibration_text(data)
-    generator = random.Random(seed)
+    parts = data.get("disjoint_seeds") or 1
+    generator = random.Random(seed if parts == 1 else 0)
     long = encoder.longer_than_window(text.documents, nsamples) if sampling != "concatenated" else 0
     if sampling == "documents" and not long:
         raise UserError(
@@ -93,12 +96,14 @@ def calibration_tokens(
             "protocol": "random offsets in random documents longer than a window",
         }
     else:
-        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"], holdout)
+        part = slice(seed if parts > 1 else 0, None, parts)
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"], holdout, part)
         facts = {
             "sampling": "concatenated",
             "documents": used,
             "total_windows": available,
-            "protocol": f"random distinct windows of the documents joined by {text.join!r}",
+            "protocol": f"random distinct windows of the documents joined by {text.join!r}"
+            + (f", dealt out to {parts} seeds" if parts > 1 else ""),
         }
     description = _description(data, text, encoder, nsamples) | facts
     if holdout:
@@ -174,6 +179,20 @@ def check_node(data: Mapping, bos: str | bool = "auto") -> None:
     share = data.get("held_out")
     if share is not None:
         require("data.held_out", share, float, 0, 0.99)
+
+
+def check_seed(data: Mapping, seed: int) -> None:
+    """Raise UserError unless a data node's `disjoint_seeds` can be followed, and has a part for this seed."""
+    parts = data.get("disjoint_seeds")
+    if parts is None:
+        return
+    require("data.disjoint_seeds", parts, int, 2, float("inf"))
+    if data.get("sampling") != "concatenated":
+        raise UserError(
+            f"data.disjoint_seeds={parts} deals out pieces of a joined text: give data.sampling=concatenated"
+        )
+    if seed >= parts:
+        raise UserError(f"seed={seed} has no part of data.disjoint_seeds={parts}: give a seed from 0 to {parts - 1}")
 
 
 class _Encoder:
@@ -276,19 +295,26 @@ def _from_documents(
 
 
 def _from_stream(
-    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str, holdout: int
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str, holdout: int, part: slice
 ) -> tuple[list, int, int]:
-    """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there."""
+    """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there.
+
+    Of several parts (`disjoint_seeds`) they are of one, a slice of all windows in random order.
+    """
     documents = _run_of(text.documents, generator)
     ids = encoder.encode([text.join.join(documents)])[0]
-    available = len(ids) // encoder.payload
+    total = len(ids) // encoder.payload
+    windows = range(total)
+    if part != slice(0, None, 1):
+        windows = generator.sample(windows, len(windows))[part]
+    available = len(windows)
     if available < nsamples:
         raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
-    picks = generator.sample(range(available), nsamples)
+    picks = generator.sample(windows, nsamples)
     if available - nsamples < holdout:
         raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
-    picks += generator.sample(sorted(set(range(available)) - set(picks)), holdout)
-    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), available
+    picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
+    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), total
 
 
 def _run_of(documents: list[str], generator: random.Random) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .blocks import BlockModel, block_linears, find_blocks
+from .blocks import BlockModel, block_linears, blocks_of, find_blocks
 from .errors import UserError
 from .hidden import HiddenStates
 from .layers import out_major, solve_layers
@@ -23,11 +23,11 @@ from .record import LayerRow, PruneResult
 from .selection import Selection
 from .solver import Solver, Stopwatch, full_precision
 from .statistics import Accumulator, Collector
+from .statistics_cache import Group, StatisticsCache
 from .team import Team
 from .thrift import Thrift, naming_the_step
 
 PROPAGATE = ("pruned", "dense")
-Group = tuple[list[str], dict]  # layers that share an input, and its statistics
 
 
 @dataclass(frozen=True)
@@ -83,45 +83,65 @@ def other_names(model: nn.Module) -> list[str]:
 
 
 def prune_blocks(
-    model: BlockModel, job: PruneJob, store: ProgressStore | None = None, team: Team | None = None
+    model: BlockModel,
+    job: PruneJob,
+    store: ProgressStore | None = None,
+    team: Team | None = None,
+    cache: StatisticsCache | None = None,
 ) -> PruneResult:
     """Prune the model in place, block by block; of a streamed model, into the store's shards.
+
+    Blocks behind the last one that has layers to prune are neither read nor run.
 
     Args:
         model: the model.
         job: what to do.
         store: where finished blocks are kept; those that it holds are taken from there and not solved again.
         team: the processes that prune the same model together, each calling this with the same job.
+        cache: statistics of other runs with the same inputs, for a process that works alone.
 
     Raises:
         UserError: NaN or infinite weights or activations (the layer or block is named), a layer that the method
             cannot solve, or a device whose memory does not suffice after every measure.
     """
-    return _Loop(model, job, store, team).run() if job.patterns else PruneResult()
+    return _Loop(model, job, store, team, cache).run() if job.patterns else PruneResult()
 
 
 class _Loop:
     """The state of one pass over the blocks."""
 
-    def __init__(self, model: BlockModel, job: PruneJob, store: ProgressStore | None, team: Team | None) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        job: PruneJob,
+        store: ProgressStore | None,
+        team: Team | None,
+        cache: StatisticsCache | None,
+    ) -> None:
         if model.source is not None and store is None:
             raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
-        self.model, self.job, self.store, self.team = model, job, store, team
+        self.model, self.job, self.store, self.team, self.cache = model, job, store, team, cache
         self.writes = store is not None and (team is None or team.leads)
         self.thrift = Thrift(**store.thrift) if store is not None else Thrift()
         self.hidden: HiddenStates | None = None
         self.held_out: HiddenStates | None = None
         self.result = PruneResult()
+        self.indices = blocks_of(job.patterns, model.prefix)
+        self.end = self.indices[-1] + 1
+        self.last = -1  # the last block through which the windows go
 
     def run(self) -> PruneResult:
         finished = self.store.finished if self.store is not None else []
         watch = Stopwatch(self.model.device)
-        if self.job.statistics and len(finished) < len(self.model):
+        if self.job.statistics:
+            open_blocks = [index for index in self.indices if index >= len(finished)]
+            self.last = max((i for i in open_blocks if not (self.cache and self.cache.holds(i))), default=-1)
+        if self.last >= 0:
             self.hidden = self._embedded()
             if self.job.held_out is not None:
                 self.held_out = HiddenStates(self.model, self.job.held_out, self.job.batch_size)
             watch.lap("calibrate")
-        progress = Progress(range(len(self.model)), "pruning blocks", quiet=self.job.quiet)
+        progress = Progress(range(self.end), "pruning blocks", quiet=self.job.quiet)
         for index in progress:
             if index < len(finished):
                 block = finished[index]
@@ -142,7 +162,7 @@ class _Loop:
             watch.lap("write")
         watch.seconds.pop("blocks", None)  # the blocks have booked theirs
         self._add(watch.seconds)
-        self.result.notes = list(self.thrift.notes)
+        self.result.notes = [*self.thrift.notes, *(self.cache.notes if self.cache is not None else [])]
         self.result.hidden_states = self.hidden.place if self.hidden is not None else None
         return self.result
 
@@ -176,9 +196,9 @@ class _Loop:
         if self.model.source is not None:
             self.model.source.replace(index, self.store.shard(index))
         if self.hidden is not None:
-            if self.team is None:  # whose processes have each its own
+            if self.team is None and block.sizes:  # a team's processes have each its own
                 self.hidden.rechunk(block.sizes)
-            with self.model.block(index, dense) as module:
+            with self.model.block(index, dense, ahead=index < self.end - 1) as module:
                 if not dense:
                     self._load(index, module)
                 self._advance(index, module)
@@ -196,9 +216,9 @@ class _Loop:
         """Solve a block and advance the hidden states; the block's tensors are returned in host memory."""
         model, job = self.model, self.job
         watch, name = Stopwatch(model.device), model.name(index)
-        propagating = self.hidden is not None and index < len(model) - 1
+        propagating = self.hidden is not None and index < self.last
         sizes: list[int] = []
-        with model.block(index) as block:
+        with model.block(index, ahead=index < self.end - 1) as block:
             watch.lap("transfer")
             linears = {
                 layer: module
@@ -247,8 +267,10 @@ class _Loop:
 
     def _capture(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group]:
         """Groups of layers that share an input, each with the fields of their problems' statistics."""
-        if self.hidden is None or not linears:
+        if not self.job.statistics or not linears:
             return self._own([([name], None) for name in linears], linears)
+        if (groups := self._from_cache(index)) is not None:
+            return self._thriftily(groups)
         while (groups := self._collect(index, block, linears)) is None:
             if self.team is not None:
                 raise UserError(
@@ -257,14 +279,28 @@ class _Loop:
                 )
             self.thrift.for_statistics(self.model.name(index), self.hidden, len(linears))
             self._remember_thrift()
+        if self.cache is not None and not self.thrift.notes:
+            self.cache.keep(index, groups)
+        return groups
+
+    def _from_cache(self, index: int) -> list[Group] | None:
+        """A block's groups as an earlier run has collected them; None without such, where windows have come."""
+        if self.cache is None:
+            return None
+        try:
+            groups = self.cache.load(index, self.model.device, needed=index > self.last)
+        except torch.OutOfMemoryError:  # each group visits the device when its layers are solved
+            groups = self.cache.load(index, torch.device("cpu"), needed=index > self.last)
+        self.result.cached_blocks += [index] if groups is not None else []
         return groups
 
     def _collect(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group] | None:
         """None when the device's memory does not suffice."""
         names, groups = list(linears), []
+        needed = self.cache.collected(index) if self.cache is not None else self.job.statistics
         step = -(-len(names) // self.thrift.passes)
         for begin in range(0, len(names), step):
-            collector = Collector({name: linears[name] for name in names[begin : begin + step]}, self.job.statistics)
+            collector = Collector({name: linears[name] for name in names[begin : begin + step]}, needed)
             try:
                 for batch in self.hidden:
                     collector.begin(batch)

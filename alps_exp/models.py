@@ -171,6 +171,14 @@ def identity(model: Mapping) -> dict[str, str]:
     return {"commit": folder.name} if folder.parent.name == "snapshots" else fingerprint(folder)
 
 
+def changed(model: Mapping) -> str:
+    """When the files of a local checkpoint were last written, which tells of changes that `identity` does not see."""
+    folder = Path(_locate(model).path)
+    if not folder.is_dir():
+        return "on the hub"
+    return str(max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0))
+
+
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model without weights: parameters on the meta device, buffers (rotary frequencies) real, frozen, eval mode.
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-# Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory
-# when, change neither weights nor evaluations.
+# Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
+# cache when, change neither weights nor evaluations.
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
+NOT_HASHED += ("statistics_cache",)
 
 # What an evaluation depends on where nothing is pruned, and what of it only a calibration reads.
 _EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")
-_CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout")}
+_CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout", "disjoint_seeds")}
 
 
 def config_hash(cfg: DictConfig) -> str:

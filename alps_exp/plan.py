@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import models
-from .blocks import find_blocks
+from .blocks import blocks_of, find_blocks
 from .checks import parse_device
 from .evaluation import seqlen
 from .hidden import choose_place
@@ -19,6 +19,7 @@ from .loop import linear_shapes
 from .naming import run_name
 from .packed import packed_size
 from .problem import Statistics
+from .refit import refitted
 from .registry import build
 from .run import DTYPES, dtype_of, selection_of, validate
 from .workspace import streams
@@ -41,7 +42,7 @@ def plan(cfg: Mapping) -> str:
     config = models.load_config(cfg["model"])
     skeleton = models.skeleton(config)
     shapes = linear_shapes(skeleton, selection_of(cfg))
-    solver = build(cfg["method"])
+    solver = refitted(build(cfg["method"]), cfg["refit"])
     needed = solver.statistics | (Statistics.GRAM if cfg["losses"] and patterns else Statistics.NONE)
 
     source = cfg["model"].get("path") or cfg["model"].get("package")
@@ -60,8 +61,9 @@ def plan(cfg: Mapping) -> str:
 
 
 def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list[str]:
-    _, blocks = find_blocks(skeleton)
-    block_weights = sum(p.numel() for p in blocks.parameters())
+    prefix, blocks = find_blocks(skeleton)
+    end = max(blocks_of(patterns, prefix), default=-1) + 1
+    block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
     tokens = cfg["nsamples"] * cfg["seqlen"]
     passes = 0 if not needed else 1 if cfg["propagate"] == "dense" else 2
     forward = 2 * block_weights * tokens * passes

@@ -93,8 +93,8 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
             axis.set_axisbelow(True)
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, min(len(handles), int(size[0] / room))),
-            frameon=False, handlelength=3, columnspacing=1.2,
+            handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
+            columnspacing=1.2, ncols=max(1, min(len(handles), int(size[0] / room))),
         )  # fmt: skip
         figure.draw_without_rendering()  # places everything; once is enough for all formats
         figure.set_layout_engine("none")

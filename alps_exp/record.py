@@ -68,6 +68,7 @@ class PruneResult:
         block_seconds: wall time of each block, all phases.
         notes: what was done for want of device memory.
         hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
+        cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
@@ -75,6 +76,7 @@ class PruneResult:
     block_seconds: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hidden_states: str | None = None
+    cached_blocks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +100,8 @@ class RunRecord:
         error: type and message, of a failed run.
         attempts: how often the run was begun. Seconds of calibrate, solve and propagate are those of every block where
             it was finished; all else in `phases` is of the last attempt, `restore` the time that it took to get there.
+        cached_blocks: those whose statistics this attempt took from another run; their seconds of calibrate are those
+            of reading them.
     """
 
     status: str
@@ -118,6 +122,7 @@ class RunRecord:
     environment: dict = field(default_factory=dict)
     error: dict | None = None
     attempts: int = 1
+    cached_blocks: list[int] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -128,6 +133,7 @@ class RunRecord:
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
         self.warnings = warnings_of(result.layers) + result.notes
         self.environment["hidden_states"] = result.hidden_states
+        self.cached_blocks = result.cached_blocks
 
     def to_dict(self) -> dict:
         """Plain JSON values."""

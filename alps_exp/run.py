@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate, evaluation, launch, resume
+from . import data, evaluate, evaluation, launch, resume, statistics_cache
 from .checks import one_of, parse_device, require
 from .environment import environment, peak_memory
 from .errors import UserError
@@ -27,6 +27,7 @@ from .patterns import Pattern
 from .progress_store import ProgressStore, locked
 from .record import FILE, RunRecord
 from .redaction import refuse_keys
+from .refit import REFITS, refitted
 from .registry import build
 from .saving import save
 from .selection import Selection
@@ -63,6 +64,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
+    one_of("refit", cfg["refit"], REFITS)
     for key in ("losses", "plan", "resumable"):
         one_of(key, cfg[key], (True, False))
     one_of("complete", cfg["complete"], COMPLETE)
@@ -74,6 +76,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     if cfg["stream"] is True and not cfg["resumable"] and solver.prunes:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
     resume.check(cfg)
+    statistics_cache.check(cfg)
     parse_device(cfg["device"])
     check_logger(cfg["logger"])
     _check_texts(cfg)
@@ -107,6 +110,7 @@ def _check_texts(cfg: Mapping) -> None:
     """What the configuration says about calibration texts, and about BOS, without reading them."""
     for rule in (cfg["model"]["bos"], cfg["eval"]["bos"]):
         data.check_node(cfg["data"], rule)
+    data.check_seed(cfg["data"], cfg["seed"])
     for key in ("path", "eval_path"):
         path = cfg["data"].get(key)
         if path is not None and not Path(str(path)).expanduser().is_file():
@@ -199,7 +203,7 @@ def _execute(
     watch = Stopwatch(device)
     patterns = validate(cfg)
 
-    tokens, store = None, None
+    tokens = store = cache = None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = evaluation.prepare(cfg, workspace)
@@ -211,13 +215,15 @@ def _execute(
     model = workspace.model(cfg, device, dtype_of(cfg, device), directory)
     record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
     record.environment["streamed"] = model.source is not None
-    if solver.prunes and cfg["resumable"]:
-        store = resume.open_store(
-            directory, resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
-        )
-        record.attempts = store.attempts - together
-        if store.finished and not together:
-            print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
+    if solver.prunes:
+        job = job_of(cfg, solver, patterns, tokens)
+        same = resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
+        if cfg["resumable"]:
+            store = resume.open_store(directory, same)
+            record.attempts = store.attempts - together
+            if store.finished and not together:
+                print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
+        cache = statistics_cache.open_cache(cfg, job, same, directory, workspace.keep)
     watch.lap("load")
 
     sampling = cfg["eval"]["sample_tokens"] > 0
@@ -226,10 +232,11 @@ def _execute(
         watch.lap("evaluate")
     if solver.prunes:
         try:
-            record.book(prune_blocks(model, job_of(cfg, solver, patterns, tokens), store))
+            record.book(prune_blocks(model, job, store, cache=cache))
         finally:
-            if store is not None:
-                store.close()
+            for opened in (store, cache):
+                if opened is not None:
+                    opened.close()
         watch.lap("prune")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
@@ -260,7 +267,7 @@ def job_of(
     """
     calibration, held_out = tokens[: cfg["nsamples"]], tokens[cfg["nsamples"] :]
     return PruneJob(
-        solver=solver,
+        solver=refitted(solver, cfg["refit"]),
         patterns=patterns,
         selection=selection_of(cfg),
         tokens=calibration,

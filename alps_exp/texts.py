@@ -31,6 +31,8 @@ _LINE_RULES = {
     "wikitext": lambda lines: ["" if line == " " else line + "\n" for line in lines],
     # The rows of ptb_text_only.
     "strip": lambda lines: [line.strip() for line in lines],
+    # Articles between <doc …> and </doc>, as WikiExtractor writes them.
+    "articles": lambda lines: [line for line in lines if not line.startswith(("<doc ", "</doc>"))],
 }
 
 
@@ -141,7 +143,7 @@ def read_documents(path: Path, setting: str, column: str, lines: str = "plain", 
         path: the file; its extension tells the format.
         setting: what the user wrote to get here, which opens every message.
         column: of the text, for JSON lines and parquet.
-        lines: how the lines of a plain text become documents: plain, wikitext or strip.
+        lines: how the lines of a plain text become documents: plain, wikitext, strip or articles.
         limit: read this many documents only.
 
     Raises:

@@ -90,6 +90,17 @@ def test_fit_on_support_limits():
     assert excess(again) <= excess(tight)
 
 
+def test_a_constant_rho_ends_by_the_support():
+    problem = planted(seed=42)
+    for rho in (0.1, 3.0):
+        solution = registry.solver("alps", growth=1, rho=rho).solve(problem, parse_sparsity("0.6"))
+        assert solution.stats["rho"] == rho and (solution.status == "converged") == (rho == 3)
+        assert problem.relative_loss(solution.weight) < problem.relative_loss(
+            registry.solver("magnitude").solve(problem, parse_sparsity("0.6")).weight
+        )
+    assert registry.solver("alps", growth=1).flops(8, 8) > 0
+
+
 def test_inputs_far_off_zero_are_fitted_to_the_end():
     """One direction dominates the Gram matrix; a residual that is small beside W H would stop the fit far too early."""
     generator = torch.Generator().manual_seed(0)

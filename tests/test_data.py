@@ -110,6 +110,32 @@ def test_concatenated_windows_are_distinct_pieces_of_the_text(gpt2, text_file):
     assert description["sampling"] == "concatenated" and description["total_windows"] == len(starts)
 
 
+@pytest.mark.parametrize("name", ["local", "c4"])
+def test_seeds_with_windows_of_their_own(gpt2, text_file, name):
+    local = node(name, path=text_file, sampling="concatenated", disjoint_seeds=3)
+    shared = node(name, path=text_file, sampling="concatenated")
+    available = data.calibration_tokens(shared, gpt2, nsamples=1, seqlen=64, seed=0)[1]["total_windows"]
+    parts = []
+    for seed in range(3):
+        size = len(range(seed, available, 3))
+        for nsamples, holdout in ((size, 0), (size - 4, 4), (5, 2)):
+            tokens, description = data.calibration_tokens(
+                local, gpt2, nsamples=nsamples, holdout=holdout, seqlen=64, seed=seed
+            )
+            assert description["total_windows"] == available and description["protocol"].endswith("to 3 seeds")
+            parts.append({tuple(row) for row in tokens.tolist()})
+        assert parts[-3] >= parts[-2] and parts[-3] >= parts[-1] and len(parts[-1]) == 7
+        refused(
+            lambda seed=seed, size=size: data.calibration_tokens(local, gpt2, nsamples=size + 1, seqlen=64, seed=seed),
+            f"only {size} windows",
+        )
+    one, two, three = parts[::3]
+    assert len(one | two | three) == len(one) + len(two) + len(three) == available
+    refused(lambda: data.calibration_tokens(local, gpt2, nsamples=1, seqlen=64, seed=3), "from 0 to 2")
+    for change, words in (({"sampling": "auto"}, ("concatenated",)), ({"disjoint_seeds": 1}, ("disjoint_seeds=1",))):
+        refused(lambda change=change: data.check_seed({**local, **change}, 0), *words)
+
+
 def test_auto_sampling_needs_enough_long_documents(gpt2, tmp_path):
     long, short = " ".join(tiny_models.documents(5)), "Short."
     for count, wanted in ((4, "documents"), (5, "concatenated")):
@@ -231,6 +257,12 @@ def test_row_rules(tmp_path):
     (tmp_path / "ptb.test.txt").write_text(" no it was n't black monday \n but while \n", encoding="utf-8")
     rows = texts.evaluation_text(node("ptb", eval_path=tmp_path / "ptb.test.txt"))
     assert rows.joined == "no it was n't black monday but while"
+    articles = tmp_path / "articles.txt"
+    articles.write_text(
+        '<doc id="1" title="A">\nA\n\nText <doc of A.\n\n</doc>\n<doc id="2">\nB\n</doc>\n', encoding="utf-8"
+    )
+    rows = texts.evaluation_text(node("demo_wiki", eval_path=articles))
+    assert rows.joined == "A\n\nText <doc of A.\n\nB"
 
 
 def test_the_hubs_files(gpt2, tmp_path, monkeypatch):
@@ -337,6 +369,18 @@ def test_demo_data():
 
 
 @pytest.mark.slow
+def test_the_seeds_of_the_smollm2_sweep_share_no_text():
+    tokenizer, demo = demo_tokenizer(), {**data.data_node("demo"), "disjoint_seeds": 3, "held_out": 0.15}
+    draw = {"nsamples": 40, "seqlen": 2048}
+    calibration = [data.calibration_tokens(demo, tokenizer, seed=seed, **draw)[0] for seed in range(3)]
+    held_out = [data.evaluation_tokens(node, tokenizer, seqlen=2048)[0] for node in (demo, data.data_node("demo_wiki"))]
+    assert [len(windows) for windows in held_out] == [21, 113]
+    every = torch.cat([*calibration, *held_out])
+    assert len(every.unique(dim=0)) == len(every) == 3 * 40 + 21 + 113
+    assert not any("<doc " in text for text in tokenizer.batch_decode(held_out[1]))
+
+
+@pytest.mark.slow
 def test_wikitext2_has_148_windows_for_the_demo_tokenizer(shared):
     path = shared / "data/wikitext-2/wiki.test.raw"
     text = texts.evaluation_text(data.data_node("wikitext2"), str(path))
@@ -354,7 +398,16 @@ def test_real_web_text(shared):
 
 def test_every_data_yaml_has_the_same_keys_and_its_command():
     files = sorted((CONF / "data").glob("*.yaml"))
-    assert [file.stem for file in files] == ["c4", "c4_sampled", "demo", "local", "ptb", "ptb_valid", "wikitext2"]
+    assert [file.stem for file in files] == [
+        "c4",
+        "c4_sampled",
+        "demo",
+        "demo_wiki",
+        "local",
+        "ptb",
+        "ptb_valid",
+        "wikitext2",
+    ]
     for file in files:
         fields = data.data_node(file.stem)
         assert sorted(fields) == sorted(data.data_node("c4")) and fields["name"] == file.stem

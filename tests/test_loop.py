@@ -8,9 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp.blocks import block_linears, find_blocks
+from alps_exp import run as runs
+from alps_exp.blocks import BlockModel, block_linears, find_blocks
 from alps_exp.errors import UserError
 from alps_exp.layers import out_major
+from alps_exp.overrides import compose
+from alps_exp.streaming import StreamedBlocks
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 
@@ -200,3 +203,61 @@ def test_a_width_that_the_pattern_does_not_fit_is_named_before_work(tiny_llama):
     network = load(tiny_llama)
     with pytest.raises(UserError, match=r"sparsity 1:3 does not fit model\.layers\.0\.self_attn\.q_proj"):
         alps_exp.prune_model(network, tokens(), sparsity="1:3")
+
+
+def trace_blocks(monkeypatch, ran: list[int]) -> None:
+    """Note the index of every block that is run."""
+    original = BlockModel.forward_block
+
+    def forward(self, index, block, hidden):
+        ran.append(index)
+        return original(self, index, block, hidden)
+
+    monkeypatch.setattr(BlockModel, "forward_block", forward)
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_blocks_behind_the_last_pruned_one_are_not_run(tiny_gemma3, monkeypatch, propagate):
+    options = {"method": "sparsegpt", "sparsity": 0.5, "propagate": propagate}
+    whole, part, ran = load(tiny_gemma3), load(tiny_gemma3), []
+    everything = alps_exp.prune_model(whole, tokens(), **options)
+    trace_blocks(monkeypatch, ran)
+    include = ["layers.0.self_attn.k_proj", "layers.1.mlp.up_proj"]
+    record = alps_exp.prune_model(part, tokens(), **options, include=["layers.0.*", "layers.1.mlp.up_proj"])
+    assert set(ran) == {0, 1}
+    losses = {row["name"]: row["relative_loss"] for row in everything["layers"]}
+    assert all(row["relative_loss"] == losses[row["name"]] for row in record["layers"])
+    for name in include:
+        name = f"model.{name}"
+        assert torch.equal(part.get_submodule(name).weight, whole.get_submodule(name).weight), name
+    dense = load(tiny_gemma3).state_dict()
+    kept = [name for name in dense if ".layers.2." in name]
+    assert kept and all(torch.equal(part.state_dict()[name], dense[name]) for name in kept)
+
+
+def test_a_single_layer_takes_one_forward_of_one_block(tiny_gemma3, monkeypatch):
+    ran = []
+    trace_blocks(monkeypatch, ran)
+    record = alps_exp.prune_model(load(tiny_gemma3), tokens(), sparsity=0.5, include=["layers.0.self_attn.k_proj"])
+    assert [row["name"] for row in record["layers"]] == ["model.layers.0.self_attn.k_proj"]
+    assert ran == [0] * len(tokens())
+
+
+def test_what_is_not_pruned_is_not_read_from_the_files_and_saved_as_it_is(
+    tiny_gemma3, text_file, tmp_path, monkeypatch
+):
+    words = ["model=local", f"model.path={tiny_gemma3}", "data=local", f"data.path={text_file}", "nsamples=3"]
+    words += ["seqlen=48", "device=cpu", "eval=none", "method=wanda", "layers.include=[layers.0.*]"]
+    read, original = [], StreamedBlocks._read
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedBlocks, "_read", lambda self, *rest: [read.append(rest[0]), original(self, *rest)][1])
+        streamed = runs.run(compose([*words, "stream=true"]), tmp_path / "streamed")
+    assert set(read) == {0}
+    saved = runs.run(compose([*words, "stream=true", "save=true"]), tmp_path / "saved")
+    kept = runs.run(compose([*words, "stream=false", "save=true", "eval=perplexity"]), tmp_path / "kept")
+    losses = [[row["relative_loss"] for row in record["layers"]] for record in (streamed, saved, kept)]
+    assert losses[0] == losses[1] == losses[2]
+    one, other = (load(tmp_path / name / "model").state_dict() for name in ("saved", "kept"))
+    dense = load(tiny_gemma3).state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert all(torch.equal(one[name], dense[name]) == (".layers.0." not in name) for name in dense if "_proj" in name)

@@ -75,6 +75,20 @@ def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatc
     assert not (tmp_path / "run" / ".progress").exists()
 
 
+def test_a_part_of_the_model_goes_on_and_ends_with_its_last_block(settings, tmp_path, monkeypatch):
+    more = ["layers.include=[layers.0.*,layers.1.mlp.*]", "save=false", "eval=none", "refit=pcg", "stream=true"]
+    expected = execute(settings, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        fail_at(patch, "solve_layers", 8)
+        with pytest.raises(Failure):
+            execute(settings, tmp_path / "run", *more)
+    with monkeypatch.context() as patch:
+        solved = fail_at(patch, "solve_layers", 1000)
+        record = execute(settings, tmp_path / "run", *more)
+    assert {name.split(".")[2] for name in solved} == {"1"} and record["attempts"] == 2
+    assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
+
+
 def test_what_began_in_memory_goes_on_streamed(settings, tmp_path, monkeypatch):
     expected = execute(settings, tmp_path / "whole")
     interrupted(settings, tmp_path / "run", monkeypatch, "stream=false")

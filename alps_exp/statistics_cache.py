@@ -1,0 +1,294 @@
+"""Statistics of calibration inputs on disk, for the other runs of a sweep whose inputs are the same.
+
+The first block's inputs are the same whatever the method and the sparsity, those of all blocks with propagate=dense.
+
+    RUNS/.statistics/DIGEST/identity.json              what these statistics are of, by name
+    RUNS/.statistics/DIGEST/block-00003.safetensors    the sums of one block, a group of layers after the other
+
+RUNS is the folder of the runs' directories, and DIGEST that of everything that decides the numbers: checkpoint, code,
+versions, device, dtype, tokens, windows per forward, and the layers that are pruned. A file appears whole (written
+under another name, flushed to the disk, renamed). A process that uses a set holds a shared lock on its folder; sets
+that nobody holds make room for others, least recently used first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import models
+from .checks import require
+from .errors import UserError
+from .problem import Statistics
+from .progress_store import sync_folder
+
+if TYPE_CHECKING:
+    from .loop import PruneJob
+
+FOLDER = ".statistics"
+AUTO_GB = 10.0
+Group = tuple[list[str], dict]  # layers that share an input, and its statistics
+
+
+def check(cfg: Mapping) -> None:
+    """Look at the key `statistics_cache`.
+
+    Raises:
+        UserError: neither auto nor a number from 0, or what does not go with it.
+    """
+    limit = cfg["statistics_cache"]
+    if limit == "auto":
+        return
+    if isinstance(limit, str):
+        raise UserError(f"statistics_cache={limit} is not allowed: give auto, or a number of GB (0: none)")
+    require("statistics_cache", limit, float, 0, float("inf"))
+    if limit and cfg["devices"] > 1:
+        raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+
+
+def open_cache(
+    cfg: Mapping, job: PruneJob, same: Mapping[str, str], directory: Path, in_sweep: bool
+) -> StatisticsCache | None:
+    """The statistics that a run may share with others; None where it shares none.
+
+    Args:
+        cfg: the configuration.
+        job: what the loop is asked to do.
+        same: what `resume.identity` gives.
+        directory: the run's.
+        in_sweep: whether other runs follow in this process.
+    """
+    limit = cfg["statistics_cache"]
+    if limit == "auto":
+        limit = AUTO_GB if in_sweep and cfg["devices"] == 1 else 0
+    if not limit or not job.statistics:
+        return None
+    own = {
+        "checkpoint changed": models.changed(cfg["model"]),
+        "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
+        "layers": hashlib.sha256("\n".join(sorted(job.patterns)).encode()).hexdigest()[:16],
+        "threads": str(torch.get_num_threads()),
+    }
+    identity = {name: value for name, value in same.items() if name != "configuration"} | own
+    place, dense = directory.parent / FOLDER, job.propagate == "dense"
+    try:
+        return StatisticsCache(place, identity, dense, job.statistics, job.held_out is not None, 1e9 * limit)
+    except OSError as error:
+        print(f"alps_exp: warning: statistics are not shared with other runs: {error}", file=sys.stderr)
+        return None
+
+
+class StatisticsCache:
+    """The sets of statistics below one folder, and the one that a run uses.
+
+    Args:
+        root: the folder of all sets.
+        identity: everything that decides the statistics, by name.
+        dense: the inputs of all blocks are those of the dense model, not of the first one's only.
+        needed: what the run collects of each input.
+        held_out: whether it also collects the Gram matrix of held-out windows.
+        limit: bytes that all sets may take.
+
+    Attributes:
+        notes: why something was not kept, in words.
+    """
+
+    def __init__(
+        self, root: Path, identity: Mapping[str, str], dense: bool, needed: Statistics, held_out: bool, limit: float
+    ) -> None:
+        text = json.dumps(dict(identity), sort_keys=True)
+        self.notes: list[str] = []
+        self._root, self._dense, self._limit = root, dense, limit
+        self._needed = needed
+        self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._fields = _fields(needed) | ({"held_out"} if held_out else set())
+        self._descriptor = _hold(self._folder)
+        if not (file := self._folder / "identity.json").exists():
+            file.write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        """Let go of the set."""
+        os.close(self._descriptor)
+
+    def holds(self, index: int) -> bool:
+        """Whether all that the run needs of a block's inputs is here."""
+        if index and not self._dense:
+            return False
+        try:
+            with safe_open(self._file(index), framework="pt") as opened:
+                return self._fields <= set(json.loads(opened.metadata()["fields"]))
+        except (OSError, SafetensorError):
+            return False
+
+    def load(self, index: int, device: torch.device, needed: bool = False) -> list[Group] | None:
+        """A block's groups of layers with what the run needs of their inputs; None where it is not here.
+
+        Args:
+            index: the block.
+            device: where the tensors go.
+            needed: `holds` has said that it is here, and it cannot be collected any more.
+
+        Raises:
+            UserError: it was needed and cannot be read.
+        """
+        try:
+            groups = _read(self._file(index), device) if self.holds(index) else None
+        except (OSError, SafetensorError):
+            groups = None
+        if groups is None and needed:
+            self._file(index).unlink(missing_ok=True)
+            raise UserError(
+                f"{self._file(index)} was whole when the run started and cannot be read now: the same command goes on "
+                "without it"
+            )
+        kept = self._fields | {"tokens", "sequences"}
+        return groups and [(names, {key: fields[key] for key in fields if key in kept}) for names, fields in groups]
+
+    def collected(self, index: int) -> Statistics:
+        """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
+        kept = Statistics.GRAM in self._needed and (self._dense or index == 0) and not self.notes
+        return Statistics.ALL if kept else self._needed
+
+    def keep(self, index: int, groups: list[Group]) -> None:
+        """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""
+        if (index and not self._dense) or self.notes or not groups:
+            return
+        try:
+            known = {tuple(names): fields for names, fields in _read(self._file(index), torch.device("cpu"))}
+        except (OSError, SafetensorError):
+            known = {}
+        merged = [(names, known.get(tuple(names), {}) | fields) for names, fields in groups]
+        size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
+        try:
+            if self._make_room(size):
+                _write(self._file(index), merged)
+        except OSError as error:
+            self.notes.append(f"statistics of block {index} and later ones were not kept for other runs: {error}")
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+    def _make_room(self, size: int) -> bool:
+        """Remove sets that nobody uses, least recently used first, until `size` bytes fit."""
+        sets = sorted((path for path in self._root.iterdir() if path.is_dir()), key=_used)
+        total = sum(map(_size, sets))
+        for path in sets:
+            if total + size <= self._limit:
+                break
+            if path != self._folder:
+                total -= _remove(path)
+        if total + size > self._limit:
+            self.notes.append(
+                f"statistics beyond {self._limit / 1e9:g} GB were not kept for other runs (statistics_cache)"
+            )
+        return total + size <= self._limit
+
+
+def _fields(needed: Statistics) -> set[str]:
+    """Names of the tensors of one input. The diagonal of a Gram matrix has other last digits than that summed alone."""
+    found = {"gram"} if Statistics.GRAM in needed else {"diagonal"} if Statistics.DIAGONAL in needed else set()
+    return found | ({"mean", "var"} if Statistics.MOMENTS in needed else set())
+
+
+def _hold(folder: Path) -> int:
+    """A descriptor with a shared lock on the folder, which is made if need be; leftovers of killed writers are removed.
+
+    Raises:
+        OSError: a file system without locks, or no permission.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+        except (FileNotFoundError, FileExistsError):  # removed by another process meanwhile
+            continue
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with suppress(FileNotFoundError):  # removed by another process between the first line and the lock
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    os.utime(folder)
+                    return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> int:
+    """Remove a set unless a process uses it; how many bytes that has freed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        size = _size(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return size
+    except OSError:
+        return 0
+    finally:
+        os.close(descriptor)
+
+
+def _used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
+
+
+def _read(file: Path, device: torch.device) -> list[Group]:
+    with safe_open(file, framework="pt") as opened:
+        groups = json.loads(opened.metadata()["groups"])
+        for number, (_, fields) in enumerate(groups):
+            names = [key for key in opened.keys() if key.startswith(f"{number}.")]  # noqa: SIM118
+            # Copied out of the mapped file, so that the time of reading it is spent here.
+            fields |= {key.partition(".")[2]: opened.get_tensor(key).to(device, copy=True) for key in names}
+    return [(names, fields) for names, fields in groups]
+
+
+def _write(file: Path, groups: list[Group]) -> None:
+    tensors, plain = {}, []
+    for number, (names, fields) in enumerate(groups):
+        own = {field: value for field, value in fields.items() if isinstance(value, Tensor)}
+        tensors |= {f"{number}.{field}": value.detach().cpu().contiguous() for field, value in own.items()}
+        plain.append((names, {field: value for field, value in fields.items() if field not in own}))
+    every = set.intersection(*(set(fields) for _, fields in groups))
+    metadata = {"fields": json.dumps(sorted(every)), "groups": json.dumps(plain)}
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    except SafetensorError as error:  # its way to speak of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
