@@ -131,7 +131,7 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
 _MEANINGS = {
     "relative loss": "relative loss: mean over the pruned layers",
     "held-out loss": "held-out loss: the same on windows not calibrated on",
-    "seconds": "seconds: calibration, solving and propagation",
+    "seconds": "seconds: moving blocks, calibration, solving and propagation",
 }
 
 

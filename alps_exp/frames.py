@@ -20,7 +20,7 @@ from .naming import NOT_HASHED
 
 AXES = ("model", "sparsity", "method")
 METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps-paper", "alps-simple", "alps")
-PHASES = ("calibrate", "solve", "propagate")
+PHASES = ("transfer", "calibrate", "solve", "propagate")
 UNKNOWN = "unknown"
 
 # The released ALPS is what was published; our default is set beside it too.

@@ -41,7 +41,12 @@ _SIGNS = {
     "other": ("D", (0, (2, 2))),
 }
 _VARIANTS = "D<>P*d8"
-_PHASES = {"calibrate": ("#FFFFFF", "///"), "solve": ("#555555", ""), "propagate": ("#BBBBBB", "..")}
+_PHASES = {
+    "transfer": ("#FFFFFF", ""),
+    "calibrate": ("#FFFFFF", "///"),
+    "solve": ("#555555", ""),
+    "propagate": ("#BBBBBB", ".."),
+}
 _COLUMNS = 3
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
