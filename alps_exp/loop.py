@@ -86,8 +86,8 @@ def prune_blocks(
     model: BlockModel,
     job: PruneJob,
     store: ProgressStore | None = None,
-    team: Team | None = None,
     cache: StatisticsCache | None = None,
+    team: Team | None = None,
 ) -> PruneResult:
     """Prune the model in place, block by block; of a streamed model, into the store's shards.
 
@@ -97,14 +97,14 @@ def prune_blocks(
         model: the model.
         job: what to do.
         store: where finished blocks are kept; those that it holds are taken from there and not solved again.
-        team: the processes that prune the same model together, each calling this with the same job.
         cache: statistics of other runs with the same inputs, for a process that works alone.
+        team: the processes that prune the same model together, each calling this with the same job.
 
     Raises:
         UserError: NaN or infinite weights or activations (the layer or block is named), a layer that the method
             cannot solve, or a device whose memory does not suffice after every measure.
     """
-    return _Loop(model, job, store, team, cache).run() if job.patterns else PruneResult()
+    return _Loop(model, job, store, cache, team).run() if job.patterns else PruneResult()
 
 
 class _Loop:
@@ -115,12 +115,12 @@ class _Loop:
         model: BlockModel,
         job: PruneJob,
         store: ProgressStore | None,
-        team: Team | None,
         cache: StatisticsCache | None,
+        team: Team | None,
     ) -> None:
         if model.source is not None and store is None:
             raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
-        self.model, self.job, self.store, self.team, self.cache = model, job, store, team, cache
+        self.model, self.job, self.store, self.cache, self.team = model, job, store, cache, team
         self.writes = store is not None and (team is None or team.leads)
         self.thrift = Thrift(**store.thrift) if store is not None else Thrift()
         self.hidden: HiddenStates | None = None

@@ -232,7 +232,7 @@ def _execute(
         watch.lap("evaluate")
     if solver.prunes:
         try:
-            record.book(prune_blocks(model, job, store, cache=cache))
+            record.book(prune_blocks(model, job, store, cache))
         finally:
             for opened in (store, cache):
                 if opened is not None:

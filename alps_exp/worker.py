@@ -52,7 +52,7 @@ def _work(asked: dict) -> dict:
     same = identity(cfg, asked["config_hash"], team.device, model.model.dtype, tokens)
     store = open_store(directory, same) if team.leads else ProgressStore(directory, same)
     store.finished = team.tell(store.finished)
-    prune_blocks(model, job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads), store, team)
+    prune_blocks(model, job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads), store, team=team)
     team.leave()
     return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
 
