@@ -292,6 +292,8 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
+    if min(values) == max(values):  # the mean's own rounding is no deviation
+        return values[0], 0.0
     if not math.isfinite(mean):
         return mean, math.nan
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
