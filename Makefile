@@ -25,8 +25,8 @@ $(stamp): pyproject.toml constraints.txt
 demo: setup ## Prune a real model with all five methods and print the table
 	@$(python) -m alps_exp.demo
 
-test: setup ## Run the tests
-	@$(python) -m pytest $(ARGS)
+test: setup ## Run the tests, as many at a time as there are cores
+	@$(python) -m pytest -n auto $(ARGS)
 
 crash: setup ## Kill runs of a tiny model at random moments and see that each goes on to the same result (minutes)
 	@$(python) tests/crash.py $(ARGS)
