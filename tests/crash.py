@@ -165,14 +165,18 @@ class SweepBench(Bench):
     more = ("-m", "method=dense,magnitude,sparsegpt", "sparsity=0.5,2:4", "save=false", "eval.sample_tokens=0")
 
     def read(self, place: Path) -> dict:
-        """By run: status, evaluations, rows without seconds, and files that a complete run has no use for."""
-        found = {}
+        """By run: status, evaluations, rows without seconds, and files that a complete run has no use for; and the
+        table without seconds."""
+        from alps_exp import tables
+
+        found, records = {}, []
         for path in place.glob("results/runs/*/record.json"):
             record = json.loads(path.read_text())
             rows = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in record["layers"]]
             rest = [file.name for file in path.parent.iterdir() if file.name.startswith((".progress", ".record"))]
             found[path.parent.name] = (record["status"], record["evaluations"], rows, rest)
-        return found
+            records.append({**record, "phases": {}})
+        return {**found, "table": tables.report(records, width=200)}
 
     def trial(self, kills: Sequence[Kill], *more: str) -> list[Trial]:
         """One sweep, killed so many times, and then left to its end."""
