@@ -29,12 +29,14 @@ class RunSet:
         records: run records as plain values, each with the name of its directory as `run`.
         missing: names of runs of the sweep that have no record.
         origin: what was read.
+        table: the sweep's table node, where its file is not one of the package's.
     """
 
     name: str
     records: list[dict]
     missing: list[str]
     origin: str
+    table: dict | None = None
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -71,27 +73,28 @@ def read_sweep(manifest: Path) -> RunSet:
         UserError: a manifest or a record that cannot be read.
     """
     try:
-        runs = [str(run) for run in json.loads(manifest.read_text(encoding="utf-8"))["runs"]]
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        runs = [str(run) for run in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is no readable list of a sweep's runs ({error}): start the sweep again") from None
     files = {run: manifest.parent / run / FILE for run in runs}
     records = [_read(file) for file in files.values() if file.is_file()]
     missing = [run for run, file in files.items() if not file.is_file()]
-    return RunSet(manifest.name.removesuffix(MANIFEST), records, missing, str(manifest))
+    return RunSet(manifest.name.removesuffix(MANIFEST), records, missing, str(manifest), content.get("table"))
 
 
-def read_all(runs: Path, kept: Path | None) -> list[RunSet]:
+def read_all(runs: Path | None, kept: Path | None) -> list[RunSet]:
     """One set per sweep, by name: the user's own runs, else the kept records of that name.
 
     Args:
-        runs: folder of runs and manifests; may be absent.
+        runs: folder of runs and manifests; may be absent. None: only kept records.
         kept: folder of kept records, None: only own runs.
     """
     found = {}
     if kept is not None:
         for file in sorted(kept.glob(f"*{KEPT}")):
             found[file.name.removesuffix(KEPT)] = read_kept(file)
-    for manifest in sorted(runs.glob(f"*{MANIFEST}")):
+    for manifest in sorted(runs.glob(f"*{MANIFEST}")) if runs is not None else ():
         sweep = read_sweep(manifest)
         if sweep.records:
             found[sweep.name] = sweep

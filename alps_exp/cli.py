@@ -7,6 +7,7 @@ one line and no model is loaded for it.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -173,6 +174,8 @@ def _making_directories() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError("the disk is full: make space, and the same command goes on") from error
         raise UserError(
             f"cannot write the run's directory ({describe_error(error)}): give another one with hydra.run.dir=DIR "
             "(hydra.sweep.dir=DIR in a sweep), or start in another folder"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 from .frames import AXES, UNKNOWN, Aggregate, Group, is_dense, measures
@@ -43,14 +45,21 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "device": lambda record: _environment(record, "device"),
         "commit": lambda record: (_environment(record, "git_commit") or "")[:8] or UNKNOWN,
         "code": lambda record: _environment(record, "code"),
+        "inputs": _inputs,
     }
     facts |= {name: lambda record, name=name: _version(record, name) for name in _PACKAGES}
     parts = [f"{axis} {value}" for axis, value in constant.items()]
     for name, fact in facts.items():
         text = _seeds(found.groups) if name == "seeds" else _spread(found, fact)
-        if text:
+        if text and (name != "inputs" or " / " in text):  # only where they differ
             parts.append(f"{name} {text}")
     return _capital("; ".join(parts)) + "."
+
+
+def _inputs(record: Mapping) -> str | None:
+    """A short digest of the checkpoint and the local texts."""
+    inputs = (record.get("environment") or {}).get("inputs")
+    return inputs and hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _spread(found: Aggregate, fact: Callable[[Mapping], str | None]) -> str:
@@ -120,6 +129,9 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if found.frame.loc[found.frame["metric"].isin(metrics), "stderr"].notna().any():
         words.append("of a single seed, ± is the standard error over the examples")
     words += [text for name, text in _MEANINGS.items() if any(metric.startswith(name) for metric in metrics)]
+    sharing = sum(bool(record.get("cached_blocks")) for group in found.groups for record in group.records)
+    if sharing and "seconds" in metrics:
+        words.append(f"{sharing} runs read statistics that others had collected, in whose seconds they are")
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")

@@ -109,6 +109,8 @@ def measures(record: Mapping) -> dict[str, Measure]:
     if any(value is not None for value in spent):
         found["seconds"] = Measure(math.fsum(value for value in spent if value is not None), better=0)
     if layers:
+        iterations = math.fsum(row.get("iterations", 0) for row in layers) / len(layers)
+        found["iterations"] = Measure(iterations, better=0, shown=False)
         found["zeros"] = Measure(float(record["summary"]["sparsity"]), better=0, shown=False)
     return found
 
@@ -227,6 +229,8 @@ def provenance(record: Mapping) -> dict[str, object]:
         "dtype": environment.get("dtype") or UNKNOWN,
         "device": environment.get("device") or UNKNOWN,
     }
+    facts |= {name: (environment.get("versions") or {}).get(name) for name in ("torch", "transformers")}
+    facts |= environment.get("inputs") or {}
     facts |= {f"calibration {key}": calibration.get(key) for key in _CALIBRATION}
     for item in record["evaluations"]:
         facts |= {f"{_metric(item)} {key}": item.get(key) for key in _READING if key in item}
@@ -315,12 +319,23 @@ def _published() -> dict[tuple[str, str, str, str], tuple[float, str]]:
 
 def _published_beside(group: Group, metric: str) -> tuple[float | None, str]:
     """The published figure of a group's metric and its source; None and "" where there is none."""
+    if not _as_published(group.records[0].get("config") or {}, metric):
+        return None, ""
     model, sparsity, method = group.key[:3]
     refit = group.records[0].get("config", {}).get("refit") or "none"
     name = metric if refit == "none" else f"{metric}, refit={refit}"
     method = _PUBLISHED_AS.get(method, method)
     figures = (_published().get((model, level, method, name)) for level in (sparsity, "*"))
     return next((figure for figure in figures if figure), (None, ""))
+
+
+def _as_published(config: Mapping, metric: str) -> bool:
+    """Whether a run calibrated and pruned what the published ones did, as far as its configuration says."""
+    layers = config.get("layers") or {}
+    usual = {"nsamples": 128, "seqlen": 2048, "propagate": "pruned"}
+    whole = layers.get("include", ["*"]) == ["*"] or " of " in metric
+    alike = all(config.get(key, value) == value for key, value in usual.items())
+    return whole and alike and not layers.get("exclude") and not layers.get("sparsity")
 
 
 def order(key: Sequence[str]) -> tuple:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from . import naming
 from .errors import UserError
@@ -78,7 +78,7 @@ class SweepJob:
 
         def finished(directory: Path) -> dict | None:
             record = complete_record(directory, digest)
-            found.append(record is not None and is_done(record, cfg.complete, self.start))
+            found.append(record is not None and is_done(record, cfg, self.start))
             return record if found[-1] else None
 
         def attempt(directory: Path) -> None:
@@ -108,24 +108,29 @@ def complete_record(directory: Path, digest: str) -> dict | None:
     return record if same and record.get("status") == "complete" else None
 
 
-def is_done(record: Mapping, complete: str, start: float) -> bool:
+def is_done(record: Mapping, cfg: DictConfig, start: float) -> bool:
     """Whether a complete record makes its run superfluous.
 
     Args:
         record: of the run's configuration.
-        complete: the key of that name.
+        cfg: the configuration; its key `complete` decides.
         start: of the sweep, seconds since the epoch.
     """
-    if complete == "again":
+    if cfg.complete == "again":
         return datetime.fromisoformat(record["started"]).timestamp() >= int(start)  # records know whole seconds
-    return complete == "skip" or is_of_this_code(record)
+    return cfg.complete == "skip" or not changes(record, cfg)
 
 
-def is_of_this_code(record: Mapping) -> bool:
-    """Whether a record was made by the code that runs now."""
+def changes(record: Mapping, cfg: DictConfig) -> list[str]:
+    """What has changed since a record was made, of all that its configuration does not say: code, checkpoint, texts."""
     from .environment import code_version
+    from .inputs import inputs_of
 
-    return record.get("environment", {}).get("code") == code_version()
+    environment = record.get("environment") or {}
+    now = inputs_of(OmegaConf.to_container(cfg, resolve=True))
+    before = environment.get("inputs") or {}
+    found = [] if environment.get("code") == code_version() else ["code"]
+    return found + [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
 
 
 def describe_error(error: BaseException) -> str:

@@ -62,12 +62,18 @@ class Grid:
     notes: list[str]
 
 
-def spec_of(name: str) -> Spec:
-    """The table node of `sweeps/NAME.yaml`; the default for what is no sweep of that name or has no node.
+def spec_of(name: str, node: Mapping | None = None) -> Spec:
+    """The table node of a sweep.
+
+    Args:
+        name: the sweep's; without `node`, that of the package's `sweeps/NAME.yaml`, or the default.
+        node: of a user's own file.
 
     Raises:
         UserError: unknown keys or values that are not allowed.
     """
+    if node is not None:
+        return parse(node, name)
     file = files("alps_exp.sweeps") / f"{name}.yaml"
     node = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return parse((node or {}).get("table") or {}, name)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
 # cache when, change neither weights nor evaluations.
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
-NOT_HASHED += ("statistics_cache",)
+NOT_HASHED += ("statistics_cache", "table")
 
 # What an evaluation depends on where nothing is pruned, and what of it only a calibration reads.
 _EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")

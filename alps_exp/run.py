@@ -19,6 +19,7 @@ from .environment import environment, peak_memory
 from .errors import UserError
 from .hidden import PLACES
 from .hub import first_line
+from .inputs import inputs_of
 from .loggers import check_logger, log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from .naming import config_hash, model_name
@@ -152,6 +153,7 @@ def run(
     if not sys.stderr.isatty():  # the libraries' own bars fill a log with thousands of lines
         transformers_logging.disable_progress_bar()
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    plain.pop("table", None)  # of a sweep's file
     refuse_keys(plain)
     solver = build(plain["method"])
     record = RunRecord(
@@ -202,6 +204,7 @@ def _execute(
     torch.manual_seed(cfg["seed"])
     watch = Stopwatch(device)
     patterns = validate(cfg)
+    record.environment["inputs"] = inputs_of(cfg)
 
     tokens = store = cache = None
     if solver.prunes:

@@ -183,6 +183,11 @@ class StatisticsCache:
 
     def _make_room(self, size: int) -> bool:
         """Remove sets that nobody uses, least recently used first, until `size` bytes fit."""
+        if size > self._limit:
+            self.notes.append(
+                f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
+            )
+            return False
         sets = sorted((path for path in self._root.iterdir() if path.is_dir()), key=_used)
         total = sum(map(_size, sets))
         for path in sets:

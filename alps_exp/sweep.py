@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from . import naming, overrides
 from .errors import UserError
-from .job import Outcome, SweepJob, complete_record, is_done
+from .job import Outcome, SweepJob, changes, complete_record, is_done
 from .redaction import redacted
 
 
@@ -68,6 +68,8 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
                 f"{_shown(kept[name].words)} and {_shown(line)} are the same configuration: name every run once"
             )
         place = Path(str(cfg.hydra.sweep.dir)).absolute()
+        if kept and place != next(iter(kept.values())).directory.parent:
+            raise UserError(f"hydra.sweep.dir differs between runs ({place}): give a sweep one folder")
         own = [word for word in line if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
         kept.setdefault(name, Cell(place / name, own, overrides.without_hydra(cfg)))
     return list(kept.values())
@@ -133,19 +135,21 @@ def _pending(runs: Sequence[Cell], start: float) -> list[Cell]:
     pending, others = [], []
     for cell in runs:
         record = _complete(cell)
-        if record is None or not is_done(record, cell.cfg.complete, start):
+        if record is None or not is_done(record, cell.cfg, start):
             pending.append(cell)
             if record is not None and cell.cfg.complete == "auto":
-                others.append(cell)
+                others.append((cell, changes(record, cell.cfg)))
         else:
             tidy(cell.directory)
     if others:
+        cell, changed = others[0]
         raise UserError(
-            f"{len(others)} of {len(runs)} runs are complete, but other code made them, such as "
-            f"{others[0].directory.name}: complete=skip takes them as they are, complete=renew runs them again, and "
-            "complete=again all; none was started"
+            f"{len(others)} of {len(runs)} runs are complete, but what they were made of has changed, as for "
+            f"{cell.directory.name} ({', '.join(changed)}): complete=skip takes them as they are, complete=renew runs "
+            "them again, and complete=again all; none was started"
         )
-    return pending
+    # The process of an earlier attempt may have died of the run that it was at: the others come first.
+    return sorted(pending, key=lambda cell: _status(cell.directory) == "running")
 
 
 def _complete(cell: Cell) -> dict | None:
@@ -159,7 +163,7 @@ def _conclude(name: str | None, runs: Sequence[Cell], outcomes: Sequence[Outcome
     found = {cell.directory.name: _record(cell.directory) for cell in runs}
     if records := [record for record in found.values() if record is not None]:
         missing = [run for run, record in found.items() if record is None]
-        print(f"\n{redacted(tables.report(records, name, missing))}\n")
+        print(f"\n{redacted(tables.report(records, name or '', missing, node=_table_node(runs)))}\n")
     count = {status: 0 for status in ("completed", "refused", "failed", "left")}
     for outcome in outcomes:
         count[outcome.status] += 1
@@ -173,22 +177,37 @@ def _conclude(name: str | None, runs: Sequence[Cell], outcomes: Sequence[Outcome
 
 
 def _record(directory: Path) -> dict | None:
-    """The record of a run that has ended."""
+    """The record of a run that has ended, with the run's name."""
+    record = _read(directory)
+    return record | {"run": directory.name} if record.get("status") in ("complete", "failed") else None
+
+
+def _status(directory: Path) -> str | None:
+    return _read(directory).get("status")
+
+
+def _read(directory: Path) -> dict:
     from .record import FILE
 
     try:
         record = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record if record.get("status") in ("complete", "failed") else None
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _sweep_name(words: Sequence[str]) -> str | None:
     """The sweep's file that the words name."""
     for override in OverridesParser.create().parse_overrides(list(words)):
-        if override.key_or_group == "sweeps" and isinstance(name := override.value(), str):
-            return name
+        if override.key_or_group == "sweeps":
+            names = override.value() if isinstance(override.value(), list) else [override.value()]
+            return str(names[0]) if len(names) == 1 else None
     return None
+
+
+def _table_node(runs: Sequence[Cell]) -> dict | None:
+    """The table node of a sweep's file that is not this package's own; those of the package are read from it."""
+    return OmegaConf.to_container(runs[0].cfg.table) if "table" in runs[0].cfg else None
 
 
 def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> None:
@@ -196,6 +215,8 @@ def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> No
     from .record import write_json
 
     content = {"sweep": name, "words": list(given), "runs": [cell.directory.name for cell in runs]}
+    if (node := _table_node(runs)) is not None:
+        content["table"] = node
     write_json(runs[0].directory.parent / f"{name}.sweep.json", content)
 
 

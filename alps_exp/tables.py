@@ -29,7 +29,7 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
     Raises:
         UserError: records that cannot be averaged, or a table node that does not fit them.
     """
-    spec = spec_of(runs.name)
+    spec = spec_of(runs.name, runs.table)
     found = _aggregate(runs.records, runs.missing, spec)
     table = grid(found, spec)
     pictures = plots.draw(found, spec, folder, runs.name)
@@ -39,7 +39,13 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
     return [*render.write(found, table, pictures, folder, runs.name), *pictures]
 
 
-def report(records: Iterable[Mapping], name: str = "", missing: Iterable[str] = (), width: int | None = None) -> str:
+def report(
+    records: Iterable[Mapping],
+    name: str = "",
+    missing: Iterable[str] = (),
+    width: int | None = None,
+    node: Mapping | None = None,
+) -> str:
     """The table of a sweep for the terminal.
 
     Args:
@@ -47,13 +53,14 @@ def report(records: Iterable[Mapping], name: str = "", missing: Iterable[str] = 
         name: the sweep's, for its table node; without one the default layout.
         missing: names of runs without a record.
         width: columns to fill; by default the terminal's.
+        node: the sweep's table node, where its file is not one of the package's.
 
     Returns:
         The table, or a line that says why there is none.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
-    spec = spec_of(name) if name else Spec()
     try:
+        spec = spec_of(name, node) if name else Spec()
         return render.plain(grid(_aggregate(records, missing, spec), spec), width)
     except UserError as error:
         return f"no table: {error}"
@@ -89,9 +96,13 @@ def check(kept: Path, tables: Path) -> list[str]:
     Returns:
         A line per file that differs.
     """
-    found = []
+    sets = archive.read_all(None, kept)
+    if not sets:
+        raise UserError(f"{kept} holds no records: there is nothing to check")
+    known = {runs.name for runs in sets} | {COMPARISON}
+    found = [f"{file} has no records in {kept}" for file in sorted(tables.glob("*.md")) if file.stem not in known]
     with tempfile.TemporaryDirectory() as folder:
-        for runs in archive.read_all(Path(folder) / "none", kept):
+        for runs in sets:
             new = make(runs, Path(folder) / runs.name)
             names = {path.name for path in new}
             for path in new:
@@ -127,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.keep:
             return _keep(options.keep, options.runs or RUNS)
         return _make_all(options.runs, options.tables)
+    except OSError as error:
+        return _refuse(UserError(f"cannot read or write {error.filename} ({error.strerror}): name another folder"))
     except UserError as error:
         return _refuse(error)
 

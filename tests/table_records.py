@@ -33,7 +33,7 @@ def record(
         "method": method,
         "sparsity": "0" if dense else sparsity,
         "seed": seed,
-        "config": {"nsamples": 8, "seed": seed, "method": {"name": method}, "eval": {"name": "wanda"}},
+        "config": {"nsamples": 128, "seed": seed, "method": {"name": method}, "eval": {"name": "wanda"}},
         "calibration": {} if dense else {"dataset": "c4", "source": "hub", "windows": 8, "seqlen": 2048, "seed": seed},
         "layers": [] if dense else layers,
         "summary": {} if dense else {"sparsity": 0.5},

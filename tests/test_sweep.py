@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from alps_exp import cli, environment, launching, loop, models, overrides, progress_store, sweep, workspace
+from alps_exp import cli, environment, launching, loop, models, overrides, progress_store, sweep, tables, workspace
 from alps_exp import run as runs
 from alps_exp.blocks import BlockModel
 from alps_exp.hidden import HiddenStates
@@ -102,7 +104,7 @@ def test_records_of_other_code_are_a_choice(words, capsys, ran, monkeypatch):
     capsys.readouterr()
     assert call(words) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "2 of 3 runs are complete, but other code made them" in error
+    assert error.count("\n") == 1 and "2 of 3 runs are complete, but what they were made of has changed" in error
     assert all(f"complete={choice}" in error for choice in ("skip", "renew", "again")) and not ran
     assert call([*words, "complete=skip"]) == 0
     assert len(ran) == 1
@@ -286,3 +288,50 @@ def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch)
     ):
         monkeypatch.setattr("alps_exp.workspace.free_host", lambda free=free: free)
         assert runs.run(cfg, tmp_path / str(number), place)["environment"]["streamed"] is streamed
+
+
+def test_a_changed_text_or_checkpoint_is_noticed(words, capsys, tmp_path, tiny_llama, text_file):
+    text, folder = tmp_path / "text.txt", tmp_path / "tiny"
+    text.write_bytes(text_file.read_bytes())
+    shutil.copytree(tiny_llama, folder)
+    own = [*words, "method=magnitude", "sparsity=0.5", f"model.path={folder}", f"data.path={text}"]
+    assert call(own) == call(own) == 0
+    text.write_text(text.read_text()[:-5000])
+    capsys.readouterr()
+    assert call(own) == 2
+    assert "(text path)" in capsys.readouterr().err
+    assert call([*own, "complete=renew"]) == call(own) == 0
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert call(own) == 2 and "(checkpoint model.safetensors)" in capsys.readouterr().err
+
+
+def test_what_died_comes_last(words, ran):
+    """A run that takes its process with it must not be all that the next attempts do."""
+    assert call(words) == 0
+    dead, *_ = folders().values()
+    for place in folders().values():
+        content = {**record(place), "status": "running" if place == dead else "failed"}
+        (place / "record.json").write_text(json.dumps(content))
+    ran.clear()
+    assert call(words) == 0
+    assert len(ran) == 3 and ran[-1] == dead.name
+
+
+def test_a_users_own_sweep_has_its_table(words, capsys, tmp_path):
+    (tmp_path / "own/sweeps").mkdir(parents=True)
+    node = {"title": "Mine", "rows": ["sparsity"], "columns": ["method"], "plots": []}
+    params = {"method": "dense,magnitude", "sparsity": "0.5,2:4"}
+    yaml_text = f"# @package _global_\n{json.dumps({'table': node, 'hydra': {'sweeper': {'params': params}}})}\n"
+    (tmp_path / "own/sweeps/mine.yaml").write_text(yaml_text)
+    rest = [word for word in words if not word.startswith(("method=", "sparsity="))]
+    assert call([*rest, "--config-dir", str(tmp_path / "own"), "+sweeps=mine"]) == 0
+    assert "\nMine\n" in capsys.readouterr().out
+    assert call([*rest, "method=magnitude", "sparsity=0.5"]) == 0  # the node plays no part in what a run is
+    assert ": 1 complete before, 0 run now" in capsys.readouterr().out
+    assert all("table" not in record(place)["config"] for place in folders().values())
+    assert tables.main([str(tmp_path / "results/runs"), str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made/mine.md").read_text().startswith("**Mine**") and not list(
+        (tmp_path / "made").glob("mine-*")
+    )

@@ -108,7 +108,7 @@ class TestFiles:
     def test_plots_no_longer_asked_for_are_removed(self, grid_of_runs, tmp_path, monkeypatch):
         runs = archive.RunSet("a", grid_of_runs, [], "here")
         (tmp_path / "a-phases.png").touch(), (tmp_path / "ab-phases.png").touch()
-        monkeypatch.setattr(tables, "spec_of", lambda name: layout.parse({"plots": ["seconds"]}, name))
+        monkeypatch.setattr(tables, "spec_of", lambda name, node=None: layout.parse({"plots": ["seconds"]}, name))
         tables.make(runs, tmp_path)
         assert {path.name for path in tmp_path.glob("*.png")} == {"a-seconds.png", "ab-phases.png"}
 
@@ -201,11 +201,17 @@ class TestCheck:
     def test_the_committed_tables_are_those_of_the_committed_records(self):
         assert tables.check(ROOT / tables.KEPT, ROOT / tables.TABLES) == []
 
+    def test_what_checks_nothing_says_so(self, committed, capsys):
+        (tables.KEPT / "a.jsonl.gz").rename(tables.KEPT / "b.jsonl.gz")
+        assert tables.main(["--check"]) == 1 and "a.md has no records" in capsys.readouterr().err
+        (tables.KEPT / "b.jsonl.gz").unlink()
+        assert tables.main(["--check"]) == 2 and "nothing to check" in capsys.readouterr().err
+
     @pytest.fixture
     def committed(self, tmp_path, monkeypatch, grid_of_runs) -> Path:
         monkeypatch.chdir(tmp_path)
         archive.write_kept(grid_of_runs, tables.KEPT / "a.jsonl.gz")
-        monkeypatch.setattr(tables, "spec_of", lambda name: layout.parse({"plots": ["perplexity"]}, name))
+        monkeypatch.setattr(tables, "spec_of", lambda name, node=None: layout.parse({"plots": ["perplexity"]}, name))
         assert tables.main([]) == 0 and tables.main(["--check"]) == 0
         return tables.TABLES
 
