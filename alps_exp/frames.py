@@ -247,7 +247,8 @@ def _refuse_mixtures(key: tuple[str, ...], records: Sequence[Mapping]) -> None:
             if first.get(name) != facts.get(name):
                 raise UserError(
                     f"{label}: not averaged over seeds, since {name} is {first.get(name)} in {_name(records[0])} and "
-                    f"{facts.get(name)} in {_name(record)}: run these again alike, or move one away"
+                    f"{facts.get(name)} in {_name(record)}: run these again alike (-m with complete=renew), or "
+                    "move one away"
                 )
         if not is_dense(record) and record["seed"] in seeds:
             raise UserError(
