@@ -43,7 +43,9 @@ class TestReading:
         assert words in error and "00000000/record.json" in error and error.count("\n") == 1
 
     @pytest.mark.parametrize(
-        "content", [b"no gzip", b"\x1f\x8b\x08\x00broken", gzip.compress(b"[1]"), gzip.compress(b"{")]
+        "content",
+        [b"no gzip", b"\x1f\x8b\x08\x00broken", gzip.compress(b"[1]"), gzip.compress(b"{")],
+        ids=["no gzip", "broken gzip", "no object", "no JSON"],
     )
     def test_a_bad_kept_file_is_named(self, tmp_path, content):
         path = tmp_path / "a.jsonl.gz"

@@ -1,0 +1,24 @@
+"""pytest-xdist's workers collect the tests each for itself, and run none where one finds others than another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def test_another_process_collects_the_same_tests(request):
+    """Later, and with other hashes of texts: what this process has collected, in the same order (a choice by -k apart).
+
+    Alone it says nothing of the others; `make test` collects them all.
+    """
+    here = [item.nodeid for item in request.session.items]
+    files = list(dict.fromkeys(name.split("::")[0] for name in here))
+    options = ["--collect-only", "-p", "no:xdist", "-p", "no:cacheprovider", "--rootdir", request.config.rootpath]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    result = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
+    there = [line for line in result.stdout.splitlines() if "::" in line]
+    assert set(here) <= set(there), f"found here only: {[name for name in here if name not in set(there)][:3]}"
+    assert here == [name for name in there if name in set(here)], "found in another order"
