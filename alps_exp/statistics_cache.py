@@ -7,8 +7,9 @@ The first block's inputs are the same whatever the method and the sparsity, thos
 
 RUNS is the folder of the runs' directories, and DIGEST that of everything that decides the numbers: checkpoint, code,
 versions, device, dtype, tokens, windows per forward, and the layers that are pruned. A file appears whole (written
-under another name, flushed to the disk, renamed). A process that uses a set holds a shared lock on its folder; sets
-that nobody holds make room for others, least recently used first.
+under another name, flushed to the disk, renamed) and carries a checksum over its set, its block and all that it holds:
+one that does not hold is as good as none, and its block is collected again. A process that uses a set holds a shared
+lock on its folder; sets that nobody holds make room for others, least recently used first.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".statistics"
 AUTO_GB = 10.0
+_ATTEMPTS = 1000  # to hold a folder that other processes may remove at that moment
 Group = tuple[list[str], dict]  # layers that share an input, and its statistics
 
 
@@ -87,8 +91,13 @@ def open_cache(
     try:
         return StatisticsCache(place, identity, dense, job.statistics, job.held_out is not None, 1e9 * limit)
     except OSError as error:
-        print(f"alps_exp: warning: statistics are not shared with other runs: {error}", file=sys.stderr)
+        _warn(f"statistics are not shared with other runs: {error}")
         return None
+
+
+@cache  # the runs of a sweep meet the same obstacle: it is told once
+def _warn(message: str) -> None:
+    print(f"alps_exp: warning: {message}", file=sys.stderr)
 
 
 class StatisticsCache:
@@ -115,23 +124,34 @@ class StatisticsCache:
         self._needed = needed
         self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._fields = _fields(needed) | ({"held_out"} if held_out else set())
+        self._whole: dict[int, tuple] = {}  # block → state of its file when its checksum was last found to hold
         self._descriptor = _hold(self._folder)
-        if not (file := self._folder / "identity.json").exists():
-            file.write_text(text, encoding="utf-8")
+        try:
+            if not (file := self._folder / "identity.json").exists():
+                file.write_text(text, encoding="utf-8")
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go of the set."""
         os.close(self._descriptor)
 
     def holds(self, index: int) -> bool:
-        """Whether all that the run needs of a block's inputs is here."""
+        """Whether all that the run needs of a block's inputs is here, as it was written."""
         if index and not self._dense:
             return False
         try:
-            with safe_open(self._file(index), framework="pt") as opened:
-                return self._fields <= set(json.loads(opened.metadata()["fields"]))
-        except (OSError, SafetensorError):
+            found = self._file(index).stat()
+        except OSError:
             return False
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._whole.get(index, ())[:3] != state:
+            groups = _read(self._file(index))
+            if groups is None:
+                return False
+            self._whole[index] = (*state, set.intersection(*(set(fields) for _, fields in groups)))
+        return self._fields <= self._whole[index][3]
 
     def load(self, index: int, device: torch.device, needed: bool = False) -> list[Group] | None:
         """A block's groups of layers with what the run needs of their inputs; None where it is not here.
@@ -144,12 +164,10 @@ class StatisticsCache:
         Raises:
             UserError: it was needed and cannot be read.
         """
-        try:
-            groups = _read(self._file(index), device) if self.holds(index) else None
-        except (OSError, SafetensorError):
-            groups = None
+        groups = _read(self._file(index), device) if self.holds(index) else None
         if groups is None and needed:
-            self._file(index).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file(index).unlink(missing_ok=True)
             raise UserError(
                 f"{self._file(index)} was whole when the run started and cannot be read now: the same command goes on "
                 "without it"
@@ -166,10 +184,7 @@ class StatisticsCache:
         """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""
         if (index and not self._dense) or self.notes or not groups:
             return
-        try:
-            known = {tuple(names): fields for names, fields in _read(self._file(index), torch.device("cpu"))}
-        except (OSError, SafetensorError):
-            known = {}
+        known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
         merged = [(names, known.get(tuple(names), {}) | fields) for names, fields in groups]
         size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
         try:
@@ -188,7 +203,9 @@ class StatisticsCache:
                 f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
             )
             return False
-        sets = sorted((path for path in self._root.iterdir() if path.is_dir()), key=_used)
+        # Whatever else lies here is not ours to remove.
+        folders = (path for path in self._root.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name))
+        sets = sorted((path for path in folders if path.is_dir() and not path.is_symlink()), key=_used)
         total = sum(map(_size, sets))
         for path in sets:
             if total + size <= self._limit:
@@ -212,14 +229,19 @@ def _hold(folder: Path) -> int:
     """A descriptor with a shared lock on the folder, which is made if need be; leftovers of killed writers are removed.
 
     Raises:
-        OSError: a file system without locks, or no permission.
+        OSError: a file system without locks, no permission, or something in the folder's place that is none.
     """
-    while True:
+    for _ in range(_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY)
-        except (FileNotFoundError, FileExistsError):  # removed by another process meanwhile
-            continue
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            for path in (folder.parent, folder):
+                if path.is_symlink() and not path.exists():
+                    raise FileExistsError(f"{path} is a link that leads nowhere: remove it") from None
+                if path.is_file():
+                    raise FileExistsError(f"{path} is a file, where a folder is needed: remove it") from None
+            continue  # removed by another process meanwhile
         try:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,6 +256,7 @@ def _hold(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise OSError(f"{folder} disappears as often as it is made")
 
 
 def _remove(folder: Path) -> int:
@@ -268,14 +291,31 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _read(file: Path, device: torch.device) -> list[Group]:
-    with safe_open(file, framework="pt") as opened:
-        groups = json.loads(opened.metadata()["groups"])
-        for number, (_, fields) in enumerate(groups):
-            names = [key for key in opened.keys() if key.startswith(f"{number}.")]  # noqa: SIM118
+def _read(file: Path, device: torch.device | None = None) -> list[Group] | None:
+    """A file's groups, on the host or a device; None where it cannot be read or is not as it was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
             # Copied out of the mapped file, so that the time of reading it is spent here.
-            fields |= {key.partition(".")[2]: opened.get_tensor(key).to(device, copy=True) for key in names}
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(file, tensors, metadata["groups"]):
+            return None
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+    groups = json.loads(metadata["groups"])
+    for key, tensor in tensors.items():
+        number, _, field = key.partition(".")
+        groups[int(number)][1][field] = tensor if device is None else tensor.to(device)
     return [(names, fields) for names, fields in groups]
+
+
+def _checksum(file: Path, tensors: Mapping[str, Tensor], groups: str) -> str:
+    """sha256 (hex) of which block of which set this is, and of all that the file says of it."""
+    digest = hashlib.sha256(f"{file.parent.name}/{file.name}\n{groups}\n".encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _write(file: Path, groups: list[Group]) -> None:
@@ -284,8 +324,8 @@ def _write(file: Path, groups: list[Group]) -> None:
         own = {field: value for field, value in fields.items() if isinstance(value, Tensor)}
         tensors |= {f"{number}.{field}": value.detach().cpu().contiguous() for field, value in own.items()}
         plain.append((names, {field: value for field, value in fields.items() if field not in own}))
-    every = set.intersection(*(set(fields) for _, fields in groups))
-    metadata = {"fields": json.dumps(sorted(every)), "groups": json.dumps(plain)}
+    text = json.dumps(plain)
+    metadata = {"groups": text, "sha256": _checksum(file, tensors, text)}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)

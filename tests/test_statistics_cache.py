@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_thrift import out_of_memory
 
 from alps_exp import loop, statistics_cache
@@ -247,6 +248,96 @@ def test_what_is_cut_short_is_collected_again(settings, tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
     assert execute(settings, tmp_path / "two", "method=sparsegpt", DENSE)["cached_blocks"] == []
     assert execute(settings, tmp_path / "three", "method=wanda", DENSE, "sparsity=0.5")["cached_blocks"] == [0, 1, 2]
+
+
+def flip(file: Path) -> None:
+    """Another exponent for the first number of a file."""
+    content = bytearray(file.read_bytes())
+    content[int.from_bytes(content[:8], "little") + 8 + 2] ^= 0x40
+    file.write_bytes(content)
+
+
+def other_metadata(file: Path, **metadata: str) -> None:
+    save_file(load_file(file), file, metadata=metadata or None)
+
+
+def own_metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        other_metadata,
+        lambda file: other_metadata(file, format="pt"),
+        lambda file: other_metadata(file, groups="[1", sha256="0"),
+        lambda file: other_metadata(file, **own_metadata(file) | {"groups": '[[["q"], {}]]'}),
+        lambda file: shutil.copy(file.with_name("block-00001.safetensors"), file),
+        lambda file: file.write_text("no safetensors"),
+        lambda file: (file.unlink(), file.mkdir()),
+    ],
+    ids=["bit", "no metadata", "foreign", "unreadable", "other layers", "another block", "text", "a folder"],
+)
+def test_what_is_not_as_it_was_written_is_as_good_as_none(tmp_path, damage):
+    one = cache(tmp_path, "a")
+    one.keep(0, groups(1)), one.keep(1, groups(2))
+    assert one.holds(0) and one.holds(1)
+    damage(one._file(0))
+    for again in (one, cache(tmp_path, "a")):
+        assert not again.holds(0) and again.load(0, torch.device("cpu")) is None and again.holds(1)
+    one.keep(0, groups(3))
+    if one._file(0).is_file():
+        assert torch.equal(one.load(0, torch.device("cpu"))[0][1]["gram"], groups(3)[0][1]["gram"])
+    else:
+        assert "block 0" in one.notes[0] and not one.holds(0)
+
+
+def test_a_flipped_bit_changes_no_result(settings, tmp_path):
+    expected = execute(settings, tmp_path / "one", "method=sparsegpt", "save=true")
+    flip(sets(tmp_path)[0] / "block-00000.safetensors")
+    for name, cached in (("two", []), ("three", [0])):  # collected again, and kept again
+        record = execute(settings, tmp_path / name, "method=sparsegpt", "save=true")
+        assert (record["status"], record["cached_blocks"]) == ("complete", cached)
+        assert [row["relative_loss"] for row in record["layers"]] == [
+            row["relative_loss"] for row in expected["layers"]
+        ]
+        one, other = weights(tmp_path / "one"), weights(tmp_path / name)
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("obstruct", "told"),
+    [
+        (lambda place: place.symlink_to("/nowhere/at/all"), "is a link that leads nowhere"),
+        (lambda place: place.write_text("a file"), "is a file, where a folder is needed"),
+    ],
+    ids=["dangling link", "file"],
+)
+def test_what_stands_in_place_of_the_folder_is_told_once(settings, tmp_path, capsys, obstruct, told):
+    obstruct(tmp_path / ".statistics")
+    for name in ("one", "two"):
+        record = execute(settings, tmp_path / name, "method=wanda")
+        assert record["status"] == "complete" and record["cached_blocks"] == []
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not shared" in line]
+    assert len(lines) == 1 and told in lines[0] and str(tmp_path / ".statistics") in lines[0]
+
+
+def test_what_stands_in_place_of_a_set_is_told(tmp_path):
+    place = cache(tmp_path, "a")._folder
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match="a link that leads nowhere"):
+        cache(tmp_path, "a")
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_bytes(b"x" * 100_000)
+    one = cache(tmp_path, "a", limit=1.5 * 64 * 64 * 4)
+    one.keep(0, groups(1)), one.keep(1, groups(2))
+    assert (tmp_path / "notes" / "mine.txt").exists() and one.holds(0) and not one.holds(1)
 
 
 def test_a_file_that_is_lost_on_the_way_is_named_and_the_same_command_goes_on(settings, tmp_path, monkeypatch):
