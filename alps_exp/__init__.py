@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,9 +21,12 @@ __all__ = [
 # In a checkout (and an editable install) conf/, sweeps/ and baselines/ lie beside this package; in a wheel they lie
 # inside it. Either way they are alps_exp.conf, alps_exp.sweeps and alps_exp.baselines, so that nothing of this project
 # is a top-level module that another distribution's `baselines` could shadow (docs/decisions.md).
-if not (Path(__file__).parent / "conf").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+_FOLDER = os.path.dirname(__file__)
+if not os.path.isdir(os.path.join(_FOLDER, "conf")):
+    __path__.append(os.path.dirname(_FOLDER))
 
+# As typing's, which takes a while to import: an interrupt shall meet `streams.settle` as early as it can.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .api import prune_layer, prune_model
     from .packed import load_packed

@@ -26,32 +26,28 @@ from . import __version__, overrides, sweep
 from .errors import UserError
 from .job import Outcome, describe_error, full_error, single
 from .redaction import redacted
+from .streams import INTERRUPTED, interrupted, settle
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE = 2, 1
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of `alps-exp` and `python -m alps_exp`: exits with 0, 1 (failed), 2 (user's mistake) or 130."""
+    """Do what the command line asks and exit with 0, 1 (failed), 2 (user's mistake) or 130 (interrupted)."""
+    settle()
     sys.exit(guarded(lambda: command(list(sys.argv[1:] if words is None else words))))
 
 
 def guarded(action: Callable[[], int]) -> int:
     """The exit status that `action` returns, or that of its error, which is told in one line."""
     try:
-        status = action()
-        sys.stdout.flush()
-    except UserError as error:
-        status = _report(str(error), USER_ERROR)
-    except KeyboardInterrupt as error:
-        status = _report(str(error) or "interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; say nothing, and keep Python from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FAILURE
-    except Exception as error:
+        return action()
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted(error):
+            return _report((isinstance(error, KeyboardInterrupt) and str(error)) or "interrupted", INTERRUPTED)
+        if isinstance(error, UserError):
+            return _report(str(error), USER_ERROR)
         hint = "" if full_error() else "; HYDRA_FULL_ERROR=1 shows the trace"
-        status = _report(describe_error(error) + hint, FAILURE)
-    return status
+        return _report(describe_error(error) + hint, FAILURE)
 
 
 def command(words: list[str]) -> int:

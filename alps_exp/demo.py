@@ -6,6 +6,11 @@ methods at one sparsity; the model and the texts are loaded once.
 
 from __future__ import annotations
 
+from . import streams
+
+if __name__ == "__main__":  # before the imports that take seconds
+    streams.settle()
+
 import sys
 import time
 

@@ -18,7 +18,7 @@ from . import __version__, baselines
 # Modules that show, plan and arrange results without taking part in making them.
 _ARRANGING = (
     *("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "progress", "sweep"),
-    *("archive", "footnotes", "frames", "layout", "plots", "render", "tables"),
+    *("archive", "footnotes", "frames", "layout", "plots", "render", "streams", "tables"),
 )
 
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from . import naming
 from .errors import UserError
 from .redaction import redacted
+from .streams import settle
 
 # Seconds of the longest run that this process has made for a sweep, by the sweep's start.
 _longest: dict[float, float] = {}
@@ -69,6 +70,7 @@ class SweepJob:
         from . import gpus, run
         from .workspace import shared
 
+        settle()  # the process may be a worker's
         begin, longest = time.time(), _longest.get(self.start, 0.0)
         if cfg.minutes is not None and begin + longest > self.start + 60 * cfg.minutes:
             return Outcome(_directory().name, "left")

@@ -7,12 +7,18 @@ package that carries the file) and `trust_remote_code`; conf/model/*.yaml has on
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers.utils
+
+if sys.flags.optimize > 1:  # -OO drops docstrings, and this decorator of all models refuses classes without
+    transformers.utils.auto_docstring = lambda obj=None, **_: (lambda decorated: decorated) if obj is None else obj
+
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

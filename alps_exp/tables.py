@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from . import streams
+
+if __name__ == "__main__":  # before the imports that take seconds
+    streams.settle()
+
 import argparse
 import shutil
 import sys
@@ -126,7 +131,7 @@ def _same(new: Path, old: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Make, check or keep, as the arguments say; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alps_exp.tables", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m alps_exp.tables", description="Tables and plots from run records.")
     parser.add_argument("runs", nargs="?", type=Path, help=f"folder of run records, or a {archive.KEPT} file")
     parser.add_argument("tables", nargs="?", type=Path, default=TABLES, help="folder to write to")
     parser.add_argument("--check", action="store_true", help="compare the committed tables with the committed records")

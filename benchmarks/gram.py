@@ -64,7 +64,7 @@ def errors(x: torch.Tensor) -> tuple[float, float]:
 
 def main() -> None:
     """Print a line per width."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--widths", default="576,1536")
     parser.add_argument("--tokens", type=int, default=2048, help="per accumulation")

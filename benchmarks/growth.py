@@ -95,7 +95,7 @@ def plot(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Measure, or plot what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     numbers = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", default="alps,alps-simple,sparsegpt,wanda", type=lambda text: text.split(","))

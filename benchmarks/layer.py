@@ -139,7 +139,7 @@ def parse_value(text: str) -> float | int | str:
 
 def main() -> None:
     """Print a line per layer, method and sparsity, and a total per method and sparsity."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", default="smollm2-135m", help="OUTxIN[*COUNT],… or one of " + ", ".join(BLOCKS))
     parser.add_argument("--npz", nargs="*", type=Path, default=[], help="measure these layers instead")

@@ -105,7 +105,7 @@ def child(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the rounds and print the ratios of the medians to the peer's first run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--peer", help="the python of an environment with llmcompressor")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--text", type=Path, help="plain text, UTF-8")

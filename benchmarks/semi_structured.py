@@ -50,7 +50,8 @@ def generated(shapes: str, dtypes: str, device: torch.device) -> Iterator[tuple[
             weight = torch.randn(rows, width, generator=generator, device=device) / width**0.5
             weight = weight.masked_fill(~NM(2, 4).keep(weight.abs()), 0).to(getattr(torch, dtype)).cpu()
             stored, entries = pack({"weight": weight})
-            assert entries["weight"]["scheme"] == "2:4" and unpack(stored, entries)["weight"].equal(weight)
+            if entries["weight"]["scheme"] != "2:4" or not unpack(stored, entries)["weight"].equal(weight):
+                raise RuntimeError(f"{shape}, {dtype}: not the same weight after packing")
             yield shape, weight
 
 
@@ -122,7 +123,7 @@ def attempt(function, *arguments) -> dict:
 
 def main() -> int:
     """Print a line per weight and product; the exit status says whether all were the same."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help=f"OUTxIN,… ({SHAPES})")
     parser.add_argument("--dtypes", default="float16,bfloat16")
     parser.add_argument("--tokens", default="1,16,64,256,2048,8192")

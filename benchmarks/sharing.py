@@ -20,7 +20,7 @@ from alps_exp.workspace import Workspace
 
 def main() -> None:
     """Run the grid with and without the cache and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--methods", default="magnitude,wanda,dsnot,sparsegpt")
     parser.add_argument("--sparsities", default="0.7")
     parser.add_argument("--nsamples", type=int, default=8)

@@ -139,7 +139,7 @@ def _time_reading(source) -> list[float]:
 
 def main() -> None:
     """Write the checkpoint, prune it, print a line per block and one for the run, and remove all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="opt-30b", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=6)

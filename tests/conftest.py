@@ -45,6 +45,13 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def tiny(tiny_opt, text_file) -> list[str]:
+    """The words of a run of a second."""
+    words = ["model=local", f"model.path='{tiny_opt}'", "data=local", f"data.path='{text_file}'"]
+    return [*words, "nsamples=2", "seqlen=32", "eval=none", "device=cpu"]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and recorded results, beside the checkout or named by ALPS_EXP_SHARED."""

@@ -1,10 +1,15 @@
-"""What several test files share: planted layers, independent counting rules, a stable reference selection."""
+"""What several test files share: planted layers, counting rules, a stable reference selection, the command line."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 from alps_exp.patterns import NM, Pattern
 from alps_exp.problem import LayerProblem
 
+ROOT = Path(__file__).parents[1]
 PATTERNS = ("0.29", "0.5", "0.7", "0.9", "2:4", "4:8", "1:4", "2:3")
 
 
@@ -74,3 +80,15 @@ def stable_top(score: np.ndarray, count: int) -> np.ndarray:
     mask = np.zeros(score.shape, dtype=bool)
     mask[np.argsort(-score, kind="stable")[:count]] = True
     return mask
+
+
+def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str) -> subprocess.CompletedProcess:
+    """The command line as a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def records(directory: Path) -> list[dict]:
+    """The records of the runs below a folder in which the command line was called."""
+    return [json.loads(path.read_text()) for path in sorted((directory / "results" / "runs").glob("*/record.json"))]

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, process, records
 
 from alps_exp import cli, run
 from alps_exp.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def tiny(tiny_opt, text_file) -> list[str]:
-    words = ["model=local", f"model.path='{tiny_opt}'", "data=local", f"data.path='{text_file}'"]
-    return [*words, "nsamples=2", "seqlen=32", "eval=none", "device=cpu"]
 
 
 @pytest.fixture
@@ -34,16 +25,6 @@ def call(*words: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main(list(words))
     return end.value.code
-
-
-def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", module, *words]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def records(directory: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((directory / "results" / "runs").glob("*/record.json"))]
 
 
 def one_line(capsys) -> str:

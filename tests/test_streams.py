@@ -1,0 +1,121 @@
+"""What becomes of printed lines never fails a command, and an interrupt ends it in one line from the start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, process, records
+
+PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.task_data")
+SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
+
+
+def shell(line: str, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """A line of bash in which $PY starts Python and "$@" are the arguments; its status is that of the first failure."""
+    env = {**os.environ, "PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", "-o", "pipefail", "-c", line, "bash", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=300)
+
+
+def settled(code: str, redirections: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Code after `settle`, in a process whose streams are redirected."""
+    code = f"from alps_exp.streams import settle\nsettle()\n{code}"
+    return shell(f'"$PY" -c "$1" {redirections}', code, **environment)
+
+
+@pytest.mark.parametrize("redirections", [">&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| true", "2>&1 | true"])
+def test_no_stream_can_fail(redirections):
+    code = "import sys\nfor _ in range(9): print('x' * 9999, flush=True); print('y', file=sys.stderr)\nprint('z' * 9)"
+    end = settled(code, redirections)
+    assert end.returncode == 0 and b"Traceback" not in end.stderr
+    assert (b"what was printed is lost (No space left" in end.stderr) == (redirections == ">/dev/full")
+
+
+def test_a_file_opened_later_never_takes_the_place_of_a_closed_stream(tmp_path):
+    file = tmp_path / "file"
+    assert settled(f"f = open({str(file)!r}, 'w')\nimport os; os.system('echo lost')", "<&- >&-").returncode == 0
+    assert file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("ascii", r"a - b +- 1 x 2 . j\xfcrgen \u6a21\u578b \udcff"),
+        ("cp1252", r"a – b ± 1 × 2 · jürgen \u6a21\u578b \udcff"),
+        ("utf-8", r"a – b ± 1 × 2 · jürgen 模型 \udcff"),
+    ],
+)
+def test_signs_that_an_encoding_lacks(encoding, printed):
+    end = settled(SIGNS, PYTHONIOENCODING=encoding)
+    assert end.stdout.decode(encoding).rstrip() == printed and not end.stderr
+
+
+def test_other_peoples_streams_stay(capsys):
+    from alps_exp.streams import settle
+
+    before, hook = (sys.stdout, sys.stderr), sys.excepthook
+    try:
+        settle()
+        assert (sys.stdout, sys.stderr) == before
+    finally:
+        sys.excepthook = hook
+
+
+@pytest.mark.parametrize("redirections", [">&-", ">/dev/full", "| true"])
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_messages_and_answers_need_no_standard_output(tmp_path, module, redirections):
+    line = f'"$PY" -m {module} "$@" {redirections}'
+    assert shell(line, "--help", cwd=tmp_path).returncode == 0
+    refused = shell(line, "--no-such", cwd=tmp_path)
+    assert refused.returncode == 2 and b"error: " in refused.stderr.replace(b"alps_exp: ", b"error: ")
+
+
+def test_a_complete_run_is_complete_wherever_its_lines_go(tmp_path, tiny):
+    line = '"$PY" -m alps_exp -m method=magnitude sparsity=0.5 seed=0,1 "$@" >/dev/full 2>&1'
+    assert shell(line, *tiny, cwd=tmp_path).returncode == 0
+    assert [record["status"] for record in records(tmp_path)] == ["complete"] * 2
+    end = process("-m", "method=magnitude", "sparsity=0.5", "seed=0,1", *tiny, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert end.returncode == 0 and "+-" in end.stdout and "2 complete before" in end.stdout, end.stderr
+
+
+@pytest.mark.parametrize("module", [*PROGRAMS, "alps_exp.demo"])
+def test_an_interrupt_while_it_starts_is_one_line(tmp_path, module):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONVERBOSE": "1"}
+    for begun in ("argparse", "omegaconf" if "data" not in module else "yaml"):
+        command = [sys.executable, "-m", module, "method=alsp"]
+        started = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for line in started.stderr:
+            if line.startswith(b"import '%s" % begun.encode()):
+                break
+        started.send_signal(signal.SIGINT)
+        rest = started.stderr.read()
+        assert started.wait(60) == 130
+        assert rest.count(b"alps_exp: interrupted") == 1 and b"Traceback" not in rest
+
+
+def test_an_interrupt_behind_another_error_is_one():
+    from alps_exp.cli import guarded
+
+    def action():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError("cut while tidying up")
+
+    assert guarded(action) == 130
+    assert guarded(lambda: 1 / 0) == 1
+
+
+@pytest.mark.slow  # Python compiles all libraries anew
+def test_without_docstrings(tmp_path, tiny):
+    line = '"$PY" -OO -m alps_exp method=alps sparsity=0.5 hydra.run.dir=run "$@"'
+    end = shell(line, *tiny, cwd=tmp_path)
+    assert end.returncode == 0 and b"run/record.json" in end.stdout, end.stderr
+    for module in PROGRAMS:
+        assert shell(f'"$PY" -OO -m {module} --help', cwd=tmp_path).returncode == 0
+    assert shell('"$PY" -OO -m alps_exp.tables run tables', cwd=tmp_path).returncode == 0
