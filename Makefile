@@ -6,7 +6,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash lint format tables bench clean
+.PHONY: help setup demo test crash lint docs format tables bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ crash: setup ## Kill runs of a tiny model at random moments and see that each go
 lint: setup ## Check style
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+
+docs: setup ## Build the pages of docs/ as a site in build/docs, refusing broken links
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet --config-file docs/mkdocs/mkdocs.yml
 
 format: setup ## Put the code into the project's style
 	@$(python) -m ruff check --fix .

@@ -13,6 +13,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Unstructured",
+    "UserError",
     "load_packed",
     "prune_layer",
     "prune_model",
@@ -29,6 +30,7 @@ if not os.path.isdir(os.path.join(_FOLDER, "conf")):
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .api import prune_layer, prune_model
+    from .errors import UserError
     from .packed import load_packed
     from .patterns import NM, Pattern, Unstructured
     from .problem import LayerProblem
@@ -41,6 +43,7 @@ _HOMES = {
     "NM": "patterns",
     "Pattern": "patterns",
     "Unstructured": "patterns",
+    "UserError": "errors",
     "LayerProblem": "problem",
     "Solution": "solver",
     "Solver": "solver",

@@ -39,8 +39,8 @@ def prune_layer(
 
     Args:
         weight: (out, in) dense weight, on any device.
-        inputs: (tokens, in) or (sequences, length, in) calibration inputs; all statistics are taken from them, or
-        gram: (in, in) their Gram matrix XᵀX, a plain sum over tokens, undamped.
+        inputs: (tokens, in) or (sequences, length, in) calibration inputs, from which all statistics are taken.
+        gram: (in, in) their Gram matrix XᵀX, a plain sum over tokens, undamped; in place of `inputs`.
         mean: (in,) mean over tokens, for DSnoT.
         var: (in,) variance over the tokens within each sequence, averaged over sequences, for DSnoT.
         tokens: number of tokens behind `gram`.
@@ -97,14 +97,18 @@ def prune_model(
     Args:
         model: the model, on any device, in any floating dtype.
         tokens: (windows, seqlen) integer token ids to calibrate on.
-        method, sparsity, refit, **hyperparameters: as in `prune_layer`.
+        method: as in `prune_layer`.
+        sparsity: as in `prune_layer`.
         device: where the blocks compute; by default where the model is.
         batch_size: windows per forward.
         propagate: "pruned" (each block sees what the pruned blocks before it produce) or "dense".
         losses: measure every layer's relative loss (takes Gram matrices whatever the method needs).
-        include, exclude: globs on layer names.
+        refit: as in `prune_layer`.
+        include: globs on the names of the layers to prune.
+        exclude: globs on the names of layers among them that stay dense.
         layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
         progress: show progress on standard error.
+        **hyperparameters: as in `prune_layer`.
 
     Returns:
         The run record as plain values: `layers`, `summary`, `phases`, `environment` and the call's settings.

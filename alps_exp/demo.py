@@ -1,7 +1,6 @@
-"""The main job on its embedded default: `make demo`.
+"""What `make demo` runs: every method at one sparsity on the bundled model.
 
-A real model (SmolLM2-135M-Instruct, 4-bit, dequantised) and real web text, both from pip packages, pruned by all five
-methods at one sparsity; the model and the texts are loaded once.
+The model (SmolLM2-135M-Instruct, 4-bit, dequantised) and the web text come from pip packages and are loaded once.
 """
 
 from __future__ import annotations

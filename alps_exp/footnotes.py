@@ -131,7 +131,9 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     words += [text for name, text in _MEANINGS.items() if any(metric.startswith(name) for metric in metrics)]
     sharing = sum(bool(record.get("cached_blocks")) for group in found.groups for record in group.records)
     if sharing and "seconds" in metrics:
-        words.append(f"{sharing} runs read statistics that others had collected, in whose seconds they are")
+        words.append(
+            f"{sharing} runs reused statistics collected by other runs; the time to collect them is counted there"
+        )
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")

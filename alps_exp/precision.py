@@ -1,4 +1,4 @@
-"""Products in less than float32, and products of float32's precision from them."""
+"""Low-precision matrix products, and near-float32 products built from three TF32 ones."""
 
 from __future__ import annotations
 
