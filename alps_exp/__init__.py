@@ -51,7 +51,7 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    # All of these need torch, whose import takes seconds: the command line answers most questions without it.
+    # Most of these need torch, whose import takes seconds: the command line answers most questions without it.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
