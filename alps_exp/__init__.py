@@ -12,6 +12,7 @@ __all__ = [
     "Pattern",
     "Solution",
     "Solver",
+    "Statistics",
     "Unstructured",
     "UserError",
     "load_packed",
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .packed import load_packed
     from .patterns import NM, Pattern, Unstructured
-    from .problem import LayerProblem
+    from .problem import LayerProblem, Statistics
     from .solver import Solution, Solver
 
 _HOMES = {
@@ -45,6 +46,7 @@ _HOMES = {
     "Unstructured": "patterns",
     "UserError": "errors",
     "LayerProblem": "problem",
+    "Statistics": "problem",
     "Solution": "solver",
     "Solver": "solver",
 }
