@@ -40,7 +40,7 @@ def prune_layer(
     Args:
         weight: (out, in) dense weight, on any device.
         inputs: (tokens, in) or (sequences, length, in) calibration inputs, from which all statistics are taken.
-        gram: (in, in) their Gram matrix XᵀX, a plain sum over tokens, undamped; in place of `inputs`.
+        gram: (in, in) their Gram matrix XᵀX, both triangles, a plain sum over tokens, undamped; in place of `inputs`.
         mean: (in,) mean over tokens, for DSnoT.
         var: (in,) variance over the tokens within each sequence, averaged over sequences, for DSnoT.
         tokens: number of tokens behind `gram`.
@@ -71,6 +71,8 @@ def prune_layer(
         problem = LayerProblem.from_inputs(weight.detach(), inputs.detach(), sequences)
     else:
         problem = LayerProblem(weight.detach(), gram=gram, mean=mean, var=var, tokens=tokens, sequences=sequences)
+        if gram is not None:
+            problem.check_gram(gram.dtype)
     pattern.check(tuple(problem.weight.shape))
     return chosen.solve(problem, pattern)
 
@@ -94,6 +96,9 @@ def prune_model(
 ) -> dict:
     """Prune a loaded `transformers` causal language model in place.
 
+    What is set on the model stays as it is: training mode, gradients, the key-value cache, hooks, and forwards that
+    were replaced on its modules. Of a compiled model the module behind it is pruned, which it runs from then on.
+
     Args:
         model: the model, on any device, in any floating dtype.
         tokens: (windows, seqlen) integer token ids to calibrate on.
@@ -114,10 +119,13 @@ def prune_model(
         The run record as plain values: `layers`, `summary`, `phases`, `environment` and the call's settings.
 
     Raises:
-        UserError: as `prune_layer`; also a model without decoder blocks, a width that the pattern does not fit, tokens
-            of the wrong shape or outside the vocabulary, NaN or infinite weights or activations.
+        UserError: as `prune_layer`; also a model without decoder blocks, or that is another one block by block
+            (`faithful`), with adapters, or spread over devices; a width that the pattern does not fit, tokens of the
+            wrong shape or outside the vocabulary, NaN or infinite weights. All this is found before any weight changes.
+            What shows while a block is solved (NaN or infinite activations, too little memory, a matrix that cannot be
+            factorised) leaves the blocks before it pruned: load the model again.
     """
-    from .blocks import BlockModel
+    from .blocks import BlockModel, refuse_scattered
     from .environment import environment, peak_memory
     from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
     from .models import context_length
@@ -126,6 +134,7 @@ def prune_model(
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     one_of("propagate", propagate, PROPAGATE)
+    model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -146,6 +155,7 @@ def prune_model(
     method_name = method if isinstance(method, str) else type(method).__name__.lower()
     home = next(model.parameters()).device
     place = parse_device(str(device)) if device is not None else home
+    refuse_scattered(model, place)
     selection = Selection.parse(include, exclude, layer_sparsity)
     patterns = {}
     if chosen.prunes:
@@ -174,12 +184,15 @@ def prune_model(
         calibration={"windows": tokens.shape[0], "seqlen": tokens.shape[1]},
         environment={**environment(place), "dtype": str(model.dtype).removeprefix("torch.")},
     )
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        record.book(prune_blocks(BlockModel(model, place), job))
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see that blocks' forwards are replaced
+            record.book(prune_blocks(BlockModel(model, place), job))
     finally:
-        model.train(training)
-        model.to(home)
+        for module in training:
+            module.training = True
+        if any(parameter.device != home for parameter in model.parameters()):
+            model.to(home)
     record.phases |= peak_memory(place)
     return record.to_dict()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import faithful
 from .blocks import BlockModel
 from .errors import UserError
 from .memory import free_device, free_host
@@ -28,6 +29,7 @@ class HiddenStates:
         batch_size: windows per forward.
         place: "device", "host", "disk" (a file in the model's `scratch` folder that exists as long as this object), or
             "auto": the first of them where they leave enough room for the rest; the model's choice by default.
+        blocks: how many blocks they will go through, the first ones; all by default.
 
     Attributes:
         sizes: windows of each forward.
@@ -35,10 +37,19 @@ class HiddenStates:
         measures: what was done for want of device memory, in words.
 
     Raises:
+        UserError: block by block the model would not be what it is (`faithful.ensure`).
         torch.OutOfMemoryError: not even one window can be embedded.
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor, batch_size: int, place: str | None = None) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        tokens: Tensor,
+        batch_size: int,
+        place: str | None = None,
+        blocks: int | None = None,
+    ) -> None:
+        faithful.ensure(model, tokens, blocks)
         self._model = model
         self._tokens = tokens
         self.place = place or model.hidden_states

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .blocks import BlockModel, block_linears, blocks_of, find_blocks
+from .blocks import BlockModel, block_linears, blocks_of, count, find_blocks
 from .errors import UserError
 from .hidden import HiddenStates
 from .layers import out_major, solve_layers
@@ -66,20 +66,30 @@ def linear_shapes(model: nn.Module, selection: Selection) -> dict[str, tuple[int
     """All linear layers of the decoder blocks, name → (out, in); works on the meta device.
 
     Raises:
-        UserError: no decoder blocks, or a weight that cannot be pruned and is not excluded.
+        UserError: no decoder blocks, or a weight that cannot be pruned and is not excluded: one that is no linear
+            layer's, or that several modules share.
     """
     prefix, blocks = find_blocks(model)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
     shapes = {}
     for index, block in enumerate(blocks):
         for name, module in block_linears(block, f"{prefix}.{index}", selection.excluded).items():
             shapes[name] = tuple(out_major(module).shape)
+            shared = [owner for owner in owners.get(id(module.weight), []) if owner != f"{name}.weight"]
+            if shared and not selection.excluded(name):
+                raise UserError(
+                    f"{name} shares its weight with {shared[0].removesuffix('.weight')}, and cannot be pruned by "
+                    "itself: leave both dense (layers.exclude=[...])"
+                )
     return shapes
 
 
 def other_names(model: nn.Module) -> list[str]:
-    """What else a user may name as excluded although it is never pruned: leaf modules and fused weights."""
+    """What else a user may name as excluded although it is never pruned: leaf modules and weights."""
     leaves = [name for name, module in model.named_modules() if not any(module.children())]
-    return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 3]
+    return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
 def prune_blocks(
@@ -101,10 +111,24 @@ def prune_blocks(
         team: the processes that prune the same model together, each calling this with the same job.
 
     Raises:
-        UserError: NaN or infinite weights or activations (the layer or block is named), a layer that the method
-            cannot solve, or a device whose memory does not suffice after every measure.
+        UserError: NaN or infinite weights (of a model in memory before any layer is pruned) or activations (the layer
+            or block is named), a model that is another one block by block (`faithful`), a layer that the method cannot
+            solve, or a device whose memory does not suffice after every measure.
     """
-    return _Loop(model, job, store, cache, team).run() if job.patterns else PruneResult()
+    if not job.patterns:
+        return PruneResult()
+    if model.source is None:
+        check_weights(model.model, job.patterns)
+    return _Loop(model, job, store, cache, team).run()
+
+
+def check_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UserError for the first of these layers that has NaN or infinite weights."""
+    for name in names:
+        weight = model.get_submodule(name).weight.detach()
+        if not all(torch.isfinite(bound) for bound in weight.aminmax()):  # one pass, without a copy
+            bad = int((~torch.isfinite(weight)).sum())
+            raise UserError(f"{name}: the weight has {bad} NaN or infinite entries: check the checkpoint")
 
 
 class _Loop:
@@ -137,9 +161,7 @@ class _Loop:
             open_blocks = [index for index in self.indices if index >= len(finished)]
             self.last = max((i for i in open_blocks if not (self.cache and self.cache.holds(i))), default=-1)
         if self.last >= 0:
-            self.hidden = self._embedded()
-            if self.job.held_out is not None:
-                self.held_out = HiddenStates(self.model, self.job.held_out, self.job.batch_size)
+            self._embed()
             watch.lap("calibrate")
         progress = Progress(range(self.end), "pruning blocks", quiet=self.job.quiet)
         for index in progress:
@@ -148,8 +170,8 @@ class _Loop:
                 self._restore(index, block)
                 watch.lap("restore")
             else:
-                if index == len(finished) and self.hidden is not None and self.thrift.sizes and self.team is None:
-                    self.hidden.rechunk(self.thrift.sizes)
+                if index == len(finished) and self.team is None:
+                    self._rechunk(self.thrift.sizes, self.thrift.held_out_sizes)
                 block, tensors = self._prune(index)
                 watch.lap("blocks")
                 self._keep(index, block, tensors)
@@ -162,16 +184,31 @@ class _Loop:
             watch.lap("write")
         watch.seconds.pop("blocks", None)  # the blocks have booked theirs
         self._add(watch.seconds)
+        self.result.block_weights = count(self.model.blocks.parameters())
         self.result.notes = [*self.thrift.notes, *(self.cache.notes if self.cache is not None else [])]
         self.result.hidden_states = self.hidden.place if self.hidden is not None else None
         return self.result
 
-    def _embedded(self) -> HiddenStates:
+    def _embed(self) -> None:
         with naming_the_step("embedding"):
             tokens = self.job.tokens if self.team is None else self.team.windows(self.job.tokens)
-            hidden = HiddenStates(self.model, tokens, self.job.batch_size, self.thrift.place)
-        self._take_over("embedding", hidden)
-        return hidden
+            options = (self.job.batch_size, self.thrift.place, self.last + 1)
+            self.hidden = HiddenStates(self.model, tokens, *options)
+            if self.job.held_out is not None:
+                self.held_out = HiddenStates(self.model, self.job.held_out, *options)
+        self._take_over("embedding")
+
+    @property
+    def _streams(self) -> list[HiddenStates]:
+        """Of the windows that go through the blocks: those to calibrate on, and those held out."""
+        return [stream for stream in (self.hidden, self.held_out) if stream is not None]
+
+    def _rechunk(self, sizes: list[int], held_out_sizes: list[int]) -> None:
+        """Forward the windows in the batches of an earlier attempt, where it has left such."""
+        if self.hidden is not None and sizes:
+            self.hidden.rechunk(sizes)
+        if self.held_out is not None and held_out_sizes:
+            self.held_out.rechunk(held_out_sizes)
 
     def _book(self, block: FinishedBlock) -> None:
         self.result.layers += block.rows
@@ -182,8 +219,8 @@ class _Loop:
         for phase, spent in seconds.items():
             self.result.seconds[phase] = self.result.seconds.get(phase, 0.0) + spent
 
-    def _take_over(self, where: str, hidden: HiddenStates) -> None:
-        if self.thrift.take_over(where, hidden):
+    def _take_over(self, where: str) -> None:
+        if self.thrift.take_over(where, self._streams):
             self._remember_thrift()
 
     def _remember_thrift(self) -> None:
@@ -196,8 +233,8 @@ class _Loop:
         if self.model.source is not None:
             self.model.source.replace(index, self.store.shard(index))
         if self.hidden is not None:
-            if self.team is None and block.sizes:  # a team's processes have each its own
-                self.hidden.rechunk(block.sizes)
+            if self.team is None:  # a team's processes have each its own
+                self._rechunk(block.sizes, block.held_out_sizes)
             with self.model.block(index, dense, ahead=index < self.end - 1) as module:
                 if not dense:
                     self._load(index, module)
@@ -217,7 +254,7 @@ class _Loop:
         model, job = self.model, self.job
         watch, name = Stopwatch(model.device), model.name(index)
         propagating = self.hidden is not None and index < self.last
-        sizes: list[int] = []
+        sizes: list[list[int]] = []
         with model.block(index, ahead=index < self.end - 1) as block:
             watch.lap("transfer")
             linears = {
@@ -242,7 +279,7 @@ class _Loop:
         if model.source is None:  # they are back in host memory, and need not be brought there twice
             tensors = self._own_tensors(name, model.blocks[index])
         watch.lap("transfer")
-        return FinishedBlock(rows, watch.seconds, sizes), tensors
+        return FinishedBlock(rows, watch.seconds, *sizes), tensors
 
     def _own_tensors(self, name: str, block: nn.Module) -> dict[str, Tensor]:
         """What the store is given of a block."""
@@ -256,14 +293,13 @@ class _Loop:
         if self.model.source is not None:
             self.model.source.replace(index, self.store.shard(index))
 
-    def _advance(self, index: int, block: nn.Module) -> list[int]:
-        """Replace the hidden states by the block's output; the windows of each forward."""
+    def _advance(self, index: int, block: nn.Module) -> list[list[int]]:
+        """Replace the hidden states by the block's output; the windows of each forward, for each stream."""
         with naming_the_step(self.model.name(index)):
-            self.hidden.advance(self.model, index, block)
-            if self.held_out is not None:
-                self.held_out.advance(self.model, index, block)
-        self._take_over(self.model.name(index), self.hidden)
-        return list(self.hidden.sizes)
+            for stream in self._streams:
+                stream.advance(self.model, index, block)
+        self._take_over(self.model.name(index))
+        return [list(stream.sizes) for stream in self._streams]
 
     def _capture(self, index: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> list[Group]:
         """Groups of layers that share an input, each with the fields of their problems' statistics."""
@@ -277,7 +313,7 @@ class _Loop:
                     f"{self.model.name(index)}: its statistics do not fit on each of {self.team.size} devices: run on "
                     "one (devices=1), which takes smaller steps then"
                 )
-            self.thrift.for_statistics(self.model.name(index), self.hidden, len(linears))
+            self.thrift.for_statistics(self.model.name(index), self._streams, len(linears))
             self._remember_thrift()
         if self.cache is not None and not self.thrift.notes:
             self.cache.keep(index, groups)
@@ -379,7 +415,7 @@ class _Loop:
             if solved:
                 del groups[0]
                 continue
-            self.thrift.for_solving(self.model.name(index), self.hidden, len(names))
+            self.thrift.for_solving(self.model.name(index), self._streams, len(names))
             self._remember_thrift()
             groups[:] = self._thriftily(groups)
         return rows

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import models
-from .blocks import blocks_of, find_blocks
+from .blocks import blocks_of, count, find_blocks
 from .checks import parse_device
 from .evaluation import seqlen
 from .hidden import choose_place
@@ -50,7 +50,11 @@ def plan(cfg: Mapping) -> str:
     kinds = Counter(
         (name.rsplit(".", 1)[-1], shapes[name], str(patterns[name]) if name in patterns else "dense") for name in shapes
     )
-    lines.append(f"layers     {len(patterns)} of {len(shapes)} linear layers in the decoder blocks are pruned")
+    share = sum(math.prod(shapes[name]) for name in patterns) / count(find_blocks(skeleton)[1].parameters())
+    lines.append(
+        f"layers     {len(patterns)} of {len(shapes)} linear layers in the decoder blocks are pruned, "
+        f"{share:.1%} of the blocks' weights"
+    )
     lines += [
         f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
         for (suffix, shape, pattern), count in kinds.items()

@@ -49,7 +49,8 @@ class LayerProblem:
             waits for it, or gives None where it was taken before.
 
     Raises:
-        UserError: shapes that do not fit each other, or values that are not finite.
+        UserError: shapes that do not fit each other, values that are not real floating-point numbers or not finite, or
+            squares that are negative. That the Gram matrix is one is for `check_gram` to see.
     """
 
     weight: Tensor
@@ -65,6 +66,10 @@ class LayerProblem:
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or 0 in self.weight.shape:
             raise UserError(f"{self.name}: weight must be a non-empty matrix (out, in), got {tuple(self.weight.shape)}")
+        for label in ("weight", "gram", "diagonal", "mean", "var"):
+            value = getattr(self, label)
+            if value is not None and not value.is_floating_point():
+                raise UserError(f"{self.name}: {label} must hold real floating-point numbers, got {value.dtype}")
         if self.weight.dtype not in (torch.float32, torch.float64):
             object.__setattr__(self, "weight", self.weight.float())
         if self.diagonal is None and self.gram is not None:
@@ -91,6 +96,42 @@ class LayerProblem:
             raise UserError(f"{self.name}: the weight has {bad} NaN or infinite entries")
         if self.diagonal is not None and bool((self.diagonal < 0).any()):
             raise UserError(f"{self.name}: the Gram matrix has negative diagonal entries; it must be a sum of x xᵀ")
+        if self.var is not None and bool((self.var < 0).any()):
+            raise UserError(f"{self.name}: var has negative entries; it must be a variance of the inputs")
+
+    def check_gram(self, given: torch.dtype) -> None:
+        """Refuse a Gram matrix that cannot be a sum of x xᵀ, to rounding: half of one, one of products with other
+        vectors, or one that contradicts the mean.
+
+        Args:
+            given: the dtype that it was rounded to.
+
+        Raises:
+            UserError: it is not symmetric, has an entry beyond √(Gᵢᵢ Gⱼⱼ), or a diagonal below tokens · mean².
+        """
+        tolerance = 1e-3 if given in (torch.float32, torch.float64) else 3e-2
+        size = self.diagonal.sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        scaled = (
+            self.gram / size / size[:, None]
+        )  # cosines between the inputs; both divisions, lest a product overflows
+        worst = float((scaled - scaled.T).abs().max())
+        if worst > tolerance:
+            raise UserError(
+                f"{self.name}: the Gram matrix is not symmetric (entries differ from their mirror by up to {worst:.2g} "
+                "of √(Gᵢᵢ Gⱼⱼ)): give the whole XᵀX, both triangles"
+            )
+        if bool((scaled.abs() > 1 + tolerance).any()):
+            raise UserError(
+                f"{self.name}: the Gram matrix has entries beyond √(Gᵢᵢ Gⱼⱼ), which no sum of x xᵀ has: give XᵀX"
+            )
+        if self.mean is not None and self.tokens is not None:
+            least = self.tokens * self.mean.square()
+            if bool((least > (1 + tolerance) * self.diagonal + 1e-30).any()):
+                raise UserError(
+                    f"{self.name}: the Gram matrix's diagonal is below tokens · mean²: give gram as a plain sum over "
+                    "tokens, and mean as a mean over them"
+                )
 
     @classmethod
     def from_inputs(

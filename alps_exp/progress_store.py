@@ -39,11 +39,13 @@ class FinishedBlock:
         rows: of its pruned layers.
         seconds: wall time by phase.
         sizes: windows of each forward through it, by which its output is made again; empty without forwards.
+        held_out_sizes: the same for held-out windows.
     """
 
     rows: list[LayerRow]
     seconds: dict[str, float]
     sizes: list[int] = field(default_factory=list)
+    held_out_sizes: list[int] = field(default_factory=list)
 
 
 class HeldError(UserError):
@@ -170,7 +172,7 @@ class ProgressStore:
         if journal is None or not shard.is_file() or checksum(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
-        return FinishedBlock(rows, journal["seconds"], journal["sizes"])
+        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal.get("held_out_sizes", []))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -69,6 +69,7 @@ class PruneResult:
         notes: what was done for want of device memory.
         hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
         cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
+        block_weights: all parameters of the decoder blocks, pruned or not.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
@@ -77,6 +78,7 @@ class PruneResult:
     notes: list[str] = field(default_factory=list)
     hidden_states: str | None = None
     cached_blocks: list[int] = field(default_factory=list)
+    block_weights: int = 0
 
 
 @dataclass
@@ -89,7 +91,8 @@ class RunRecord:
         model, method, sparsity, seed: the run's coordinates in a table.
         calibration: where the tokens came from, and how they were drawn.
         layers: one row per pruned layer.
-        summary: layers, sparsity over all pruned weights, mean relative loss, solver seconds.
+        summary: layers, weights (in them), block_weights (all parameters of the decoder blocks), share (the former of
+            the latter), sparsity over all pruned weights, mean relative loss, solver seconds.
         phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save;
             peak device and host memory in bytes.
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
@@ -129,7 +132,7 @@ class RunRecord:
     def book(self, result: PruneResult) -> None:
         """Take over what the block loop did."""
         self.layers = result.layers
-        self.summary = summarise(result.layers)
+        self.summary = summarise(result.layers, result.block_weights)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
         self.warnings = warnings_of(result.layers) + result.notes
         self.environment["hidden_states"] = result.hidden_states
@@ -146,14 +149,21 @@ class RunRecord:
         return path
 
 
-def summarise(rows: list[LayerRow]) -> dict:
-    """Figures over all pruned layers: weights weigh in the sparsity, layers equally in the mean relative loss."""
+def summarise(rows: list[LayerRow], block_weights: int = 0) -> dict:
+    """Figures over all pruned layers: weights weigh in the sparsity, layers equally in the mean relative loss.
+
+    Args:
+        rows: of the layers.
+        block_weights: all parameters of the decoder blocks.
+    """
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     losses = [row.relative_loss for row in rows if row.relative_loss is not None]
     held_out = [row.held_out_loss for row in rows if row.held_out_loss is not None]
     return {
         "layers": len(rows),
         "weights": weights,
+        "block_weights": block_weights,
+        "share": weights / block_weights if block_weights else None,
         "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
         "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
         "mean_held_out_loss": math.fsum(held_out) / len(held_out) if held_out else None,

@@ -326,7 +326,8 @@ def describe(record: RunRecord, directory: Path) -> str:
     if record.layers:
         loss, held_out = record.summary["mean_relative_loss"], record.summary["mean_held_out_loss"]
         lines.append(
-            f"  {record.summary['layers']} layers, {record.summary['sparsity']:.4f} zeros, mean relative loss "
+            f"  {record.summary['layers']} layers ({record.summary['share']:.1%} of the blocks' weights), "
+            f"{record.summary['sparsity']:.4f} zeros, mean relative loss "
             + (f"{loss:.4g}" if loss is not None else "not measured")
             + (f", {held_out:.4g} on held-out windows" if held_out is not None else "")
         )

@@ -39,10 +39,7 @@ class Selection:
         Raises:
             UserError: a sparsity that is not allowed, or something else than globs.
         """
-        as_list = [[value] if isinstance(value, str) else value for value in (include, exclude)]
-        for key, globs in zip(("include", "exclude"), as_list, strict=True):
-            if not isinstance(globs, Iterable) or not all(isinstance(glob, str) for glob in globs):
-                raise UserError(f"layers.{key}={globs} is not allowed: give globs, as in 'layers.{key}=[\"*.q_proj\"]'")
+        include, exclude = _globs("include", include), _globs("exclude", exclude)
         if sparsity is not None and not isinstance(sparsity, Mapping):
             raise UserError(
                 f"layers.sparsity={sparsity} is not allowed: give globs with their sparsity, as in "
@@ -54,7 +51,7 @@ class Selection:
                 patterns[str(pattern)] = parse_sparsity(value)
             except UserError as error:
                 raise UserError(f"layers.sparsity[{pattern}]: {error}") from None
-        return cls(tuple(as_list[0]), tuple(as_list[1]), patterns)
+        return cls(include, exclude, patterns)
 
     def excluded(self, name: str) -> bool:
         """Whether the layer is left dense."""
@@ -95,6 +92,14 @@ class Selection:
                 f"layers end in {', '.join(last_parts)}"
             )
         return chosen
+
+
+def _globs(key: str, value: Iterable[str]) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else None
+    if globs is None or not all(isinstance(glob, str) for glob in globs):
+        shown = value if globs is None else list(globs)
+        raise UserError(f"layers.{key}={shown} is not allowed: give globs, as in 'layers.{key}=[\"*.q_proj\"]'")
+    return globs
 
 
 def _matches(name: str, glob: str) -> bool:

@@ -153,8 +153,9 @@ class Collector:
         for name in self._linears:
             if name not in self._leader:
                 raise UserError(
-                    f"{name} received no calibration tokens: use more windows (nsamples), or exclude it "
-                    "(layers.exclude=[...])"
+                    f"{name} received no calibration tokens: the model takes its weight without calling it, or sends "
+                    f"none there; leave it dense (layers.exclude=['*.{name.rpartition('.')[2]}']), or use more windows "
+                    "(nsamples)"
                 )
             groups.setdefault(self._leader[name], []).append(name)
         return [(names, self._accumulators[leader]) for leader, names in groups.items()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import data, evaluate, evaluation, models
-from .blocks import BlockModel, block_linears, find_blocks
+from .blocks import BlockModel, find_blocks
 from .memory import free_host
 
 
@@ -20,7 +20,7 @@ class Workspace:
     """Tokenizer, windows and network of a configuration.
 
     Args:
-        keep: keep the network in memory, with a copy of the weights that a run may change, and hand it out restored.
+        keep: keep the network in memory, with a copy of all that its decoder blocks hold, and hand it out restored.
 
     Attributes:
         keep: likewise; whether other runs of a sweep follow.
@@ -79,16 +79,17 @@ class Workspace:
             network = models.load_model(cfg["model"], dtype)
             if not self.keep:
                 return network
-            prefix, blocks = find_blocks(network)
+            prefix, _ = find_blocks(network)
             pristine = {
-                name: module.weight.detach().cpu().clone()
-                for index, block in enumerate(blocks)
-                for name, module in block_linears(block, f"{prefix}.{index}", lambda name: True).items()
+                name: tensor.detach().cpu().clone()
+                for name, tensor in _tensors(network).items()
+                if name.startswith(f"{prefix}.")
             }
             self._network = (_key(cfg["model"], str(dtype)), network, pristine)
         _, network, pristine = self._network
-        for name, weight in pristine.items():
-            network.get_submodule(name).weight.data.copy_(weight)
+        held = _tensors(network)
+        for name, tensor in pristine.items():
+            held[name].data.copy_(tensor)
         return network
 
     def _holds(self, cfg: Mapping, dtype: torch.dtype | str) -> bool:
@@ -143,6 +144,11 @@ def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     size = sum(parameter.numel() for parameter in models.skeleton(config).parameters()) * dtype.itemsize
     return cfg["resumable"] and copies * size > 0.5 * free_host()
+
+
+def _tensors(network: torch.nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, also those buffers that a checkpoint does not have."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _key(*parts) -> str:

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import alps_exp
 from alps_exp.blocks import BlockModel, block_linears, find_blocks
 from alps_exp.errors import UserError
 from alps_exp.evaluate import perplexity
@@ -118,6 +119,50 @@ def test_fused_experts_are_refused_by_name_unless_excluded():
     assert {name.rsplit(".", 1)[-1] for name in linears} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+def dbrx() -> nn.Module:
+    """Its experts lie side by side in matrices, without a linear layer."""
+    config = transformers.DbrxConfig(
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=256,
+        vocab_size=384,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    )
+    return transformers.DbrxForCausalLM(config).eval()
+
+
+def test_experts_in_matrices_are_refused_by_name_unless_excluded():
+    with pytest.raises(
+        UserError, match=r"blocks\.0\.ffn\.experts\.mlp\.w1 is a fused weight of shape \(384, 64\)"
+    ) as e:
+        alps_exp.prune_model(dbrx(), tokens(), method="wanda", sparsity=0.5)
+    globs = ["*mlp.w1", "*mlp.v1", "*mlp.w2"]
+    assert str(e.value).endswith(f"layers.exclude=[{','.join(map(repr, globs))}]")
+    summary = alps_exp.prune_model(dbrx(), tokens(), method="wanda", sparsity=0.5, exclude=globs)["summary"]
+    assert summary["weights"] == 2 * (64 * 128 + 64 * 64 + 4 * 64)
+    assert summary["share"] == summary["weights"] / summary["block_weights"] < 0.2
+
+
+def test_a_large_matrix_beside_the_layers_is_refused_whatever_holds_it(tiny_llama):
+    for holder in (nn.Embedding(300, 64), nn.Conv1d(64, 64, 3), nn.MultiheadAttention(64, 4)):
+        network = load(tiny_llama)
+        network.model.layers[1].extra = holder
+        with pytest.raises(UserError, match=r"model\.layers\.1\.extra\.(in_proj_)?weight is a fused weight"):
+            alps_exp.prune_model(network, tokens(), method="magnitude", sparsity=0.5, losses=False)
+        record = alps_exp.prune_model(
+            network, tokens(), method="magnitude", sparsity=0.5, losses=False, exclude=["extra*"]
+        )
+        assert record["summary"]["share"] < 0.9
+
+
+def test_small_tables_and_states_are_no_layers():
+    config = transformers.MambaConfig(vocab_size=384, hidden_size=64, num_hidden_layers=1, state_size=16)
+    block = transformers.MambaForCausalLM(config).backbone.layers[0]
+    assert set(block_linears(block, "b")) == {f"b.mixer.{name}_proj" for name in ("in", "x", "dt", "out")}
+
+
 def test_quantised_weights_are_refused_by_name(tiny_llama):
     network = load(tiny_llama)
     layer = network.model.layers[0].mlp.up_proj
@@ -137,3 +182,6 @@ def test_arguments_that_depend_on_the_tokens_are_refused(tiny_llama):
     network.model.forward = forward
     with pytest.raises(UserError, match="arguments that depend on the tokens"):
         HiddenStates(model, tokens(), len(tokens()))
+    alike = torch.arange(3, 6)[:, None].expand(3, 40)  # no window shows it by itself
+    with pytest.raises(UserError, match="arguments that depend on the tokens"):
+        HiddenStates(BlockModel(network, CPU), alike, 1)

@@ -34,7 +34,8 @@ def record() -> RunRecord:
 
 def test_summary_weighs_sparsity_by_weights_and_losses_by_layers():
     summary = summarise([row(), row(shape=[6, 4], sparsity=0.9, relative_loss=0.3)])
-    assert summary["layers"] == 2 and summary["weights"] == 32
+    assert summary["layers"] == 2 and summary["weights"] == 32 and summary["share"] is None
+    assert summarise([row()], 16)["share"] == 0.5
     assert summary["sparsity"] == pytest.approx((0.5 * 8 + 0.9 * 24) / 32)
     assert summary["mean_relative_loss"] == pytest.approx(0.2)
     assert summary["solver_seconds"] == 2.0

@@ -172,6 +172,60 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_llama, tmp_path, monkeypatch):
+    """Memory is too short for more than one held-out window, whose batches are told from others by their number."""
+    from alps_exp.patterns import parse_sparsity
+    from alps_exp.registry import solver
+    from alps_exp.selection import Selection
+
+    held_out = tokens(5)
+
+    def attempt(folder, limit: int):
+        store = progress_store.ProgressStore(folder, {"same": "yes"})
+        store.open()
+        network, sizes = load(tiny_llama), []
+        patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
+        options = {"batch_size": 6, "held_out": held_out, "quiet": True}
+        job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(4), **options)
+        original = HiddenStates.advance
+
+        def advance(self, model, index, block):
+            original(self, model, index, block)
+            sizes.append((len(self._tokens), tuple(self.sizes)))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HiddenStates, "advance", advance)
+            out_of_memory(patch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > limit)
+            return loop.prune_blocks(BlockModel(network, CPU), job, store), sizes
+
+    dense, _ = attempt(tmp_path / "enough", 6)
+    whole, sizes = attempt(tmp_path / "whole", 1)
+    assert sizes == [(4, (1,) * 4), (5, (1,) * 5)]
+    assert [line.partition("on: ")[2] for line in whole.notes] == ["2 windows at a time", "1 windows at a time"]
+    for one, other in zip(dense.layers, whole.layers, strict=True):
+        assert one.held_out_loss == pytest.approx(other.held_out_loss, rel=1e-3)
+    for file in (tmp_path / "whole" / ".progress").glob("block-00001.*"):
+        file.unlink()
+    result, sizes = attempt(tmp_path / "whole", 6)
+    assert sizes == [(4, (1,) * 4), (5, (1,) * 5)] and result.notes == whole.notes
+    assert [row.held_out_loss for row in result.layers] == [row.held_out_loss for row in whole.layers]
+
+
+def test_held_out_windows_give_way_when_only_they_do_not_fit(tiny_llama, monkeypatch):
+    from alps_exp.patterns import parse_sparsity
+    from alps_exp.registry import solver
+    from alps_exp.selection import Selection
+
+    network = load(tiny_llama)
+    patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
+    options = {"batch_size": 4, "held_out": tokens(4), "quiet": True}
+    job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(1), **options)
+    out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
+    result = loop.prune_blocks(BlockModel(network, CPU), job)
+    assert [line.partition("on: ")[2] for line in result.notes] == ["2 windows at a time"]
+    assert all(row.held_out_loss is not None for row in result.layers)
+
+
 @pytest.mark.parametrize(
     ("files", "left"),
     [

@@ -1,0 +1,33 @@
+"""What the runs of a sweep share is handed out as it was."""
+
+import torch
+
+from alps_exp import models
+from alps_exp.overrides import compose
+from alps_exp.workspace import Workspace
+
+
+def held(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    blocks = network.transformer.h
+    return {**dict(blocks.named_parameters()), **dict(blocks.named_buffers())}
+
+
+def test_a_kept_network_is_restored_with_all_that_its_blocks_hold(tiny_gpt2, monkeypatch):
+    """Also biases, norms and buffers, which some methods may change one day."""
+    cfg, workspace = compose(["model=local", f"model.path={tiny_gpt2}", "data=local"]), Workspace(keep=True)
+    load_model = models.load_model
+
+    def with_a_buffer(*arguments):
+        network = load_model(*arguments)
+        network.transformer.h[0].register_buffer("scale", torch.ones(3), persistent=False)
+        return network
+
+    monkeypatch.setattr(models, "load_model", with_a_buffer)
+    network = workspace.network(cfg, torch.float32)
+    before = {name: tensor.clone() for name, tensor in held(network).items()}
+    for tensor in held(network).values():
+        tensor.data.fill_(7)
+    assert workspace.network(cfg, torch.float32) is network
+    after = held(network)
+    assert {name.rpartition(".")[2] for name in before} == {"weight", "bias", "scale"}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
