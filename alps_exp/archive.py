@@ -6,18 +6,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import record
 from .errors import UserError
 from .record import FILE
 
 MANIFEST = ".sweep.json"
 KEPT = ".jsonl.gz"
 MISSING = "missing"
-
-_KEYS = {"model", "method", "sparsity", "seed", "status", "summary", "phases", "evaluations"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class RunSet:
         missing: names of runs of the sweep that have no record.
         origin: what was read.
         table: the sweep's table node, where its file is not one of the package's.
+        unreadable: runs whose record cannot be read, and why, in one line that names the file.
     """
 
     name: str
@@ -37,16 +37,20 @@ class RunSet:
     missing: list[str]
     origin: str
     table: dict | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Runs of which nothing is known, and why: "missing" or "unreadable"."""
+        return dict.fromkeys(self.missing, MISSING) | dict.fromkeys(self.unreadable, "unreadable")
 
 
-def read_records(folder: Path) -> list[dict]:
-    """All records below a folder, in the order of their paths.
-
-    Raises:
-        UserError: a record that cannot be read.
-    """
-    files = [file for file in sorted(folder.rglob(FILE)) if file.parent.name != "model"]  # that copy goes with a model
-    return [_read(file) for file in files]
+def read_records(folder: Path, name: str = "") -> RunSet:
+    """All records below a folder, in the order of their paths."""
+    # The copy in model/ goes with a saved model.
+    files = [file for file in sorted(folder.rglob(FILE)) if file.parent.name != "model"]
+    records, unreadable = _read(files)
+    return RunSet(name, records, [], str(folder), unreadable=unreadable)
 
 
 def read_kept(path: Path) -> RunSet:
@@ -62,7 +66,7 @@ def read_kept(path: Path) -> RunSet:
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise UserError(f"{path} is not a readable file of records ({error}): fetch or keep it again") from None
     found = [(number, row) for number, row in enumerate(rows, 1) if row["status"] != MISSING]
-    records = [_checked(record, f"{path}, line {number}") for number, record in found]
+    records = [record.checked(row, f"{path}, line {number}") for number, row in found]
     return RunSet(path.name.removesuffix(KEPT), records, missing, str(path))
 
 
@@ -70,7 +74,7 @@ def read_sweep(manifest: Path) -> RunSet:
     """The records of the grid that a sweep was last asked for; its runs lie beside the manifest.
 
     Raises:
-        UserError: a manifest or a record that cannot be read.
+        UserError: a manifest that cannot be read.
     """
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -78,9 +82,10 @@ def read_sweep(manifest: Path) -> RunSet:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is no readable list of a sweep's runs ({error}): start the sweep again") from None
     files = {run: manifest.parent / run / FILE for run in runs}
-    records = [_read(file) for file in files.values() if file.is_file()]
+    records, unreadable = _read(file for file in files.values() if file.is_file())
     missing = [run for run, file in files.items() if not file.is_file()]
-    return RunSet(manifest.name.removesuffix(MANIFEST), records, missing, str(manifest), content.get("table"))
+    name, table = manifest.name.removesuffix(MANIFEST), content.get("table")
+    return RunSet(name, records, missing, str(manifest), table, unreadable)
 
 
 def read_all(runs: Path | None, kept: Path | None) -> list[RunSet]:
@@ -89,16 +94,30 @@ def read_all(runs: Path | None, kept: Path | None) -> list[RunSet]:
     Args:
         runs: folder of runs and manifests; may be absent. None: only kept records.
         kept: folder of kept records, None: only own runs.
+
+    Returns:
+        What could be read; what could not is named in the sets' `unreadable`.
     """
     found = {}
     if kept is not None:
         for file in sorted(kept.glob(f"*{KEPT}")):
-            found[file.name.removesuffix(KEPT)] = read_kept(file)
+            name = file.name.removesuffix(KEPT)
+            found[name] = _or_why(read_kept, file, name)
     for manifest in sorted(runs.glob(f"*{MANIFEST}")) if runs is not None else ():
-        sweep = read_sweep(manifest)
+        sweep = _or_why(read_sweep, manifest, manifest.name.removesuffix(MANIFEST))
         if sweep.records:
             found[sweep.name] = sweep
+        elif sweep.unreadable:  # kept ones serve still
+            found.setdefault(sweep.name, sweep).unreadable.update(sweep.unreadable)
     return [found[name] for name in sorted(found)]
+
+
+def _or_why(read: Callable[[Path], RunSet], file: Path, name: str) -> RunSet:
+    """What is read from a file; an empty set that says why where it cannot be, so that the others go on."""
+    try:
+        return read(file)
+    except UserError as error:
+        return RunSet(name, [], [], str(file), unreadable={file.name: str(error)})
 
 
 def keep(name: str, runs: Path, kept: Path) -> tuple[Path, RunSet]:
@@ -110,12 +129,14 @@ def keep(name: str, runs: Path, kept: Path) -> tuple[Path, RunSet]:
         The file, and what was kept.
 
     Raises:
-        UserError: no such sweep among the runs, or none of its runs has a record.
+        UserError: no such sweep among the runs, none of its runs has a record, or one has a record that cannot be read.
     """
     manifest = runs / f"{name}{MANIFEST}"
     if not manifest.is_file():
         raise UserError(f"{manifest} does not exist: run the sweep first, python -m alps_exp -m +sweeps={name}")
     sweep = read_sweep(manifest)
+    if sweep.unreadable:
+        raise UserError(next(iter(sweep.unreadable.values())))
     if not sweep.records:
         raise UserError(f"none of the {len(sweep.missing)} runs in {manifest} has a record: run the sweep first")
     path = kept / f"{name}{KEPT}"
@@ -125,7 +146,7 @@ def keep(name: str, runs: Path, kept: Path) -> tuple[Path, RunSet]:
 
 def write_kept(records: Iterable[dict], path: Path, missing: Iterable[str] = ()) -> None:
     """Write records into one file, a line of JSON each, and a line for each run without a record."""
-    rows = [without_paths(record) for record in records] + [{"status": MISSING, "run": run} for run in missing]
+    rows = [without_paths(row) for row in records] + [{"status": MISSING, "run": run} for run in missing]
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -146,15 +167,12 @@ def without_paths(value):
     return _ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
-def _read(file: Path) -> dict:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
-    return _checked(record, str(file)) | {"run": file.parent.name}
-
-
-def _checked(record, place: str) -> dict:
-    if not isinstance(record, dict) or not set(record) >= _KEYS:
-        raise UserError(f"{place} is no run record: move it elsewhere, or name another folder")
-    return record
+def _read(files: Iterable[Path]) -> tuple[list[dict], dict[str, str]]:
+    """The records with their runs' names; of files that hold none, the run and why."""
+    records, unreadable = [], {}
+    for file in files:
+        try:
+            records.append(record.load(file) | {"run": file.parent.name})
+        except UserError as error:
+            unreadable[file.parent.name] = str(error)
+    return records, unreadable

@@ -23,8 +23,9 @@ def require(key: str, value, kind: type, low: float, high: float, open_low: bool
 
 
 def one_of(key: str, value, allowed: Iterable) -> None:
-    """Raise UserError unless `value` is one of the allowed ones."""
-    if value not in tuple(allowed):
+    """Raise UserError unless `value` is one of the allowed ones; 1 is not true, nor 0 false."""
+    allowed = tuple(allowed)
+    if not any(type(value) is type(known) and value == known for known in allowed):
         raise UserError(f"{key}={value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
 
 

@@ -143,6 +143,7 @@ def _single(app: Any, name: str, words: list[str]) -> int:
     if cfg.plan:
         _print_plans([cfg])
         return 0
+    _refuse_other(cfg)
     with _making_directories():
         outcome = app.run(config_name=name, task_function=single, overrides=words).return_value
     return _exit_status([outcome])
@@ -182,6 +183,13 @@ def _validate(cfg: DictConfig) -> None:
     from . import run
 
     run.validate(overrides.without_hydra(cfg))
+
+
+def _refuse_other(cfg: DictConfig) -> None:
+    """Raise UserError for a directory with a run of another configuration, before the log is opened there."""
+    from .resume import refuse_other
+
+    refuse_other(Path(str(cfg.hydra.run.dir)), overrides.without_hydra(cfg))
 
 
 def _print_plans(configs: list[DictConfig]) -> None:

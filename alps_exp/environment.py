@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -45,12 +46,19 @@ def environment(device: torch.device) -> dict:
 @cache
 def code_version() -> str:
     """Version and a digest (12 hex digits) of the sources that decide about weights and evaluations."""
-    folders = [Path(__file__).parent, *map(Path, baselines.__path__)]
-    files = [file for folder in folders for file in folder.glob("*.py") if file.stem not in _ARRANGING]
+    return f"{__version__} ({code_digest([Path(__file__).parent, *map(Path, baselines.__path__)])[:12]})"
+
+
+def code_digest(folders: Iterable[Path]) -> str:
+    """sha256 (hex) of the paths and contents of all Python files in the folders and below, but for the modules of the
+    folders themselves that make no results."""
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(file.name.encode() + file.read_bytes())
-    return f"{__version__} ({digest.hexdigest()[:12]})"
+    for folder in folders:
+        names = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
+        for name, file in sorted(names.items()):
+            if name.removesuffix(".py") not in _ARRANGING:
+                digest.update(f"{name}\n{file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _git_commit() -> str | None:

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from yaml.error import MarkedYAMLError
 
 from .errors import UserError, nearest
 
@@ -27,6 +28,8 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
         return str(error)
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
+    if isinstance(error, MarkedYAMLError):
+        return _broken_yaml(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_choice(str(error.missing_cfg_file), error.options or [])
     text = str(error)
@@ -50,6 +53,12 @@ def _unreadable(error: OverrideParseException) -> str:
         f"cannot read {str(error.override)!r} ({' '.join(reason.split())}): write key=value; quote lists and "
         "dictionaries for the shell, as in 'key=[a,b]'"
     )
+
+
+def _broken_yaml(error: MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+    return f"{place}, cannot be read as yaml ({error.problem or error.context}): mend it"
 
 
 def _unknown_choice(path: str, options: Sequence[str]) -> str:
@@ -112,7 +121,7 @@ def _not_a_name(words: Sequence[str]) -> str | None:
         if is_choice(override) and not isinstance(override.value(), (str, list)):
             if group == "sparsity":
                 return f"{override.input_line} is not allowed: {_SPARSITY}"
-            return f"unknown {group} {override.value()!r}; {nearest(str(override.value()), _options(group))}"
+            return f"unknown {group} {override.value()!r}; {nearest(str(override.value()), options(group))}"
     return None
 
 
@@ -148,10 +157,11 @@ def is_choice(override: Override) -> bool:
 def is_group(override: Override) -> bool:
     """Whether the override names a group of choices."""
     group = override.key_or_group
-    return bool(group) and "." not in group and bool(_options(group))
+    return bool(group) and "." not in group and bool(options(group))
 
 
-def _options(group: str) -> list[str]:
+def options(group: str) -> list[str]:
+    """The choices of a group."""
     return GlobalHydra.instance().config_loader().get_group_options(group, results_filter=ObjectType.CONFIG)
 
 

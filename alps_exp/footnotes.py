@@ -46,12 +46,13 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "commit": lambda record: (_environment(record, "git_commit") or "")[:8] or UNKNOWN,
         "code": lambda record: _environment(record, "code"),
         "inputs": _inputs,
+        "threads": _threads,
     }
     facts |= {name: lambda record, name=name: _version(record, name) for name in _PACKAGES}
     parts = [f"{axis} {value}" for axis, value in constant.items()]
     for name, fact in facts.items():
         text = _seeds(found.groups) if name == "seeds" else _spread(found, fact)
-        if text and (name != "inputs" or " / " in text):  # only where they differ
+        if text and (name not in ("inputs", "threads") or " / " in text):  # only where they differ
             parts.append(f"{name} {text}")
     return _capital("; ".join(parts)) + "."
 
@@ -59,7 +60,13 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
 def _inputs(record: Mapping) -> str | None:
     """A short digest of the checkpoint and the local texts."""
     inputs = (record.get("environment") or {}).get("inputs")
-    return inputs and hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8] if inputs else None
+
+
+def _threads(record: Mapping) -> str | None:
+    """How many threads a CPU's figures were computed with, on which their last digits depend."""
+    threads = (record.get("environment") or {}).get("threads")
+    return str(threads) if threads and _environment(record, "device").endswith("CPU") else None
 
 
 def _spread(found: Aggregate, fact: Callable[[Mapping], str | None]) -> str:

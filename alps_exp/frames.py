@@ -75,7 +75,7 @@ class Aggregate:
             measured), `mean`, `std` (sample standard deviation over seeds), `n`, `stderr` (over examples, for n = 1),
             `status`, `published`, `ratio` (ours / published), `source`, and for the layout `better` and `shown`.
         seconds: whether it has times.
-        incomplete: runs that are part of no mean, and why ("OOM", "error", "unfinished", "missing").
+        incomplete: runs that are part of no mean, and why ("OOM", "error", "unfinished", "missing", "unreadable").
     """
 
     settings: list[str]
@@ -98,7 +98,7 @@ def measures(record: Mapping) -> dict[str, Measure]:
         values = [float(row[field]) for row in layers if row.get(field) is not None]
         if values:
             where = f" of {layers[0]['name']}" if len(layers) == 1 else ""
-            found[name + where] = Measure(math.fsum(values) / len(values))
+            found[name + where] = Measure(_mean(values))
     for item in record["evaluations"]:
         error = item.get("stderr")
         better = -1 if any(word in item["metric"] for word in ("perplexity", "bits", "byte")) else 1
@@ -124,20 +124,25 @@ def _metric(item: Mapping) -> str:
 
 
 def aggregate(
-    records: Iterable[Mapping], missing: Iterable[str] = (), seconds: bool = True, published: bool = True
+    records: Iterable[Mapping],
+    missing: Iterable[str] | Mapping[str, str] = (),
+    seconds: bool = True,
+    published: bool = True,
 ) -> Aggregate:
     """Group records that differ in their seed only, and take mean and deviation of each metric.
 
     Args:
         records: run records as plain values.
-        missing: names of runs without a record; each has a row if no other record fills it.
+        missing: names of runs without a record, or with why ("missing", "unreadable"); each has a row if no other
+            record fills it.
         seconds: with times.
         published: with published figures.
 
     Raises:
         UserError: records of one configuration that differ in more than the seed: code, dtype, device, texts.
     """
-    records, missing = sorted(records, key=_order), list(missing)
+    records = sorted(records, key=_order)
+    missing = dict(missing) if isinstance(missing, Mapping) else dict.fromkeys(missing, "missing")
     settings = varying(records)
     groups = _groups(records, settings)
     present = {group.key[:3] for group in groups}
@@ -151,7 +156,7 @@ def aggregate(
     frame = frame.astype(dict.fromkeys(("mean", "std", "stderr", "published"), "float64"))
     frame.insert(frame.columns.get_loc("published") + 1, "ratio", frame["mean"] / frame["published"])
     incomplete = {_name(record): _status(record) for record in records if record["status"] != "complete"}
-    incomplete |= dict.fromkeys(missing, "missing")
+    incomplete |= missing
     return Aggregate(settings, groups, frame, seconds, incomplete)
 
 
@@ -293,15 +298,31 @@ def _rows(group: Group, settings: Sequence[str], seconds: bool, published: bool)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, None of a single value; exactly rounded sums, so the order plays no part."""
-    mean = math.fsum(values) / len(values)
+    """Mean and sample standard deviation, None of a single value; exactly rounded sums, so the order plays no part.
+
+    A mean that is infinite or NaN has no deviation: NaN.
+    """
+    mean = _mean(values)
     if len(values) == 1:
         return mean, None
     if min(values) == max(values):  # the mean's own rounding is no deviation
         return values[0], 0.0
     if not math.isfinite(mean):
         return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    try:
+        return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    except OverflowError:  # squares of perplexities that float64 still holds
+        scale = max(map(abs, values))
+        return mean, scale * mean_and_std([value / scale for value in values])[1]
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except ValueError:  # infinities of both signs
+        return math.nan
+    except OverflowError:
+        return math.fsum(value / len(values) for value in values)
 
 
 @functools.cache

@@ -6,14 +6,12 @@ Jobs hand back how they ended instead of raising, because an exception in one jo
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +49,16 @@ def single(cfg: DictConfig) -> Outcome:
     """One run, in the directory that Hydra made for it."""
     from . import run
 
-    return _guarded(lambda directory: run.run(cfg, directory))
+    return _guarded(lambda directory: run.run(cfg, directory, finished=lambda directory: _note(cfg, directory)))
+
+
+def _note(cfg: DictConfig, directory: Path) -> None:
+    """The files that Hydra writes (hydra.output_subdir), but not before the run's directory is known to be its own."""
+    hydra = HydraConfig.instance().cfg
+    nodes = {"config": cfg, "hydra": hydra, "overrides": hydra.hydra.overrides.task}
+    (directory / ".hydra").mkdir(exist_ok=True)
+    for name, node in nodes.items():
+        (directory / ".hydra" / f"{name}.yaml").write_text(redacted(OmegaConf.to_yaml(node)), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ class SweepJob:
     Attributes:
         start: of the sweep, seconds since the epoch.
         process: id of the process that the sweep was started as.
+        before: run's name → `mark` of its record when the sweep was started.
     """
 
     start: float
     process: int
+    before: Mapping[str, tuple | None]
 
     def __call__(self, cfg: DictConfig) -> Outcome:
         from . import gpus, run
@@ -80,8 +89,9 @@ class SweepJob:
 
         def finished(directory: Path) -> dict | None:
             record = complete_record(directory, digest)
-            found.append(record is not None and is_done(record, cfg, self.start))
-            return record if found[-1] else None
+            new = mark(directory) != self.before.get(directory.name)
+            found.append(record is not None and is_done(record, cfg, new))
+            return record if found[-1] else _note(cfg, directory)
 
         def attempt(directory: Path) -> None:
             record = run.run(cfg, directory, shared(), finished)
@@ -100,26 +110,33 @@ class SweepJob:
 
 def complete_record(directory: Path, digest: str) -> dict | None:
     """The complete record in a directory, of the configuration with this hash."""
+    from .record import find
+
+    record = find(directory) or {}
+    return record if (record.get("status"), record.get("config_hash")) == ("complete", digest) else None
+
+
+def mark(directory: Path) -> tuple | None:
+    """What tells the record in a directory from one that replaces it, whatever the clocks say; None without one."""
     from .record import FILE
 
     try:
-        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = (directory / FILE).stat()
+    except OSError:
         return None
-    same = isinstance(record, dict) and record.get("config_hash") == digest
-    return record if same and record.get("status") == "complete" else None
+    return found.st_ino, found.st_mtime_ns
 
 
-def is_done(record: Mapping, cfg: DictConfig, start: float) -> bool:
+def is_done(record: Mapping, cfg: DictConfig, new: bool) -> bool:
     """Whether a complete record makes its run superfluous.
 
     Args:
         record: of the run's configuration.
         cfg: the configuration; its key `complete` decides.
-        start: of the sweep, seconds since the epoch.
+        new: whether the record was made since the sweep was started.
     """
     if cfg.complete == "again":
-        return datetime.fromisoformat(record["started"]).timestamp() >= int(start)  # records know whole seconds
+        return new
     return cfg.complete == "skip" or not changes(record, cfg)
 
 
@@ -174,9 +191,9 @@ def _guarded(action: Callable[[Path], object]) -> Outcome:
 
 
 def _figures(record: Mapping) -> str:
-    """The first figures of a run, for the terminal."""
+    """The first figures of a run, for the terminal; the record writes what is not finite as text."""
     loss = record["summary"].get("mean_relative_loss")
-    figures = [] if loss is None else [f"mean relative loss {loss:.4g}"]
+    figures = [] if loss is None else [f"mean relative loss {float(loss):.4g}"]
     shown = [row for row in record["evaluations"] if row["shown"]]
-    figures += [f"{row['dataset']} {row['metric']} {row['value']:.4g}" for row in shown[:3]]
+    figures += [f"{row['dataset']} {row['metric']} {float(row['value']):.4g}" for row in shown[:3]]
     return "".join(f", {figure}" for figure in figures)

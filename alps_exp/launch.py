@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -9,12 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from .errors import UserError
+from .progress_store import HeldError
+
+_LOCK = ".team.lock"
+_PATIENCE = 30.0  # seconds that processes of a killed run may take to end
 
 
 def check(cfg: Mapping) -> None:
@@ -51,12 +57,12 @@ def prune_together(cfg: Mapping, digest: str, directory: Path, device: torch.dev
     Raises:
         UserError and RuntimeError: of the first process that failed; the others are stopped.
     """
-    with tempfile.TemporaryDirectory(prefix=".team-", dir=directory) as folder:
+    with _team_lock(directory) as lock, tempfile.TemporaryDirectory(prefix=".team-", dir=directory) as folder:
         request = Path(folder) / "request.json"
         asked = {"config": cfg, "config_hash": digest, "directory": str(directory), "device": device.type}
         request.write_text(json.dumps(asked), encoding="utf-8")
         port = _free_port()
-        processes = [_start(request, rank, cfg["devices"], port) for rank in range(cfg["devices"])]
+        processes = [_start(request, rank, cfg["devices"], port, lock) for rank in range(cfg["devices"])]
         try:
             return _wait(processes, request.parent)
         finally:
@@ -72,12 +78,48 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(request: Path, rank: int, size: int, port: int) -> subprocess.Popen:
+def outlast(directory: Path) -> None:
+    """Return once no process of an earlier team is at work in a directory: those of a killed run take a moment to end.
+
+    Raises:
+        HeldError: some do not end.
+    """
+    if (directory / _LOCK).exists():
+        with _team_lock(directory):
+            pass
+
+
+@contextmanager
+def _team_lock(directory: Path) -> Iterator[int]:
+    """A descriptor for the processes of a team to inherit, whose lock holds until the last of them has ended."""
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HeldError(
+                        f"processes of an earlier attempt are still at work in {directory} (alps_exp.worker): end them"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield descriptor
+        (directory / _LOCK).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _start(request: Path, rank: int, size: int, port: int, lock: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     # The processes find this package where this process has found it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.Popen([sys.executable, "-m", "alps_exp.worker", str(request)], env=environment)
+    command = [sys.executable, "-m", "alps_exp.worker", str(request), str(os.getpid())]
+    return subprocess.Popen(command, env=environment, pass_fds=[lock])
 
 
 def _wait(processes: list[subprocess.Popen], folder: Path) -> int | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +12,9 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
-from .job import Outcome, SweepJob, describe_error
+from .job import Outcome, SweepJob, describe_error, mark
 from .progress_store import HeldError, is_held, locked
-from .record import FILE, write_json
+from .record import FILE, find, write_json
 
 _PATIENCE = 2.0  # seconds between two looks at runs that other processes hold
 
@@ -97,12 +95,12 @@ def _outlive(start: Callable[[Sequence[Cell]], list[Outcome]], cells: Sequence[C
     """
     outcomes, alone, rest = [], [], list(cells)
     while rest:
-        begin = time.time()
+        before = [mark(cell.directory) for cell in rest]
         try:
             outcomes += start(rest)
             break
         except Exception:
-            states = [(cell, _state(cell, begin)) for cell in rest]
+            states = [(cell, _state(cell, old)) for cell, old in zip(rest, before, strict=True)]
             if not any(state for _, state in states):
                 if len(rest) == len(cells):
                     raise  # it is the launcher that fails
@@ -112,26 +110,28 @@ def _outlive(start: Callable[[Sequence[Cell]], list[Outcome]], cells: Sequence[C
             alone += [cell for cell, state in states if state == "cut"]
             rest = [cell for cell, state in states if state is None]
     for cell in alone:
-        begin = time.time()
+        old = mark(cell.directory)
         try:
             outcomes += start([cell])
         except Exception as error:
-            state = _state(cell, begin)
+            state = _state(cell, old)
             outcomes.append(state if isinstance(state, Outcome) else _dead(cell, error))
     return outcomes
 
 
-def _state(cell: Cell, begin: float) -> Outcome | str | None:
-    """What became of a cell since `begin` where its launcher does not say: None if nothing did, "cut" if it was begun
-    and its process is gone."""
+def _state(cell: Cell, before: tuple | None) -> Outcome | str | None:
+    """What became of a cell where its launcher does not say: None if nothing did, "cut" if it was begun and its process
+    is gone.
+
+    Args:
+        cell: which.
+        before: `mark` of its record when it was given to the launcher.
+    """
     name = cell.directory.name
     if is_held(cell.directory):
         return Outcome(name, "held")
-    try:
-        record = json.loads((cell.directory / FILE).read_text(encoding="utf-8"))
-        if datetime.fromisoformat(record["started"]).timestamp() < int(begin):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+    record = find(cell.directory)
+    if record is None or mark(cell.directory) == before:
         return None
     if record["status"] == "complete":
         return Outcome(name, "completed")
@@ -146,9 +146,9 @@ def _state(cell: Cell, begin: float) -> Outcome | str | None:
 def _dead(cell: Cell, error: Exception) -> Outcome:
     """A run whose process ended without a word, which its record now says for it."""
     reason = describe_error(error)
-    with suppress(OSError, ValueError, HeldError), locked(cell.directory):
-        record = json.loads((cell.directory / FILE).read_text(encoding="utf-8"))
-        if record["status"] == "running":
+    with suppress(OSError, HeldError), locked(cell.directory):
+        record = find(cell.directory)
+        if record is not None and record["status"] == "running":
             kind, _, message = reason.partition(": ")
             write_json(
                 cell.directory / FILE, {**record, "status": "failed", "error": {"type": kind, "message": message}}

@@ -85,7 +85,10 @@ def parse(node: Mapping, name: str) -> Spec:
     Raises:
         UserError: unknown keys or values that are not allowed.
     """
-    place, given = f"the table of sweeps/{name}.yaml", dict(node)
+    place = f"the table of sweeps/{name}.yaml"
+    if not isinstance(node, Mapping):
+        raise UserError(f"{place}: {node} is not allowed: give keys and values, as in title: TEXT")
+    given = dict(node)
     for key, value in given.items():
         if key not in Spec.__dataclass_fields__:
             raise UserError(f"{place} has the key {key}; {nearest(str(key), Spec.__dataclass_fields__)}")
@@ -105,8 +108,8 @@ def parse(node: Mapping, name: str) -> Spec:
     for axis in (*spec.rows, *spec.columns):
         if axis not in (*AXES, "metric") and not _is_key(axis):
             raise UserError(f"{place}: {axis} is no axis; {nearest(axis, (*AXES, 'metric'))} Or a configuration's key")
-        if axis in spec.rows and axis in spec.columns:
-            raise UserError(f"{place} has {axis} in rows and in columns: name it once")
+        if (*spec.rows, *spec.columns).count(axis) > 1:
+            raise UserError(f"{place} has {axis} twice in rows and columns: name it once")
     if "metric" in spec.rows and not spec.columns:
         raise UserError(f"{place} has metric in rows and no columns: name them, as in columns: [sparsity]")
     return spec

@@ -35,6 +35,7 @@ from .checkpoint import Checkpoint, check_folder, fingerprint
 from .checks import one_of
 from .errors import UserError
 from .gguf_files import converted_folder
+from .naming import local_model
 from .packages import package_folder
 from .streaming import StreamedBlocks, open_streamed
 
@@ -278,7 +279,7 @@ def _locate(model: Mapping) -> _Source:
         raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
     path = str(path)
     local = Path(path).expanduser()
-    if local.exists() or name == "local" or _looks_local(path):
+    if local_model(model):
         if revision:
             raise UserError(f"model.revision={revision} goes with a hub id, and model.path={path} is a local folder")
         return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust)
@@ -292,11 +293,6 @@ def _locate(model: Mapping) -> _Source:
     offline = hub.offline_only(path, revision, "model", _REMEDY)
     found = hub.cached_model(path, revision, _REMEDY) if offline else path
     return _Source(str(found), f"model {path!r}", revision, trust)
-
-
-def _looks_local(path: str) -> bool:
-    """Whether a path that does not exist was meant as a folder: hub ids are "name" or "owner/name"."""
-    return path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
 
 
 def _local(path: Path, gguf_file: str | None, what: str) -> Path:

@@ -93,7 +93,9 @@ def expand(words: Sequence[str], config_name: str = "config") -> tuple[list[str]
 
 def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[str]]]:
     app: Any = GlobalHydra.instance().hydra
-    sweeper = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN).hydra.sweeper
+    cfg = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
+    _refuse_ignored_sweep(cfg)
+    sweeper = cfg.hydra.sweeper
     if not str(sweeper._target_).endswith(".BasicSweeper"):
         return words, []
     parameters = dict(sweeper.params or {})
@@ -113,7 +115,26 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
             raise UserError(f"{override.input_line}: an interval has no list of values; give one, as in {key}=0.1,0.2")
         else:
             choices[key] = [str(override.input_line)]
+        if not choices.get(key, ["hydra"]):
+            raise UserError(f"{override.input_line} names no value, so that nothing would run: {_remedy(override)}")
     return words, [shared + list(job) for job in itertools.product(*choices.values())]
+
+
+def _remedy(override: Override) -> str:
+    from .explain import options
+
+    if isinstance(override._value, Glob):
+        return f"known: {', '.join(options(override.key_or_group))}"
+    return f"give its values, as in {override.get_key_element()}=0,1,2"
+
+
+def _refuse_ignored_sweep(cfg: DictConfig) -> None:
+    """A sweep's file means the whole configuration; without its first line Hydra puts it where nothing reads it."""
+    if "sweeps" in cfg:
+        name = OmegaConf.select(cfg, "hydra.runtime.choices.sweeps") or "NAME"
+        raise UserError(
+            f"sweeps/{name}.yaml needs '# @package _global_' as its first line: without it, it says nothing"
+        )
 
 
 def _merged(from_file: list[str], words: list[str]) -> list[str]:
@@ -169,6 +190,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bool) -> DictConfig:
     cfg = hydra.compose(config_name, overrides=words, return_hydra_config=with_hydra)
+    _refuse_ignored_sweep(cfg)
     _refuse_additions(words, config_name)
     if not complete:
         return cfg

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,6 +64,7 @@ class ProgressStore:
         finished: the blocks that an earlier attempt left, from the first one on without a gap.
         thrift: measures against lack of device memory, by name; kept for later attempts (`keep_thrift`).
         attempts: how often the run was begun, this time included.
+        threads: numbers of threads of the attempts whose blocks are here, this one included.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, object]) -> None:
@@ -71,6 +73,7 @@ class ProgressStore:
         self.finished: list[FinishedBlock] = []
         self.thrift: dict = {}
         self.attempts = 0
+        self.threads: list[int] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._pending: Future | None = None
 
@@ -101,6 +104,7 @@ class ProgressStore:
         self.attempts = state.get("attempts", 0) + 1
         while (block := self._load(len(self.finished))) is not None:
             self.finished.append(block)
+        self.threads = sorted({*(state.get("threads", []) if self.finished else []), torch.get_num_threads()})
         known = {self._name(index) for index in range(len(self.finished))}
         for file in self.folder.iterdir():
             if file.name.startswith(".") or (file.name.startswith("block-") and file.stem not in known):
@@ -156,9 +160,8 @@ class ProgressStore:
         return f"block-{index:05d}"
 
     def _write_state(self) -> None:
-        write_json(
-            self.folder / "run.json", _sealed(identity=self.identity, thrift=self.thrift, attempts=self.attempts)
-        )
+        state = {"identity": self.identity, "thrift": self.thrift, "attempts": self.attempts, "threads": self.threads}
+        write_json(self.folder / "run.json", _sealed(**state))
 
     def _write(self, index: int, tensors: dict[str, Tensor], block: FinishedBlock) -> None:
         shard = self.shard(index)

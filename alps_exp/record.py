@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .errors import UserError
 from .redaction import redacted
 
 SCHEMA = 1
@@ -189,12 +191,63 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
     return found
 
 
-def is_complete(path: Path) -> bool:
-    """Whether the file is the record of a run that came to its end."""
+def load(file: Path) -> dict:
+    """The record in a file, as plain values.
+
+    Raises:
+        UserError: it cannot be read, is of a later version's form, or is no record; the file is named.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("status") == "complete"
-    except (OSError, ValueError):
-        return False
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
+    return checked(value, str(file))
+
+
+def find(directory: Path) -> dict | None:
+    """The record of a run in its directory; None where there is none that can be read."""
+    try:
+        return load(directory / FILE)
+    except UserError:
+        return None
+
+
+def checked(value, place: str) -> dict:
+    """The value, if it is a record that this version can read.
+
+    Raises:
+        UserError: it is not; `place` is named.
+    """
+    from pydantic import ValidationError
+
+    from .record_form import RecordForm
+
+    schema = value.get("schema", SCHEMA) if isinstance(value, dict) else SCHEMA
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UserError(
+            f"{place} is a record of form {schema}, by a later version of alps_exp; this one reads forms up to "
+            f"{SCHEMA}: update alps_exp, or move the file elsewhere"
+        )
+    try:
+        RecordForm.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "as a whole"
+        raise UserError(
+            f"{place} is no run record ({where}: {first['msg']}): move it elsewhere, or run it again"
+        ) from None
+    return value
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename a record that cannot be read, so that a run may write its own; the new name, None where there is none."""
+    file = directory / FILE
+    if not os.path.lexists(file) or find(directory) is not None:
+        return None
+    names = (f"record.unreadable{f'-{number}' if number else ''}.json" for number in itertools.count())
+    aside = next(path for path in (directory / name for name in names) if not os.path.lexists(path))
+    file.rename(aside)
+    return aside
 
 
 def write_json(path: Path, value: dict) -> None:

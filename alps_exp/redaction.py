@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from .errors import UserError
@@ -50,3 +51,20 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A log whose own failure (a full disk) is told in one line and stops nothing; conf/hydra/job_logging names it."""
+
+    _told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            print(f"alps_exp: warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)

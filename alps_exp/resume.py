@@ -6,20 +6,20 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from . import models
 from .environment import code_version
 from .errors import UserError
-from .naming import NOT_HASHED
+from .naming import NOT_HASHED, canonical, config_hash
 from .progress_store import FOLDER, HeldError, ProgressStore, locked
-from .record import FILE, is_complete
+from .record import FILE, find, load, set_aside
 
 
 def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
@@ -68,19 +68,38 @@ def check(cfg: Mapping, place: Path | None = None) -> None:
     directory = Path(cfg["resume"]).expanduser()
     if place is not None and place.resolve() != directory.resolve():
         raise UserError(f"resume={directory} is not where this run goes ({place}): leave out -m and hydra.run.dir")
-    try:
-        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        earlier = _flat(record["config"])
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(f"resume={directory} holds no run ({FILE}): give the directory of an interrupted run") from None
-    if record.get("status") == "complete":
+    if not (directory / FILE).is_file():
+        raise UserError(f"resume={directory} holds no run ({FILE}): give the directory of an interrupted run")
+    record = load(directory / FILE)
+    if record["status"] == "complete":
         raise UserError(f"resume={directory} holds a complete run: there is nothing to go on with")
-    now = _flat(OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg)
+    if different := _differences(record, cfg):
+        raise UserError(f"resume={directory} is a run of another configuration: {different}; leave out resume=")
+
+
+def refuse_other(directory: Path, cfg: Mapping) -> None:
+    """Raise UserError if a directory holds a run of another configuration, complete or not: it would be lost."""
+    record = find(directory)
+    if record is not None and (different := _differences(record, cfg)):
+        raise UserError(
+            f"{directory} holds a run of another configuration ({record['status']}; {different}), which would be lost: "
+            "give another directory with hydra.run.dir=DIR, or move that one elsewhere"
+        )
+
+
+def _differences(record: Mapping, cfg: Mapping) -> str:
+    """In what a record's configuration differs from another, in words; "" where both are the same run."""
+    digest = config_hash(cfg)
+    try:
+        if digest in (record["config_hash"], config_hash(record["config"])):
+            return ""
+        earlier = canonical(record["config"])
+    except (KeyError, TypeError, AttributeError, UserError):  # of another version, or edited
+        earlier = record["config"]
+    earlier, now = _flat(earlier), _flat(canonical(cfg))
     different = [key for key in sorted(earlier.keys() | now.keys()) if earlier.get(key) != now.get(key)]
-    if different:
-        shown = ", ".join(f"{key} {earlier.get(key)} → {now.get(key)}" for key in different[:4])
-        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-        raise UserError(f"resume={directory} is a run of another configuration: {shown}{more}; leave out resume=")
+    shown = ", ".join(f"{key} {earlier.get(key)} → {now.get(key)}" for key in different[:4])
+    return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
 def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
@@ -99,13 +118,16 @@ def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
 def prepare(directory: Path, resume: str | bool) -> None:
     """Remove what a killed attempt left half-written; what it had finished too, where the run starts again.
 
-    An earlier complete record is kept as record.previous.json, and the run is a fresh one then.
+    An earlier complete record is kept as record.previous.json, and the run is a fresh one then. A record that cannot be
+    read is kept aside, and the run goes on as if there was none.
     """
+    if (aside := set_aside(directory)) is not None:
+        print(f"alps_exp: warning: {directory / FILE} is no record that can be read: kept as {aside}", file=sys.stderr)
     for scratch in (*directory.glob(".model-*"), *directory.glob(".team-*")):
         shutil.rmtree(scratch, ignore_errors=True)
     for temporary in directory.glob(f".{FILE}.*.tmp"):
         temporary.unlink(missing_ok=True)
-    complete = is_complete(directory / FILE)
+    complete = (find(directory) or {}).get("status") == "complete"
     if complete or resume is False:
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
     if complete:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +22,7 @@ from .hub import first_line
 from .inputs import inputs_of
 from .loggers import check_logger, log_record
 from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
-from .naming import config_hash, model_name
+from .naming import canonical, config_hash, model_name
 from .overrides import pattern_of
 from .patterns import Pattern
 from .progress_store import ProgressStore, locked
@@ -139,6 +139,7 @@ def run(
     Args:
         cfg: the composed configuration.
         directory: the run's own directory; a complete record of an earlier run there is kept as record.previous.json.
+            One of another configuration is refused.
         workspace: loads the model and the texts; give one to share them between runs.
         finished: asked once no other process is at work in the directory; a record that it finds is all there is to do.
 
@@ -152,7 +153,7 @@ def run(
     """
     if not sys.stderr.isatty():  # the libraries' own bars fill a log with thousands of lines
         transformers_logging.disable_progress_bar()
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    plain = canonical(cfg)
     plain.pop("table", None)  # of a sweep's file
     refuse_keys(plain)
     solver = build(plain["method"])
@@ -168,9 +169,11 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     workspace = workspace or Workspace()
     with locked(directory), _resource_errors(directory):
+        resume.refuse_other(directory, cfg)
+        resume.check(plain, directory)
         if (earlier := finished(directory)) is not None:
             return earlier
-        resume.check(plain, directory)
+        launch.outlast(directory)
         resume.prepare(directory, plain["resume"])
         record.write(directory)
         try:
@@ -241,6 +244,9 @@ def _execute(
                 if opened is not None:
                     opened.close()
         watch.lap("prune")
+        if store is not None and device.type == "cpu" and len(store.threads) > 1:
+            counts = ", ".join(map(str, store.threads))
+            record.warnings.append(f"attempts ran with different numbers of threads ({counts}): last digits may differ")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
     record.evaluations = evaluation.measure(prepared, cfg, model, workspace.tokenizer(cfg))

@@ -6,7 +6,6 @@ several processes may work on one sweep at once.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import naming, overrides
 from .errors import UserError
-from .job import Outcome, SweepJob, changes, complete_record, is_done
+from .job import Outcome, SweepJob, changes, complete_record, is_done, mark
 from .redaction import redacted
 
 
@@ -102,14 +101,17 @@ def run(
         The outcome of every run.
 
     Raises:
-        UserError: other code has made some of the records; nothing was started.
+        UserError: other code has made some of the records, or the sweep's table node is not allowed; nothing was
+            started.
         KeyboardInterrupt: with a line that says how far it came.
     """
     from .launching import launch
 
-    pending = _pending(runs, start)
-    runs[0].directory.parent.mkdir(parents=True, exist_ok=True)
     name = _sweep_name(words)
+    _check_table(name, runs)
+    before = {cell.directory.name: mark(cell.directory) for cell in runs}
+    pending = _pending(runs)
+    runs[0].directory.parent.mkdir(parents=True, exist_ok=True)
     if name is not None:
         _write_manifest(name, given, runs)
     print(f"{len(runs)} runs: {len(runs) - len(pending)} complete, {len(pending)} to run", flush=True)
@@ -118,7 +120,7 @@ def run(
     outcomes = {cell.directory: Outcome(cell.directory.name, "completed", new=False) for cell in runs}
     try:
         if pending:
-            ended = launch(app, config_name, words, SweepJob(start, os.getpid()), pending, deadline)
+            ended = launch(app, config_name, words, SweepJob(start, os.getpid(), before), pending, deadline)
             outcomes |= {cell.directory: outcome for cell, outcome in zip(pending, ended, strict=True)}
     except KeyboardInterrupt:
         done = sum(_complete(cell) is not None for cell in runs)
@@ -129,13 +131,20 @@ def run(
     return list(outcomes.values())
 
 
-def _pending(runs: Sequence[Cell], start: float) -> list[Cell]:
+def _check_table(name: str | None, runs: Sequence[Cell]) -> None:
+    """Raise UserError for a table node that could not be made after all the runs."""
+    from .layout import spec_of
+
+    spec_of(name or "", _table_node(runs))
+
+
+def _pending(runs: Sequence[Cell]) -> list[Cell]:
     from .resume import tidy
 
     pending, others = [], []
     for cell in runs:
         record = _complete(cell)
-        if record is None or not is_done(record, cell.cfg, start):
+        if record is None or not is_done(record, cell.cfg, new=False):
             pending.append(cell)
             if record is not None and cell.cfg.complete == "auto":
                 others.append((cell, changes(record, cell.cfg)))
@@ -178,22 +187,16 @@ def _conclude(name: str | None, runs: Sequence[Cell], outcomes: Sequence[Outcome
 
 def _record(directory: Path) -> dict | None:
     """The record of a run that has ended, with the run's name."""
-    record = _read(directory)
+    from .record import find
+
+    record = find(directory) or {}
     return record | {"run": directory.name} if record.get("status") in ("complete", "failed") else None
 
 
 def _status(directory: Path) -> str | None:
-    return _read(directory).get("status")
+    from .record import find
 
-
-def _read(directory: Path) -> dict:
-    from .record import FILE
-
-    try:
-        record = json.loads((directory / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return (find(directory) or {}).get("status")
 
 
 def _sweep_name(words: Sequence[str]) -> str | None:
@@ -207,7 +210,8 @@ def _sweep_name(words: Sequence[str]) -> str | None:
 
 def _table_node(runs: Sequence[Cell]) -> dict | None:
     """The table node of a sweep's file that is not this package's own; those of the package are read from it."""
-    return OmegaConf.to_container(runs[0].cfg.table) if "table" in runs[0].cfg else None
+    node = runs[0].cfg.get("table")
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> None:

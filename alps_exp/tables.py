@@ -35,7 +35,7 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
         UserError: records that cannot be averaged, or a table node that does not fit them.
     """
     spec = spec_of(runs.name, runs.table)
-    found = _aggregate(runs.records, runs.missing, spec)
+    found = _aggregate(runs.records, runs.absent, spec)
     table = grid(found, spec)
     pictures = plots.draw(found, spec, folder, runs.name)
     for old in _files_of(runs.name, folder):
@@ -47,7 +47,7 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
 def report(
     records: Iterable[Mapping],
     name: str = "",
-    missing: Iterable[str] = (),
+    missing: Iterable[str] | Mapping[str, str] = (),
     width: int | None = None,
     node: Mapping | None = None,
 ) -> str:
@@ -56,7 +56,7 @@ def report(
     Args:
         records: run records as plain values.
         name: the sweep's, for its table node; without one the default layout.
-        missing: names of runs without a record.
+        missing: names of runs without a record; or with why, as `aggregate` takes them.
         width: columns to fill; by default the terminal's.
         node: the sweep's table node, where its file is not one of the package's.
 
@@ -71,7 +71,7 @@ def report(
         return f"no table: {error}"
 
 
-def _aggregate(records: Iterable[Mapping], missing: Iterable[str], spec: Spec) -> Aggregate:
+def _aggregate(records: Iterable[Mapping], missing: Iterable[str] | Mapping[str, str], spec: Spec) -> Aggregate:
     return aggregate(records, missing, spec.seconds, spec.published)
 
 
@@ -80,10 +80,11 @@ def _sets(runs: Path, kept: Path | None) -> list[archive.RunSet]:
     if runs.name.endswith(archive.KEPT):
         return [archive.read_kept(runs)]
     sets = archive.read_all(runs, kept)
-    own = archive.read_records(runs)
-    if own:
-        sets.append(archive.RunSet(COMPARISON, own, [], str(runs)))
-    return sets
+    own = archive.read_records(runs, COMPARISON)
+    named = {run for found in sets for run in found.unreadable}
+    for run in own.unreadable.keys() & named:
+        del own.unreadable[run]
+    return [*sets, own] if own.records or own.unreadable else sets
 
 
 def _files_of(name: str, folder: Path) -> list[Path]:
@@ -108,6 +109,9 @@ def check(kept: Path, tables: Path) -> list[str]:
     found = [f"{file} has no records in {kept}" for file in sorted(tables.glob("*.md")) if file.stem not in known]
     with tempfile.TemporaryDirectory() as folder:
         for runs in sets:
+            found += runs.unreadable.values()
+            if not runs.records:
+                continue
             new = make(runs, Path(folder) / runs.name)
             names = {path.name for path in new}
             for path in new:
@@ -155,6 +159,10 @@ def _make_all(runs: Path | None, tables: Path) -> int:
         raise UserError(f"no records below {runs or RUNS}: run something first, such as make demo")
     status, kept = 0, {file.name for file in KEPT.glob(f"*{archive.KEPT}")}
     for found in sets:
+        for line in found.unreadable.values():
+            status = _refuse(UserError(line))
+        if not found.records:
+            continue
         try:
             paths = make(found, tables)
         except UserError as error:  # of one table; the others can be made

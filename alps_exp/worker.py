@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from .environment import peak_memory
-from .errors import UserError
-from .loop import prune_blocks
-from .progress_store import ProgressStore
-from .registry import build
-from .resume import identity, open_store
-from .run import dtype_of, job_of, layer_patterns
-from .streams import settle
-from .team import Team
-from .workspace import Workspace
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(request: Path) -> None:
     """Do what the file says: `config`, `config_hash`, `directory`, `device`."""
-    _end_with(os.getppid())
+    from .errors import UserError
+
     asked = json.loads(request.read_text(encoding="utf-8"))
     answer = request.with_name(f"answer-{os.environ['RANK']}.json")
     try:
@@ -40,6 +32,18 @@ def main(request: Path) -> None:
 
 
 def _work(asked: dict) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    from .environment import peak_memory
+    from .loop import prune_blocks
+    from .progress_store import ProgressStore
+    from .registry import build
+    from .resume import identity, open_store
+    from .run import dtype_of, job_of, layer_patterns
+    from .team import Team
+    from .workspace import Workspace
+
     cfg, directory = asked["config"], Path(asked["directory"])
     team = Team.join(asked["device"])
     torch.manual_seed(cfg["seed"])
@@ -59,16 +63,24 @@ def _work(asked: dict) -> dict:
 
 
 def _end_with(parent: int) -> None:
-    """End when the process that started this one does, however it ends."""
+    """End when the process that started this one does, however and whenever it ends."""
+    if sys.platform == "linux":  # at once, also while a library that is being loaded keeps threads from running
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))  # before anything is imported that takes seconds
+    from .streams import settle
+
     settle()
     main(Path(sys.argv[1]))

@@ -110,7 +110,9 @@ def test_tables_and_plot(settings, tmp_path):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)
     assert tables.main([str(tmp_path / "runs"), str(tmp_path / "one")]) == 0
     assert "held-out loss" in (tmp_path / "one" / "comparison.md").read_text()
-    (panel,) = plots.KINDS["losses"][0](frames.aggregate(archive.read_records(tmp_path / "runs")), layout.Spec())
+    (panel,) = plots.KINDS["losses"][0](
+        frames.aggregate(archive.read_records(tmp_path / "runs").records), layout.Spec()
+    )
     assert {(item["method"], item["kind"]) for item in panel["series"]} == {
         (method, kind) for method in ("wanda", "magnitude") for kind in ("relative_loss", "held_out_loss")
     }

@@ -1,6 +1,8 @@
 """What W&B receives, read back from an offline run, and that its failures never reach the result."""
 
 import json
+import math
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -8,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alps_exp.loggers import log_record
+from alps_exp import loggers
+from alps_exp.errors import UserError
+from alps_exp.loggers import check_logger, log_record
 from alps_exp.overrides import compose
 
 RECORD = {
@@ -123,3 +127,59 @@ def test_the_environment_variable_works_without_an_account(tmp_path, monkeypatch
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert log_record(RECORD, node(), tmp_path) is None
     assert bool(list(tmp_path.rglob("*.wandb"))) == (mode == "offline")
+
+
+def test_a_network_that_is_away_is_waited_for_once(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    asked = []
+
+    def away(**options):
+        asked.append(options["mode"])
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", away)
+    for _ in range(3):
+        assert "no network" in log_record(RECORD, node(), tmp_path)
+    assert len(asked) == 1 and capsys.readouterr().err.count("\n") == 3
+    log_record(RECORD, node("logger.mode=offline"), tmp_path)  # which needs none
+    assert asked == [None, "offline"]
+
+
+def test_what_is_not_finite_reaches_it_as_a_number(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    infinite = {**RECORD, "evaluations": [{"dataset": "ptb", "metric": "perplexity", "value": "inf"}]}
+    assert log_record(infinite, node("logger.mode=offline"), tmp_path) is None
+    assert read_back(tmp_path)["summary"]["eval/ptb/perplexity"] in (math.inf, "Infinity")
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("logger.project=a/b", "cannot contain"),
+        ("logger.project=7", "logger.project=7 is not allowed"),
+        ("logger.project=null", "logger.project=None"),
+        ("logger.entity=7", "logger.entity=7"),
+        ("logger.group=[a]", "logger.group="),
+        ("logger.tags=abc", "logger.tags=abc"),
+        ("logger.tags=['']", "Tag"),
+        ("logger.tags=[3]", "tag"),
+        ("logger.mode=onlin", "did you mean"),
+    ],
+)
+def test_settings_are_checked_before_the_run(word, told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        check_logger(node(word))
+    assert "\n" not in str(error.value)
+
+
+def test_the_environments_mode_is_checked_before_the_run(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        check_logger(node())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch):
+    monkeypatch.setattr(loggers, "_unreachable", [])

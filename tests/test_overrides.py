@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -210,3 +213,35 @@ def test_the_name_of_a_run_is_safe_and_tells_what_it_is(tmp_path):
     assert naming.run_name(cfg) == f"opt-125m-wanda-2of4-s3-{naming.config_hash(cfg)[:8]}"
     local = compose(["model=local", f"model.path='{tmp_path}/my model: v2'", "data=local", "data.path=x.txt"])
     assert naming.run_name(local).startswith("my_model_v2-alps-u0.7-s0-")
+
+
+def test_what_is_written_in_another_way_is_the_same_run(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "t.txt").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def name(*words: str) -> str:
+        path = [] if any(word.startswith("model.path=") for word in words) else [f"model.path={tmp_path}/m"]
+        return naming.run_name(compose(["model=local", "data=local", f"data.path={tmp_path}/t.txt", *path, *words]))
+
+    for place in ("m", "m/", "./m", "../" + tmp_path.name + "/m"):
+        assert name(f"model.path={place}") == name(), place
+    for one, other in (
+        ("method.rho=1", "method.rho=1.0"),
+        ("data.path=t.txt", f"data.path={tmp_path}/t.txt"),
+        ("data.eval_path=t.txt", f"data.eval_path={tmp_path}/t.txt"),
+        ("eval.path={local:t.txt}", f"eval.path={{local:{tmp_path}/t.txt}}"),
+        ("eval.task_source=m", f"eval.task_source={tmp_path}/m"),
+        ("save=true", "save=dense"),
+        ("layers.exclude=[k_proj,q_proj]", "layers.exclude=[q_proj,k_proj]"),
+        ("layers.sparsity={k_proj:0.5}", "layers.sparsity={k_proj:'0.50'}"),
+    ):
+        assert name(one) == name(other), one
+    assert name("method.max_iterations=3") != name("method.max_iterations=4")
+    # A model on the hub is known by its id, unless a folder of that name is here.
+    assert naming.canonical(compose(["model=opt-125m"]))["model"]["path"] == "facebook/opt-125m"
+    # The usual way of writing has the hash that it had before.
+    content = OmegaConf.to_container(compose(SMALL), resolve=True)
+    kept = {key: value for key, value in content.items() if key not in naming.NOT_HASHED}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    assert naming.config_hash(compose(SMALL)) == naming.config_hash(content) == digest

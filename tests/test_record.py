@@ -1,9 +1,13 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+from alps_exp import baselines, environment
+from alps_exp import record as records
+from alps_exp.errors import UserError
 from alps_exp.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of, write_json
 
 
@@ -80,3 +84,45 @@ def test_warnings_name_one_layer_and_count_the_rest():
     assert dead.startswith("2 layers have inputs that are zero") and "a.0.q: 2 of 4" in dead
     assert few.startswith("1 layers have more inputs than calibration tokens") and "4 inputs, 3 tokens" in few
     assert warnings_of([row()]) == []
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", '{"a"', '{"schema": 2}', "{}", "[" * 100_000], ids=str.__len__)
+def test_what_cannot_be_read_is_named_and_kept_aside(tmp_path, content):
+    file = tmp_path / "record.json"
+    assert records.find(tmp_path) is None and records.set_aside(tmp_path) is None
+    for name in ("record.unreadable.json", "record.unreadable-1.json"):
+        file.write_text(content)
+        with pytest.raises(UserError, match=re.escape(str(file))) as error:
+            records.load(file)
+        assert "\n" not in str(error.value) and records.find(tmp_path) is None
+        assert records.set_aside(tmp_path) == tmp_path / name and (tmp_path / name).read_text() == content
+        assert not file.exists()
+
+
+def test_a_later_form_is_told_as_such(tmp_path):
+    path = record().write(tmp_path)
+    assert records.load(path)["schema"] == records.SCHEMA
+    path.write_text(json.dumps({**records.load(path), "schema": records.SCHEMA + 1}))
+    with pytest.raises(UserError, match=r"by a later version .* update alps_exp"):
+        records.load(path)
+
+
+def test_the_code_digest_covers_every_folder(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "one.py").write_text("1")
+    found = [environment.code_digest([tmp_path])]
+
+    def changed() -> bool:
+        found.append(environment.code_digest([tmp_path]))
+        return found[-1] != found[-2]
+
+    (tmp_path / "deep" / "er" / "new.py").write_text("2")
+    assert changed()
+    (tmp_path / "deep" / "er" / "new.py").rename(tmp_path / "deep" / "new.py")
+    assert changed()
+    (tmp_path / "deep" / "tables.py").write_text("3")  # only the package's own module of that name makes no results
+    assert changed()
+    (tmp_path / "tables.py").write_text("4")
+    assert not changed()
+    package = Path(environment.__file__).parent
+    assert environment.code_digest([package, *map(Path, baselines.__path__)])[:12] in environment.code_version()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from alps_exp import cli, environment, launching, loop, models, overrides, progress_store, sweep, tables, workspace
 from alps_exp import run as runs
 from alps_exp.blocks import BlockModel
+from alps_exp.errors import UserError
 from alps_exp.hidden import HiddenStates
 from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
@@ -233,7 +234,7 @@ def test_what_another_process_holds_is_left_when_time_is_up(words, capsys, monke
 
 def test_what_another_process_has_made_meanwhile_is_not_made_again(words, capsys, ran, monkeypatch):
     """The list of open runs is made before the others' locks are looked at."""
-    monkeypatch.setattr(sweep, "_pending", lambda runs, start: list(runs))
+    monkeypatch.setattr(sweep, "_pending", list)
     for choice in ("auto", "skip", "renew"):
         assert call([*words, f"complete={choice}"]) == 0
         assert len(ran) == 3
@@ -335,3 +336,99 @@ def test_a_users_own_sweep_has_its_table(words, capsys, tmp_path):
     assert (tmp_path / "made/mine.md").read_text().startswith("**Mine**") and not list(
         (tmp_path / "made").glob("mine-*")
     )
+
+
+def test_again_runs_whatever_the_clock_said_when_it_was_made(words, ran):
+    own = [*words, "method=magnitude", "sparsity=0.5", "complete=again"]
+    assert call(own) == 0
+    (place,) = folders().values()
+    (place / "record.json").write_text(json.dumps({**record(place), "started": "2099-01-01T00:00:00+00:00"}))
+    assert call(own) == 0
+    assert len(ran) == 2 and record(place)["started"] < "2099"
+
+
+@pytest.mark.parametrize("content", ["null", '{"schema": 99}'])
+def test_a_record_that_cannot_be_read_is_kept_aside_and_its_run_made(words, capsys, ran, content):
+    assert call(words) == 0
+    place = folders()["tiny_llama-magnitude-u0.5-s0"]
+    (place / "record.json").write_text(content)
+    capsys.readouterr()
+    assert call(words) == 0
+    captured = capsys.readouterr()
+    assert ran[3:] == [place.name] and len(rows(captured.out)) == 3
+    assert "record.unreadable.json" in captured.err and (place / "record.unreadable.json").read_text() == content
+
+
+def test_an_infinite_perplexity_is_a_result(words, capsys, monkeypatch):
+    monkeypatch.setattr(runs.evaluate, "perplexity", lambda *_: float("inf"))
+    assert call([*words, "sparsity=0.5"]) == 0
+    captured = capsys.readouterr()
+    assert "perplexity inf" in captured.out and "2 run now" in captured.out and not captured.err.count("did not")
+    for place in folders().values():
+        text = (place / "record.json").read_text()
+        json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert record(place)["status"] == "complete" and record(place)["evaluations"][0]["value"] == "inf"
+
+
+def test_what_is_refused_for_another_process_writes_nothing(single, words, capsys):
+    (cell,) = cells(*single, "method=magnitude", "sparsity=0.5")
+    cell.directory.mkdir(parents=True)
+    with progress_store.locked(cell.directory):
+        assert call([*single, "method=magnitude", "sparsity=0.5"]) == 2
+        assert "another process runs this configuration" in capsys.readouterr().err
+        outcome = call(["-m", *single, "method=magnitude", "sparsity=0.5", "minutes=0.001"])
+        assert outcome == 0 and not list(cell.directory.iterdir())
+    assert call([*single, "method=magnitude", "sparsity=0.5"]) == 0
+    assert {path.name for path in (cell.directory / ".hydra").iterdir()} == {
+        "config.yaml",
+        "hydra.yaml",
+        "overrides.yaml",
+    }
+
+
+@pytest.mark.parametrize(("method", "status"), [("magnitude", "complete"), ("wanda", "failed")])
+def test_a_directory_of_another_configuration_is_refused_before_anything_runs(single, capsys, ran, method, status):
+    place, own = Path("mine"), [*single, "eval=none", "hydra.run.dir=mine"]
+    assert call([*own, "method=magnitude"]) == 0
+    (place / "record.json").write_text(json.dumps({**record(place), "status": status}))
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert call([*own, f"method={method}", "nsamples=3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "another configuration" in error and "nsamples 2 → 3" in error
+    assert ("method.name" in error) == (method == "wanda") and "hydra.run.dir=DIR" in error and len(ran) == 1
+    assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="another configuration"):
+        runs.run(compose([*single, "method=wanda"]), place)
+    assert (
+        call([*own, "method=magnitude", f"model.path={os.path.relpath(record(place)['config']['model']['path'])}"]) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("hydra:\n  sweeper:\n    params:\n      seed: 0,1\n", "sweeps/mine.yaml needs '# @package _global_'"),
+        ("# @package _global_\ntable: [a]\n", "['a'] is not allowed"),
+        ("# @package _global_\ntable: words\n", "words is not allowed"),
+        ("# @package _global_\ntable: {rows: [model, model]}\n", "has model twice"),
+        ("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: range(3,0)\n", "names no value"),
+        ("# @package _global_\nhydra: [\n", "mine.yaml, line 3, cannot be read as yaml"),
+    ],
+    ids=["package", "list", "word", "twice", "empty", "broken"],
+)
+def test_a_sweeps_file_is_checked_before_its_runs(words, capsys, ran, content, told):
+    Path("own/sweeps").mkdir(parents=True)
+    Path("own/sweeps/mine.yaml").write_text(content)
+    assert call([*words, "--config-dir", "own", "+sweeps=mine"]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and not ran and not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("method=glob(alsp*)", "known: alps, "), ("seed=range(3,0)", "as in seed=0,1,2"), ("seed=glob(*)", "glob")],
+)
+def test_a_sweep_over_nothing_is_refused(single, capsys, word, told):
+    assert call(["-m", *single, word]) == 2
+    assert told in capsys.readouterr().err and not Path("results").exists()

@@ -32,7 +32,7 @@ class TestReading:
         copied = runs / "tiny-alps-u0.7-s0-00000000" / "model"
         copied.mkdir()
         shutil.copy(copied.parent / "record.json", copied)
-        assert [item["method"] for item in archive.read_records(runs)] == ["alps", "wanda"]
+        assert [item["method"] for item in archive.read_records(runs).records] == ["alps", "wanda"]
 
     @pytest.mark.parametrize(("content", "words"), [('{"a": ', "not a readable record"), ("[1]", "is no run record")])
     def test_a_bad_file_is_named(self, tmp_path, capsys, content, words):
@@ -56,8 +56,18 @@ class TestReading:
     @pytest.mark.parametrize("content", ["[]", "{", '{"runs": 3}'])
     def test_a_bad_manifest_is_named(self, tmp_path, content):
         (tmp_path / "a.sweep.json").write_text(content)
-        with pytest.raises(UserError, match=r"a\.sweep\.json is no readable list"):
-            archive.read_all(tmp_path, None)
+        (found,) = archive.read_all(tmp_path, None)
+        assert "a.sweep.json is no readable list" in found.unreadable["a.sweep.json"] and not found.records
+
+    def test_a_bad_file_costs_no_other_its_place(self, tmp_path, capsys):
+        runs = save([record(), record("wanda"), record("dsnot")], tmp_path / "runs", "mine")
+        (runs / "tiny-wanda-u0.7-s0-00000001" / "record.json").write_text("null")
+        assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and "00000001/record.json is no run record" in captured.err
+        for name in ("mine", "comparison"):
+            text = (tmp_path / "tables" / f"{name}.md").read_text()
+            assert "dsnot" in text and ("wanda-u0.7-s0-00000001 (unreadable)" in text) == (name == "mine")
 
     def test_nothing_to_tabulate(self, tmp_path, capsys):
         assert tables.main([str(tmp_path), str(tmp_path / "tables")]) == 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import pandas as pd
 import pytest
 from table_records import METRIC, cells, failed, laid_out, record, save, several, task
 
-from alps_exp import frames, layout, tables
+from alps_exp import footnotes, frames, layout, plots, tables
+from alps_exp import record as records_of
+from alps_exp.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -231,3 +236,67 @@ class TestCells:
         assert "device GPU (wanda) / CPU (alps)" in line and "torch 2.12 (wanda) / 2.11 (alps)" in line
         assert "dtype float32;" in line and "windows wikitext2 10 × 2048" in line and "evaluation eval=wanda" in line
         assert "calibration 8 × 2048 tokens of c4" in line and "seeds 0" in line and "code 0.1 (abc)" in line
+
+
+def damaged(value, path=()):
+    """Every leaf and branch of a record replaced by what does not belong there."""
+    for odd in (None, [], {}, [None], {"a": []}, "x", "inf", -1, 1e308, 10**400, True):
+        yield path, odd
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from damaged(item, (*path, key))
+
+
+def test_a_record_that_was_edited_is_named_or_tabulated():
+    """Nothing between: whatever was written into it, a table of it and of others never ends in an error of its own."""
+    good = record("wanda")
+    whole = record() | {"started": "2026", "config_hash": "a", "cached_blocks": [0], "schema": 1}
+    whole["environment"] |= {"inputs": {"text": "a"}, "threads": 1, "git_commit": "abc"}
+    whole["config"] |= {"refit": "none", "propagate": "pruned", "layers": {"include": ["*"]}}
+    outcomes = {"named": 0, "tabulated": 0}
+    for path, odd in damaged(whole):
+        edited = copy.deepcopy(whole)
+        if path:
+            *outer, last = path
+            functools.reduce(lambda node, key: node[key], outer, edited)[last] = odd
+        try:
+            checked = records_of.checked(edited if path else odd, "here")
+        except UserError as error:
+            assert str(error).startswith("here is ") and "\n" not in str(error), path
+            outcomes["named"] += 1
+            continue
+        found = frames.aggregate([checked, good])
+        footnotes.footnotes(found, {}, ["seconds"])
+        for gather, _ in plots.KINDS.values():
+            gather(found, layout.Spec())
+        if outcomes["tabulated"] % 25 == 0:  # laying out takes longer, and reads nothing of a record any more
+            tables.report([checked, good])
+        outcomes["tabulated"] += 1
+    assert min(outcomes.values()) > 100, outcomes
+
+
+def test_perplexities_beyond_all_numbers():
+    """Infinite ones are in the table as such, take part in no plot, and win nothing; squares of large ones overflow."""
+    found = laid_out([record(perplexity="inf"), record("wanda", perplexity=20.0)])
+    row = cells(found)
+    assert row["alps",][METRIC] == "inf" and row["wanda",][METRIC] == "*20.00*"
+    several = frames.aggregate([record(seed=seed, perplexity=value) for seed, value in enumerate(("inf", 20.0))])
+    assert frames.measures({**record(perplexity="inf")})[METRIC].value == math.inf
+    (panel,) = [several.frame[several.frame["metric"] == METRIC]]
+    assert panel["mean"].item() == math.inf and math.isnan(panel["std"].item())
+    assert not plots.KINDS["perplexity"][0](several, layout.Spec())
+    assert frames.mean_and_std([1e300, 3e300]) == (2e300, pytest.approx(2**0.5 * 1e300))
+    assert frames.mean_and_std([1e308, 1.5e308])[0] == pytest.approx(1.25e308)
+
+
+def test_threads_are_told_where_they_differ_on_a_cpu():
+    def on(device: str, threads: int, seed: int = 0) -> dict:
+        made = record(seed=seed)
+        return made | {"environment": {**made["environment"], "device": device, "threads": threads}}
+
+    def note(*records: dict) -> str:
+        return laid_out(records).notes[0]
+
+    assert "threads 1 (0.7 alps) / 2 (0.7 alps)" in note(on("x86_64 CPU", 1), on("x86_64 CPU", 2, seed=1))
+    assert "threads" not in note(on("x86_64 CPU", 2), on("x86_64 CPU", 2, seed=1))
+    assert "threads" not in note(on("NVIDIA H200", 1), on("NVIDIA H200", 2, seed=1))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import planted, planted_inputs
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from alps_exp import launch
@@ -20,6 +21,7 @@ from alps_exp.errors import UserError
 from alps_exp.overrides import compose
 from alps_exp.patterns import parse_sparsity
 from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.progress_store import HeldError
 from alps_exp.statistics import Accumulator
 from alps_exp.team import Team
 
@@ -189,3 +191,36 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_processes_end_with_a_parent_that_is_killed_while_they_are_starting(settings, tmp_path):
+    """At any moment: they have not imported anything yet, or are at it."""
+    cfg = json.dumps(OmegaConf.to_container(compose(settings), resolve=True) | {"devices": 2})
+    script = (
+        "import json, sys; from pathlib import Path; import torch; from alps_exp import launch\n"
+        "launch.prune_together(json.loads(sys.argv[2]), 'a', Path(sys.argv[1]), torch.device('cpu'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), cfg], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(children := _children(process.pid)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    assert (tmp_path / ".team.lock").exists()
+    process.kill()
+    launch.outlast(tmp_path)  # their lock is held until they have ended
+    assert not any(_alive(child) for child in children) and not (tmp_path / ".team.lock").exists()
+    process.wait()
+
+
+def test_a_team_does_not_begin_beside_an_earlier_one(tmp_path, monkeypatch):
+    launch.outlast(tmp_path)
+    with launch._team_lock(tmp_path):
+        monkeypatch.setattr(launch, "_PATIENCE", 0.2)
+        with pytest.raises(HeldError, match="still at work"):
+            launch.outlast(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_whose_parent_is_gone_does_nothing(tmp_path):
+    answer = subprocess.run([sys.executable, "-m", "alps_exp.worker", str(tmp_path / "none"), "1"], capture_output=True)
+    assert answer.returncode == 1 and not answer.stderr
