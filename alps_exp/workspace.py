@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import data, evaluate, evaluation, models
+from . import data, evaluate, evaluation, models, tokenization
 from .blocks import BlockModel, block_linears, find_blocks
 from .memory import free_host
 
@@ -52,6 +52,7 @@ class Workspace:
                 seqlen=cfg["seqlen"],
                 seed=cfg["seed"],
                 bos=cfg["model"]["bos"],
+                vocabulary=_vocabulary(cfg),
             )
         return self._texts[key]
 
@@ -69,6 +70,7 @@ class Workspace:
                 windows=options["windows"],
                 bos=options["bos"],
                 path=path,
+                vocabulary=_vocabulary(cfg),
             )
         return self._texts[key]
 
@@ -143,6 +145,10 @@ def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     size = sum(parameter.numel() for parameter in models.skeleton(config).parameters()) * dtype.itemsize
     return cfg["resumable"] and copies * size > 0.5 * free_host()
+
+
+def _vocabulary(cfg: Mapping) -> int | None:
+    return tokenization.vocabulary_of(models.load_config(cfg["model"]))
 
 
 def _key(*parts) -> str:
