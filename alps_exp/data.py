@@ -19,6 +19,7 @@ from .checks import one_of, require
 from .errors import UserError, nearest
 from .registry import resource_root
 from .texts import Text, calibration_text, evaluation_text
+from .tokenization import describe_bos, refuse_unknown
 
 SAMPLINGS = ("auto", "documents", "concatenated")
 EVALUATION_SAMPLINGS = ("consecutive", "documents")
@@ -50,6 +51,7 @@ def calibration_tokens(
     seed: int,
     holdout: int = 0,
     bos: str | bool = "auto",
+    vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
     """Random windows of a data node's calibration text.
 
@@ -65,12 +67,13 @@ def calibration_tokens(
             windows before them are the same with and without.
         bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
             as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
+        vocabulary: ids that the model has an embedding for; None is unknown.
 
     Returns:
         Tokens (nsamples + holdout, seqlen), and their description for the record.
 
     Raises:
-        UserError: no such file or hub, or too little text (says how many windows there are).
+        UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
     encoder = _Encoder(tokenizer, bos, seqlen)
     sampling = str(data.get("sampling") or "auto")
@@ -109,7 +112,7 @@ def calibration_tokens(
     if holdout:
         description["held_out_windows"] = holdout
     description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
-    return torch.tensor(rows, dtype=torch.long), description
+    return _known(rows, encoder, vocabulary, f"data={data['name']}: the calibration text"), description
 
 
 def evaluation_tokens(
@@ -120,6 +123,7 @@ def evaluation_tokens(
     windows: int | None = None,
     bos: str | bool = "auto",
     path: str | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
     """Windows of a data node's evaluation text: consecutive ones from its start, or a fixed draw from documents.
 
@@ -129,16 +133,16 @@ def evaluation_tokens(
         tokenizer: the model's.
         seqlen: tokens in a window; a last, shorter piece is dropped.
         windows: how many; None is all that the protocol has.
-        bos: as in `calibration_tokens`.
+        bos, vocabulary: as in `calibration_tokens`.
         path: a local file in place of the node's evaluation text, read by the same rules.
 
     Returns:
         Tokens (windows, seqlen), and their description for the record.
 
     Raises:
-        UserError: no such file or hub, or too little text (says how many windows there are).
+        UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
-    encoder = _Encoder(tokenizer, bos, seqlen)
+    encoder = _Encoder(tokenizer, bos, seqlen, "eval.bos")
     if windows is not None:
         _at_least_one("windows", windows)
     text = evaluation_text(data, path)
@@ -165,20 +169,28 @@ def evaluation_tokens(
         "total_windows": available,
         "partial": count < available,
     }
-    return torch.tensor(rows, dtype=torch.long), description
+    return _known(rows, encoder, vocabulary, f"data={data['name']}: the evaluation text"), description
 
 
-def check_node(data: Mapping, bos: str | bool = "auto") -> None:
-    """Raise UserError for a value of a data node (or of model.bos) that is not allowed, before any text is read."""
+def check_node(data: Mapping) -> None:
+    """Raise UserError for a value of a data node that is not allowed, before any text is read."""
     one_of("data.sampling", str(data.get("sampling") or "auto"), SAMPLINGS)
     one_of("data.evaluation_sampling", data.get("evaluation_sampling") or "consecutive", EVALUATION_SAMPLINGS)
-    one_of("model.bos", str(bos).lower(), BOS_RULES)
     for key in ("join", "column"):
         if not isinstance(data.get(key), (str, type(None))):
             raise UserError(f"data.{key}={data[key]} is not allowed: give a text, quoted where it is a number")
     share = data.get("held_out")
     if share is not None:
         require("data.held_out", share, float, 0, 0.99)
+
+
+def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise UserError for a rule for BOS that is not allowed, or that the tokenizer has no token for."""
+    one_of(key, str(rule).lower(), BOS_RULES)
+    if tokenizer is not None and str(rule).lower() in ("true", "window") and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"{key}={str(rule).lower()} needs a tokenizer with a BOS token, and the model's has none: give {key}=auto"
+        )
 
 
 def check_seed(data: Mapping, seed: int) -> None:
@@ -198,16 +210,11 @@ def check_seed(data: Mapping, seed: int) -> None:
 class _Encoder:
     """A tokenizer under one rule for BOS, and windows of one length made of its tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | bool, seqlen: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | bool, seqlen: int, key: str = "model.bos"):
         self.tokenizer, self.rule, self.seqlen = tokenizer, str(bos).lower(), seqlen
-        if self.rule not in BOS_RULES:
-            raise UserError(f"model.bos={bos} is not allowed; {nearest(self.rule, BOS_RULES)}")
+        check_bos(key, bos, tokenizer)
         if seqlen < 2:
             raise UserError(f"seqlen={seqlen} is not allowed: give a whole number from 2")
-        if self.rule in ("true", "window") and tokenizer.bos_token_id is None:
-            raise UserError(
-                f"model.bos={self.rule} needs a tokenizer with a BOS token, and this one has none; bos=auto"
-            )
         self.payload = seqlen - (self.rule == "window")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -249,24 +256,13 @@ class _Encoder:
         return describe_bos(self.tokenizer, self.rule)
 
 
-def describe_bos(tokenizer: PreTrainedTokenizerBase, rule: str) -> str:
-    """What a rule for BOS does with this tokenizer, for the record."""
-    if rule == "window":
-        return "every window starts with BOS"
-    if rule != "auto":
-        return "BOS before each text" if rule == "true" else "none"
-    plain = len(tokenizer("a", add_special_tokens=False)["input_ids"])
-    added = tokenizer("a")["input_ids"]
-    names = " ".join(map(str, tokenizer.convert_ids_to_tokens(added[: len(added) - plain])))
-    return f"auto: the tokenizer adds {names} to each text" if names else "auto: the tokenizer adds none"
-
-
 def _from_documents(
     text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
 ) -> tuple[list, int]:
     """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
 
-    A document may be drawn twice, as there. At least one document must be longer than a window.
+    A document may be drawn twice, as there. At least one document must be longer than a window. Held-out windows come
+    from documents that are neither among those nor copies of one.
     """
     rows: list[list[int]] = []
     used: set[int] = set()
@@ -281,7 +277,8 @@ def _from_documents(
         if ids is not None:
             rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
             used.add(index)
-    others = [index for index in range(len(text.documents)) if index not in used]
+    seen = {text.documents[index] for index in used} if holdout else set()
+    others = [index for index, document in enumerate(text.documents) if document not in seen]
     for index in generator.sample(others, len(others)) if holdout else ():
         document = text.documents[index]
         ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
@@ -340,6 +337,12 @@ def _description(data: Mapping, text: Text, encoder: _Encoder, windows: int) -> 
         "seqlen": encoder.seqlen,
         "bos": encoder.describe(),
     }
+
+
+def _known(rows: list[list[int]], encoder: _Encoder, vocabulary: int | None, what: str) -> torch.LongTensor:
+    """The windows as a tensor, unless the model has no embedding for one of their tokens."""
+    refuse_unknown((max(row) for row in rows), encoder.tokenizer, vocabulary, what)
+    return torch.tensor(rows, dtype=torch.long)
 
 
 def _at_least_one(key: str, value: int) -> None:

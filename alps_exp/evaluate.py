@@ -9,12 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 from .blocks import BlockModel
 from .errors import UserError
 from .hidden import HiddenStates
 from .models import context_length
 from .progress import Progress
+from .texts import refuse_surrogates
+from .tokenization import refuse_unknown, special_tokens, vocabulary_of
 
 # At most this many logits at once (256 MB in float32): a window of a large vocabulary would take gigabytes.
 _LOGITS = 2**26
@@ -93,6 +96,27 @@ def whole_model(model: BlockModel) -> Iterator[bool]:
             handle.remove()
 
 
+def prompt_ids(tokenizer, prompt: str, new_tokens: int, config: PreTrainedConfig) -> list[int]:
+    """Token ids of a prompt that is to be continued: without the special tokens that the tokenizer puts after a text.
+
+    Raises:
+        UserError: a prompt that is no text, has no tokens or ids beyond the vocabulary, or is with its continuation
+            longer than the model's context.
+    """
+    refuse_surrogates(prompt, f"eval.prompt={prompt!r}")
+    ids, context = tokenizer(prompt)["input_ids"], context_length(config)
+    ids = ids[: len(ids) - len(special_tokens(tokenizer)[1])]
+    if not ids:
+        raise UserError(f"eval.prompt={prompt!r} has no tokens: give a text, or eval.sample_tokens=0")
+    if context is not None and len(ids) + new_tokens > context:
+        raise UserError(
+            f"eval.prompt ({len(ids)} tokens) and eval.sample_tokens={new_tokens} are beyond the model's context of "
+            f"{context} tokens: shorten either"
+        )
+    refuse_unknown(ids, tokenizer, vocabulary_of(config), f"eval.prompt={prompt!r}")
+    return ids
+
+
 @torch.no_grad()
 def sample(model: BlockModel, tokenizer, prompt: str, new_tokens: int) -> str | None:
     """The model's greedy continuation of a prompt.
@@ -101,18 +125,10 @@ def sample(model: BlockModel, tokenizer, prompt: str, new_tokens: int) -> str | 
         The continuation, or None for a model that does not fit on the device as a whole.
 
     Raises:
-        UserError: a prompt without tokens, or with the continuation longer than the model's context.
+        UserError: as `prompt_ids`.
     """
-    network, device = model.model, model.device
-    inputs = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-    length, context = inputs.shape[1], context_length(network.config)
-    if not length:
-        raise UserError(f"eval.prompt={prompt!r} has no tokens: give a text, or eval.sample_tokens=0")
-    if context is not None and length + new_tokens > context:
-        raise UserError(
-            f"eval.prompt ({length} tokens) and eval.sample_tokens={new_tokens} are beyond the model's context of "
-            f"{context} tokens: shorten either"
-        )
+    network = model.model
+    inputs = torch.tensor([prompt_ids(tokenizer, prompt, new_tokens, network.config)], device=model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with whole_model(model) as resident:
         if not resident:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import data, evaluate, models
+from . import data, evaluate, models, texts
 from .blocks import BlockModel
 from .checks import require
 from .errors import UserError
@@ -50,11 +49,11 @@ def check(cfg: Mapping) -> None:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")
     for name in names:
-        if name != cfg["data"]["name"]:
-            data.data_node(name)
+        node = cfg["data"] if name == cfg["data"]["name"] else data.data_node(name)
+        if local_path(options, name) is None:
+            texts.check_source(node, evaluates=True)
     for key, path in _paths(options).items():
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file")
+        texts.local_file(path, f"{key}={path}")
     context = models.context_length(models.load_config(cfg["model"]))
     lengths = {"eval.sample_tokens": options["sample_tokens"]}
     if names:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from . import hub, packed
+from . import hub, packed, tokenization
 from .bin_files import safetensors_folder
 from .checkpoint import Checkpoint, check_folder, fingerprint
 from .checks import one_of
@@ -69,18 +71,59 @@ def load_config(model: Mapping) -> PreTrainedConfig:
 
 
 def load_tokenizer(model: Mapping) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model.
+    """The tokenizer that belongs to a model, which splits texts as its tokenizer.json says.
+
+    A local one is the same object at every call until its files change: copy it before you change it.
 
     Raises:
         UserError: the model cannot be found, or has no tokenizer that can be read.
     """
+    return _tokenizer(model)[0]
+
+
+def tokenizer_note(model: Mapping) -> str | None:
+    """What was unusual about loading a model's tokenizer, see `tokenization.as_its_file_says`."""
+    return _tokenizer(model)[1]
+
+
+def _tokenizer(model: Mapping) -> tuple[PreTrainedTokenizerBase, str | None]:
     source = _locate(model)
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return _read_tokenizer(source)
+    stats = ((file.name, file.stat()) for file in sorted(folder.glob("*")) if file.is_file())
+    return _kept_tokenizer(source, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@lru_cache(maxsize=4)
+def _kept_tokenizer(source: _Source, files: tuple) -> tuple[PreTrainedTokenizerBase, str | None]:
+    return _read_tokenizer(source)
+
+
+def _read_tokenizer(source: _Source) -> tuple[PreTrainedTokenizerBase, str | None]:
+    folder, where = Path(source.path), source.arguments()
+    lacks = (
+        f"{source.what} has no tokenizer, neither {tokenization.FILE} nor the vocabulary of another kind: copy the "
+        f"tokenizer's files of the checkpoint it comes from into it"
+    )
     try:
-        return AutoTokenizer.from_pretrained(**source.arguments())
-    except MemoryError:
+        found = AutoTokenizer.from_pretrained(**where)
+        if not folder.is_dir():
+            folder = hub.cached_model(source.path, source.revision, _REMEDY)
+        if tokenization.vocabulary_missing(type(found), folder):
+            raise UserError(lacks)
+        return tokenization.as_its_file_says(found, folder, where)
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # tokenizers are parsed by several libraries, each with its own errors
-        raise UserError(_why(source, error, "tokenizer")) from None
+        if folder.is_dir() and tokenization.vocabulary_missing(PreTrainedTokenizerFast, folder):
+            raise UserError(lacks) from None
+        why = _why(source, error, "tokenizer")
+        if why.startswith("tokenizer of") and (folder / tokenization.FILE).is_file():
+            why += (
+                ", or set tokenizer_class in tokenizer_config.json to TokenizersBackend, which goes by tokenizer.json"
+            )
+        raise UserError(why) from None
 
 
 def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

@@ -136,7 +136,7 @@ class RunRecord:
         self.layers = result.layers
         self.summary = summarise(result.layers, result.block_weights)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
-        self.warnings = warnings_of(result.layers) + result.notes
+        self.warnings += warnings_of(result.layers) + result.notes
         self.environment["hidden_states"] = result.hidden_states
         self.cached_blocks = result.cached_blocks
 

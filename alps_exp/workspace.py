@@ -11,8 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from . import data, evaluate, evaluation, models
 from .blocks import BlockModel, find_blocks
+=======
+from . import data, evaluate, evaluation, models, tokenization
+from .blocks import BlockModel, block_linears, find_blocks
+>>>>>>> texts
 from .memory import free_host
 
 
@@ -52,6 +57,7 @@ class Workspace:
                 seqlen=cfg["seqlen"],
                 seed=cfg["seed"],
                 bos=cfg["model"]["bos"],
+                vocabulary=_vocabulary(cfg),
             )
         return self._texts[key]
 
@@ -69,6 +75,7 @@ class Workspace:
                 windows=options["windows"],
                 bos=options["bos"],
                 path=path,
+                vocabulary=_vocabulary(cfg),
             )
         return self._texts[key]
 
@@ -146,9 +153,14 @@ def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
     return cfg["resumable"] and copies * size > 0.5 * free_host()
 
 
+<<<<<<< HEAD
 def _tensors(network: torch.nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, also those buffers that a checkpoint does not have."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+=======
+def _vocabulary(cfg: Mapping) -> int | None:
+    return tokenization.vocabulary_of(models.load_config(cfg["model"]))
+>>>>>>> texts
 
 
 def _key(*parts) -> str:

@@ -81,6 +81,7 @@ def tiny_config(model):
 @pytest.mark.parametrize("path", SWEEPS, ids=label)
 def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
     monkeypatch.setattr(models, "load_config", tiny_config)
+    monkeypatch.setattr(models, "load_tokenizer", lambda model: tiny_models.tokenizer("llama"))
     monkeypatch.setattr(models, "check_weights", lambda model: None)
     monkeypatch.setattr(models, "context_length", lambda config: 2048)
     monkeypatch.setattr(tasks, "prepare", lambda cfg: ())

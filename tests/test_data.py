@@ -231,8 +231,8 @@ def test_bos_rules(opt, gpt2, text_file):
         assert drawn.shape == (5, 50) and set(drawn[:, 0].tolist()) == {first}
     without = tiny_models.tokenizer("gpt2")
     without.bos_token = None
-    refused(lambda: evaluate(without, True), "model.bos=true", "BOS")
-    refused(lambda: evaluate(opt, "sometimes"), "model.bos=sometimes", "auto")
+    refused(lambda: evaluate(without, True), "eval.bos=true", "BOS")
+    refused(lambda: evaluate(opt, "sometimes"), "eval.bos=", "sometimes", "auto")
 
 
 def test_formats_give_the_same_documents(tmp_path):
@@ -432,3 +432,115 @@ def test_the_demo_model_brings_its_data(overrides, wanted, tmp_path):
     with hydra.initialize_config_dir(str(tmp_path), version_base=None):
         config = hydra.compose("main", overrides=overrides)
     assert config.data.name == wanted and "defaults" not in config.model
+
+
+SENTENCES = ["First line.", "Zweite Zeile: äöü €.", "", "Last."]
+
+
+def as_json(rows=SENTENCES, **options):
+    return "".join(json.dumps({"text": row}, **options) + "\n" for row in rows)
+
+
+FROM_EDITORS = {
+    "bom.jsonl": "\ufeff" + as_json(),
+    "crlf.jsonl": as_json().replace("\n", "\r\n"),
+    "unicode.jsonl": as_json(ensure_ascii=False),
+    "UPPER.JSONL": as_json(),
+    "array.json": json.dumps([{"text": row} for row in SENTENCES]),
+    "pretty.json": "\ufeff" + json.dumps([{"text": row} for row in SENTENCES], indent=1),
+    "null.jsonl": as_json([row or None for row in SENTENCES]),
+    "huge.jsonl": as_json().replace('{"text"', '{"id": ' + "9" * 5000 + ', "text"'),
+    "bom.txt": "\ufeff" + "\n".join(SENTENCES) + "\n",
+    "crlf.TXT": "\r\n".join(SENTENCES) + "\r\n",
+}
+
+
+@pytest.mark.parametrize("name", FROM_EDITORS)
+def test_what_editors_and_exports_make_of_a_file_is_read_right(tmp_path, name):
+    content = FROM_EDITORS[name]
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    (tmp_path / f"{name}.GZ").write_bytes(gzip.compress(content.encode()))
+    for file in (tmp_path / name, tmp_path / f"{name}.GZ"):
+        assert texts.read_documents(file, "x", "text") == SENTENCES
+        assert texts.read_documents(file, "x", "text", limit=2) == SENTENCES[:2]
+    wanted = "\n" if name.lower().endswith("txt") else "\n\n"
+    assert texts.calibration_text(node("local", path=file)).join == wanted
+
+
+def test_parquet_types_of_texts(tmp_path):
+    import pyarrow as pa
+
+    for number, kind in enumerate((pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))):
+        rows = pa.array(SENTENCES).cast(kind) if number else pa.array(SENTENCES, kind)
+        assert texts.read_documents(parquet(tmp_path / f"{number}.parquet", rows), "x", "text") == SENTENCES
+    rows = [row or None for row in SENTENCES]
+    assert texts.read_documents(parquet(tmp_path / "null.parquet", rows), "x", "text") == SENTENCES
+    chat = [{"role": "user", "content": "x"}]
+    for number, rows in enumerate(([["a", "b"]], [chat], chat)):
+        for file in (parquet(tmp_path / f"n{number}.parquet", rows), json_lines(tmp_path / f"n{number}.jsonl", rows)):
+            read = lambda file=file: texts.read_documents(file, "x", "text")  # noqa: E731
+            refused(read, "column 'text' holds a ", "instead of a text", "apply_chat_template")
+    refused(lambda: texts.read_documents(parquet(tmp_path / "b.parquet", [b"x"]), "x", "text"), "no text column 'text'")
+
+
+UNREADABLE = [
+    ("pair.jsonl", b'{"text": "a"}\n{"text": "half \\ud83d"}\n', ("line 2", "'\\ud83d', half of a surrogate pair")),
+    ("pair.json", b'[{"text": "a"}, {"text": "half \\ude00"}]', ("row 2", "half of a surrogate pair")),
+    ("deep.jsonl", b'{"text": "a"}\n{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", ("line 2", "too deep")),
+    ("object.json", b'{\n "text": "a"\n}', ("line 1 is not JSON", "one object a line")),
+    ("rows.jsonl", b"[1]\n[2]\n", ("is not JSON", "one array of objects")),
+    ("number.jsonl", b'{"text": 5, "title": "x"}\n', ("line 1", "no text column 'text'", ": title")),
+    ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', ("line 2 is not UTF-8", "iconv")),
+    ("latin.txt", b"a\nb\ncaf\xe9\n", ("line 3 is not UTF-8", "iconv")),
+    ("utf16.txt", "a line\n".encode("utf-16"), ("UTF-16", "iconv -f UTF-16")),
+    ("utf16le.txt", "a line\n".encode("utf-16-le"), ("line 1", "zero byte")),
+    ("gzip.jsonl", gzip.compress(b"{}", mtime=0), ("is a gzip file", ".gz")),
+    ("parquet.txt", b"PAR1\x15\xff\xfe", ("is a parquet file", ".parquet")),
+    ("zstd.txt", b"\x28\xb5\x2f\xfd00", ("is a zstd file", "unpack")),
+    ("a.parquet.gz", b"x", (".parquet.gz is not allowed", ".parquet")),
+    ("zero.txt.gz", b"", ("holds no text",)),
+    ("zero.parquet", b"", ("not a parquet file",)),
+    ("nulls.jsonl", b'{"text": null}\n', ("holds no text",)),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
+def test_what_cannot_be_read_is_named_with_its_row_and_a_remedy(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: texts.calibration_text(node("local", path=tmp_path / name)), f"data.path={tmp_path / name}", *words)
+
+
+def test_names_that_lead_to_no_file(tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    for name, words in (
+        (tmp_path / "link.txt", "leads nowhere"),
+        (tmp_path / ("x" * 300 + ".txt"), "File name too long"),
+        ("~nobody-here/a.txt", "home directory"),
+        (tmp_path, "is not a file"),
+    ):
+        refused(lambda name=name: texts.local_file(name, f"data.path={name}"[:80]), words, "give one of .txt")
+
+
+def test_windows_with_ids_beyond_the_models_vocabulary_are_refused(text_file):
+    tokenizer = tiny_models.tokenizer("llama")
+    tokenizer.add_tokens(["sailor"])
+    local = node("local", path=text_file)
+    words = ("'sailor', whose id 384 is beyond the model's 384 embeddings", "resize_token_embeddings")
+    for holdout in (0, 3):
+        draw = {"nsamples": 20, "seqlen": 64, "seed": 0, "holdout": holdout}
+        refused(
+            lambda draw=draw: data.calibration_tokens(local, tokenizer, vocabulary=384, **draw), "calibration", *words
+        )
+        assert data.calibration_tokens(local, tokenizer, vocabulary=385, **draw)[0].max() == 384
+    refused(lambda: data.evaluation_tokens(local, tokenizer, seqlen=64, vocabulary=384), "evaluation", *words)
+
+
+def test_held_out_windows_come_from_no_copy_of_a_calibration_document(gpt2, tmp_path):
+    one, other = (" ".join(tiny_models.documents(20, seed=seed)) for seed in (1, 2))
+    local = node("local", path=json_lines(tmp_path / "a.jsonl", [one] * 20), eval_path=tmp_path / "a.jsonl")
+    local["sampling"] = "documents"
+    draw = {"nsamples": 2, "seqlen": 64, "seed": 0, "holdout": 1}
+    refused(lambda: data.calibration_tokens(local, gpt2, **draw), "held-out", "only 0 windows")
+    local["path"] = local["eval_path"] = str(json_lines(tmp_path / "b.jsonl", [one] * 20 + [other]))
+    rows = [gpt2.decode(row) for row in data.calibration_tokens(local, gpt2, **draw)[0]]
+    assert all(row in one for row in rows[:2]) and rows[2] in other

@@ -166,7 +166,7 @@ def test_a_protocol_in_the_record(tiny_llama, text_file, tmp_path):
     ("words", "part"),
     [
         (["eval.path={ptb:FILE}"], "eval.path names 'ptb'"),
-        (["eval.path={wikitext2:nowhere.raw}"], r"eval.path.wikitext2=nowhere.raw: there is no such file"),
+        (["eval.path={wikitext2:nowhere.raw}"], r"eval.path.wikitext2=nowhere.raw does not exist"),
         (["eval.datasets=[wikitext2,ptb]", "eval.path=FILE"], "stands in for one data set"),
         (["eval.seqlen=many"], "eval.seqlen='many'"),
         (["eval.bos=perhaps"], "did you mean|known: "),

@@ -189,7 +189,7 @@ def test_seed_and_dtype_reach_the_run(settings, tmp_path):
         ("save=maybe", "save='maybe' is not allowed"),
         ("device=cuda:99", "CUDA devices are available"),
         ("device=abacus", "give auto, cpu, cuda"),
-        ("data.path=/nowhere.txt", "no such file"),
+        ("data.path=/nowhere.txt", "does not exist"),
         ("eval.windows=0", "windows=0"),
         ("method.rho=-1", "rho=-1"),
         ("method.schedule=papr", "did you mean paper"),

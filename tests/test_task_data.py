@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import tiny_tasks
 import yaml
+from transformers import LlamaConfig
 
 from alps_exp import hub, task_data
 from alps_exp import run as runs
@@ -127,10 +129,20 @@ def test_a_tokenizer_without_special_tokens(settings, tiny_llama, tmp_path):
 
 
 def test_broken_files(settings, tmp_path):
-    for content, part in (('{"a": 1\n', "is not JSON lines"), ("[1]\n", "of objects"), ("", "has no rows")):
-        file = tmp_path / part.replace(" ", "_") / "piqa/validation.jsonl"
+    for number, (content, part) in enumerate(
+        (
+            ('{"a": 1\n', "line 1 is not JSON"),
+            ("[1]\n", "row 1 is no JSON object"),
+            ('"a"\n', "line 1 is no JSON object"),
+            ("", "has no rows"),
+            ('{"goal": "half \\ud83d"}\n', "line 1 holds .* half of a surrogate pair"),
+            ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 is nested too deep"),
+            ("\xff\n", "line 1 is not UTF-8"),
+        )
+    ):
+        file = tmp_path / str(number) / "piqa/validation.jsonl"
         file.parent.mkdir(parents=True)
-        file.write_text(content)
+        file.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=part):
             runs.validate(compose([*settings, f"eval.task_source={file.parents[1]}", "eval.tasks=[piqa]"]))
 
@@ -165,5 +177,6 @@ def test_files_that_change_are_read_again(settings, tmp_path):
 def test_texts_that_are_read_in_windows_may_be_longer_than_the_context():
     from alps_exp import tasks
 
-    lengths = tasks._Lengths(SimpleNamespace(eos_token_id=2, bos_token_id=1), 8, {"truncate": False})
+    config = LlamaConfig(max_position_embeddings=8, vocab_size=384)
+    lengths = tasks._Lengths(tiny_models.tokenizer("llama"), config, {"truncate": False, "bos": "auto"})
     assert lengths.beyond("wikitext", SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling"), None) == 0

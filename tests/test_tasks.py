@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 import tiny_tasks
 import torch
 import yaml
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp import evaluation, frames
 from alps_exp import run as runs
+from alps_exp.errors import UserError
 from alps_exp.overrides import compose
 from alps_exp.workspace import Workspace
 
@@ -259,3 +261,43 @@ def test_options_are_checked_without_lm_eval_where_there_are_no_tasks(settings, 
 
     monkeypatch.setitem(sys.modules, "alps_exp.tasks", None)
     evaluation.check(compose([*settings, "eval.tasks=[]"]))
+
+
+def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_path):
+    """lm-eval would take a continuation's tokens from behind an end that its context does not have."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    file.write_text(json.dumps(content))
+    words = [*settings, f"model.path={tmp_path / 'model'}", "eval.tasks=[piqa]"]
+    with pytest.raises(UserError, match=r"adds </s> after each text: give eval\.bos=false"):
+        runs.validate(compose(words))
+    for rule in ("true", "false"):
+        runs.validate(compose([*words, f"eval.bos={rule}"]))
+
+
+def test_tokens_beyond_the_vocabulary(settings, tiny_llama, tmp_path):
+    """A padding token may be: nothing reads it. A word of a prompt may not."""
+    for name in ("pad", "word"):
+        shutil.copytree(tiny_llama, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+        if name == "pad":
+            tokenizer.add_special_tokens({"pad_token": "<padding>"})
+        else:
+            tokenizer.add_tokens(["sailor"])
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match="task piqa has the token 'sailor', whose id 384"):
+        runs.validate(compose([*settings, f"model.path={tmp_path / 'word'}", "eval.tasks=[piqa]"]))
+    found, wanted = (
+        runs.run(compose([*settings, f"model.path={model}", "eval.tasks=[piqa]"]), tmp_path / f"run-{model.name}")
+        for model in (tmp_path / "pad", tiny_llama)
+    )
+    assert [row["value"] for row in found["evaluations"]] == [row["value"] for row in wanted["evaluations"]]
+    assert not found["warnings"]
+    from alps_exp.task_model import TaskModel
+
+    network, tokenizer = (kind.from_pretrained(tmp_path / "pad") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = TaskModel(network, tokenizer, torch.device("cpu"), 4, 4, 256, "auto")
+    assert int(model.tok_batch_encode(["a boat by the river", "a"])[0].max()) < tiny_models.VOCABULARY
