@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import BIN_INDEX, BIN_SINGLE, INDEX, fingerprint, has_bin, has_safetensors, indexed_files
+from .checkpoint import BIN_INDEX, INDEX, Entry, fingerprint, has_bin, weight_files
 from .errors import UserError
 from .gguf_files import made_once
 from .hub import first_line
@@ -33,7 +33,7 @@ def safetensors_folder(folder: Path) -> Path:
     Raises:
         UserError: no weights, files that cannot be read without executing them, or a cache that cannot be written.
     """
-    if has_safetensors(folder) or not has_bin(folder):
+    if not has_bin(folder):
         return folder
     from huggingface_hub import cached_assets_path
 
@@ -52,6 +52,31 @@ def safetensors_folder(folder: Path) -> Path:
     return target
 
 
+def bin_entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder's `.bin` files by key, without reading their values where the file is a zip archive.
+
+    Raises:
+        UserError: files that are damaged, that hold more than tensors, or that hold different tensors of one key.
+    """
+    entries: dict[str, Entry] = {}
+    for file in weight_files(folder)[1]:
+        found = {key: Entry.of(file, tensor) for key, tensor in _load(file, "meta").items()}
+        _refuse_differing(entries, found, folder)
+        entries |= found
+    return entries
+
+
+def _refuse_differing(known: dict[str, Entry], found: dict[str, Entry], folder: Path) -> None:
+    """A key in two files: transformers takes the later one's tensor, whatever the index says."""
+    for key in sorted(set(known) & set(found)):
+        former, later = known[key].file, found[key].file
+        if not torch.equal(_load(former)[key], _load(later)[key]):
+            raise UserError(
+                f"{former.name} and {later.name} in {folder} hold different {key}: files of several checkpoints lie "
+                "there; copy or download one into a folder of its own"
+            )
+
+
 def _convert(folder: Path, target: Path) -> None:
     """Write the weights to `target` in shards of bounded size, with everything else that is small beside them."""
     places: dict[str, str] = {}
@@ -67,9 +92,10 @@ def _convert(folder: Path, target: Path) -> None:
             places.update(dict.fromkeys(shard, name))
             shard.clear()
 
-    for file in indexed_files(folder, BIN_INDEX, BIN_SINGLE):
+    bin_entries(folder)
+    for file in weight_files(folder)[1]:
         for key, tensor in _load(file).items():
-            if not isinstance(tensor, Tensor) or key in places:
+            if key in places or key in shard:
                 continue
             if sum(t.nbytes for t in shard.values()) + tensor.nbytes > _SHARD_BYTES:
                 flush()
@@ -82,14 +108,15 @@ def _convert(folder: Path, target: Path) -> None:
             shutil.copyfile(other, target / other.name)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a file by key, mapped into memory, or on the meta device their shapes alone."""
     try:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            loaded = torch.load(file, map_location=device, weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):  # files older than torch 1.6 are not zip archives and cannot be mapped
                 raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = torch.load(file, map_location=device, weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # whatever torch's reader stumbles on
@@ -98,4 +125,4 @@ def _load(file: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__} and no weights by name: give another checkpoint")
-    return loaded
+    return {key: tensor for key, tensor in loaded.items() if isinstance(tensor, Tensor)}

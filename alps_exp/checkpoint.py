@@ -1,4 +1,8 @@
-"""Checkpoints in safetensors files, opened without reading their weights; `.bin` files are converted once.
+"""What counts as a checkpoint: its files, its tensors without their values, and what tells it from another.
+
+There is one rule for the files with weights, transformers' own: model.safetensors, else the files that
+model.safetensors.index.json names, else pytorch_model.bin, else those of its index; and after them this project's
+packed form. Loading whole, streaming, the checks and the fingerprint all go by `weight_files`.
 
 Where a checkpoint's keys are not the model's names (prefixes left out or put in, renamed modules), transformers' own
 table of renamings is used, so a checkpoint that it loads is read here alike.
@@ -8,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +27,28 @@ from .hub import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+PACKED = "packed.json"
+ADAPTER = "adapter_config.json"
+# Before any other comes the first of these that is there, as in transformers.
+PRECEDENCE = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
+
+# Files beside the weights that decide about results: configurations, tokenizers of all kinds, model code.
+_DECIDING = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.py"),
+    *(
+        "vocab*",
+        "merges*",
+        "*.model",
+        "*.tiktoken",
+        "*.spm",
+        "*.bpe",
+        "*.codes",
+        "*.tokenizer",
+        "dict.txt",
+        "tekken.json",
+    ),
+    *("emoji.json", "byte_maps.json", "*_vocab.json", "*.jinja", "chat_template*", "additional_chat_templates/*"),
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -36,6 +64,9 @@ _DTYPES = {
 }
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a checkpoint: the file it lies in, its shape and dtype (safetensors' name of it)."""
@@ -44,28 +75,44 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
 
+    @classmethod
+    def of(cls, file: Path, tensor: Tensor) -> Entry:
+        """That of a tensor, which may be on the meta device."""
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return cls(file, tuple(tensor.shape), dtype)
+
 
 class Checkpoint:
     """The tensors of a folder's safetensors files by key.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
+        folder: holds model.safetensors, or without it model.safetensors.index.json and the files that it names.
 
     Raises:
         UserError: neither is there, a file is missing, truncated or damaged (it is named), a key is not where the
-            index says.
+            index says, or two files hold different tensors of one key.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        wanted = indexed_files(folder, INDEX, SINGLE)
+        listing, wanted = weight_files(folder)
+        if listing.name not in (SINGLE, INDEX):
+            raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: copy or download the checkpoint again")
         for file, keys in wanted.items():
             entries = _entries(file)
-            absent = sorted((keys or set()) - set(entries))
+            absent = sorted(keys - set(entries))
             if absent:
                 raise UserError(f"{file} lacks {absent[0]}, which {INDEX} puts there; copy or download it again")
-            self.entries |= {key: entry for key, entry in entries.items() if keys is None or key in keys}
+            # As transformers: all that the files hold, and of a key in two of them the later one's.
+            for key in sorted(set(entries) & set(self.entries)):
+                former = self.entries[key].file
+                if not torch.equal(_tensor(former, key), _tensor(file, key)):
+                    raise UserError(
+                        f"{former.name} and {file.name} in {folder} hold different {key}: files of several checkpoints "
+                        "lie there; copy or download one into a folder of its own"
+                    )
+            self.entries |= entries
 
     def read(self, wanted: Mapping[str, torch.dtype | None], pin: bool = False) -> dict[str, Tensor]:
         """Copies of tensors in host memory by key.
@@ -97,29 +144,30 @@ class Checkpoint:
                 raise UserError(_damaged(file, error)) from None
         return tensors
 
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point tensor, which transformers takes for the checkpoint's."""
-        for entry in self.entries.values():
-            if (dtype := _DTYPES.get(entry.dtype)) is not None and dtype.is_floating_point:
-                return dtype
-        return torch.float32
+
+def first_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """The dtype of the first floating-point tensor, which transformers takes for the checkpoint's."""
+    dtypes = (_DTYPES.get(entry.dtype) for entry in entries.values())
+    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
-def indexed_files(folder: Path, index: str, single: str) -> dict[Path, set[str] | None]:
-    """The checkpoint's files, each with the keys that the index puts into it (None without an index).
+def weight_files(folder: Path) -> tuple[Path, dict[Path, set[str]]]:
+    """The file or the index that a checkpoint is read by, and its files, each with the keys that an index puts there.
 
     Raises:
-        UserError: no checkpoint, an index that cannot be read, or a file that it names and that is not there.
+        UserError: no weights, an index that cannot be read, or a file that it names and that is not there.
     """
-    listing = folder / index
-    if not listing.is_file():
-        if not (folder / single).is_file():
-            raise UserError(f"{folder} has neither {single} nor {index}: copy or download the checkpoint again")
-        return {folder / single: None}
+    listing = next((folder / name for name in PRECEDENCE if (folder / name).is_file()), None)
+    if listing is None:
+        broken = next((name for name in PRECEDENCE if (folder / name).is_symlink()), None)
+        state = f"{broken} is a link that leads nowhere" if broken else f"none of {', '.join(PRECEDENCE)} is there"
+        raise UserError(f"{folder} holds no weights ({state}): copy or download the checkpoint again")
+    if listing.name in (SINGLE, BIN_SINGLE):
+        return listing, {listing: set()}
     try:
         places = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[Path, set[str] | None] = {}
-        for key, name in places.items():
+        files: dict[Path, set[str]] = {}
+        for key, name in sorted(places.items(), key=lambda place: place[1]):
             if Path(name).name != name:
                 raise ValueError(f"it names a file outside the folder, {name}")
             files.setdefault(folder / name, set()).add(key)
@@ -129,9 +177,24 @@ def indexed_files(folder: Path, index: str, single: str) -> dict[Path, set[str] 
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{folder} lacks {missing[0]}{more}, which {index} names: copy or download the checkpoint again"
+            f"{folder} lacks {missing[0]}{more}, which {listing.name} names: copy or download the checkpoint again"
         )
-    return files
+    return listing, files
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds weights that transformers reads."""
+    return any((folder / name).is_file() for name in PRECEDENCE)
+
+
+def has_bin(folder: Path) -> bool:
+    """Whether the weights that transformers reads of the folder lie in `.bin` files, which are pickles."""
+    return has_weights(folder) and weight_files(folder)[0].name in (BIN_SINGLE, BIN_INDEX)
+
+
+def _tensor(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key)
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -149,49 +212,77 @@ def _damaged(file: Path, error: Exception) -> str:
     return f"{file} is truncated or damaged ({reason}): copy or download it again"
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a local checkpoint whose files are missing, truncated or damaged, from headers and sizes alone."""
-    if has_safetensors(folder):
-        Checkpoint(folder)
-    elif has_bin(folder):
-        indexed_files(folder, BIN_INDEX, BIN_SINGLE)
-
-
-def has_safetensors(folder: Path) -> bool:
-    """Whether the folder holds weights in safetensors files."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
-def has_bin(folder: Path) -> bool:
-    """Whether the folder holds weights in `.bin` files, which are pickles."""
-    return (folder / BIN_INDEX).is_file() or (folder / BIN_SINGLE).is_file()
+def deciding_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that decide about results, in order: weights, configurations, tokenizer, model code."""
+    files = {file for pattern in _DECIDING for file in folder.glob(pattern)}
+    if has_weights(folder):
+        listing, weights = weight_files(folder)
+        files |= {listing, *weights}
+    elif (folder / PACKED).is_file():
+        files |= set(folder.glob("packed*"))
+    return sorted(file for file in files if file.is_file())
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """What tells one checkpoint from another without reading it all: per file a hash of its size and of samples.
 
     A safetensors file's header, with every name, shape and offset, is read whole; pieces from all over the weights tell
-    a model from one that was trained or pruned on.
+    a model from one that was trained or pruned on. Files of up to 4 MB are read whole.
     """
-    names = [folder / "config.json"]
-    if has_safetensors(folder):
-        names += sorted(indexed_files(folder, INDEX, SINGLE))
-    elif has_bin(folder):
-        names += sorted(indexed_files(folder, BIN_INDEX, BIN_SINGLE))
-    names += sorted(folder.glob("packed*"))
-    return {file.name: _digest(file) for file in names if file.is_file()}
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in deciding_files(folder)}
 
 
 def _digest(file: Path, pieces: int = 256, length: int = 1 << 14) -> str:
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
+        if size <= pieces * length:
+            return hashlib.sha256(stream.read()).hexdigest()[:16]
         header = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else 0
         digest.update(stream.read(min(header, size)))
         for piece in range(pieces):
             stream.seek(max(size - length, 0) * piece // (pieces - 1))
             digest.update(stream.read(length))
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A checkpoint's keys beside a model's names for the same tensors.
+
+    Attributes:
+        keys: name in the model's state dict → the checkpoint's key, where they differ by name at most.
+        converted: likewise, where transformers converts the tensor too (fused experts); one name of several.
+        strays: what the model would call the checkpoint's other tensors → key, without those that the model's class
+            knows as harmless (rotary frequencies, masks, heads for other tasks).
+        missing: names that have no key, neither under another name of a tied weight, in order.
+    """
+
+    keys: dict[str, str]
+    converted: dict[str, str]
+    strays: dict[str, str]
+    missing: list[str]
+
+
+def match(network: nn.Module, keys: Iterable[str]) -> Match:
+    """Compare a model's names with a checkpoint's keys, as transformers' `from_pretrained` does.
+
+    Args:
+        network: a model or a skeleton.
+        keys: of the checkpoint.
+    """
+    targets = network.state_dict()
+    found = Match({}, {}, {}, [])
+    renamed = _renamer(network, targets)
+    for key in keys:
+        name, converted = renamed(key)
+        (found.strays if name not in targets else found.converted if converted else found.keys).setdefault(name, key)
+    present = {*found.keys, *found.converted}
+    present |= {name for names in tied_names(network) for name in names if present & set(names)}
+    info = SimpleNamespace(missing_keys=set(targets) - present, unexpected_keys=set(found.strays))
+    network._adjust_missing_and_unexpected_keys(info)
+    strays = {name: key for name, key in found.strays.items() if name in info.unexpected_keys}
+    return Match(found.keys, found.converted, strays, sorted(info.missing_keys))
 
 
 def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> dict[str, str]:
@@ -208,30 +299,108 @@ def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> dict[st
         UserError: weights are missing or have other shapes, or are converted and not only renamed by transformers.
     """
     targets = network.state_dict()
-    keys: dict[str, str] = {}
-    renamed = _renamer(network, targets)
-    for key in checkpoint.entries:
-        name, converted = renamed(key)
-        if name in targets and converted:
-            raise UserError(f"{what} stores {key} in a layout that transformers converts: load it whole, stream=false")
-        if name in targets:
-            keys.setdefault(name, key)
+    found = match(network, checkpoint.entries)
+    for key in found.converted.values():
+        raise UserError(f"{what} stores {key} in a layout that transformers converts: load it whole, stream=false")
+    keys = found.keys
     for names in tied_names(network):
         present = [name for name in names if name in keys]
         same = [name for name in present if _same(checkpoint, keys[name], keys[present[0]])]
         for name in set(present) - set(same):
             _untie(network, name)
         keys |= {name: keys[same[0]] for name in names if same and (name in same or name not in present)}
-    missing = sorted(set(targets) - set(keys))
-    other = sorted(n for n, k in keys.items() if checkpoint.entries[k].shape != tuple(targets[n].shape))
-    for names, problem in ((missing, "lacks the weights"), (other, "has other shapes for")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{what} {problem} {', '.join(names[:3])}{more} of {type(network).__name__}; copy or download the "
-                "checkpoint again"
-            )
+    refuse_names(what, network, "lacks the weights", set(targets) - set(keys))
+    shapes = {name: checkpoint.entries[key].shape for name, key in keys.items()}
+    refuse_names(what, network, "has other shapes for", (n for n in keys if shapes[n] != tuple(targets[n].shape)))
     return keys
+
+
+def refuse_names(what: str, network: nn.Module, problem: str, names: Iterable[str]) -> None:
+    """Refuse a checkpoint that has this problem with some of the model's tensors, unless there are none.
+
+    Raises:
+        UserError: there are.
+    """
+    if names := sorted(names):
+        raise UserError(
+            f"{what} {problem} {listed(names)} of {type(network).__name__}; copy or download the checkpoint again"
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first three names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# What old checkpoints hold beside weights and models make themselves: tables of positions and constants of masks.
+_MADE = re.compile(r"rotary_emb\.|inv_freq$|position_ids$|masked_bias$|num_batches_tracked$")
+_QUANTISED = re.compile(r"scale|zero|absmax|quant|packed|g_idx|SCB|lut", re.IGNORECASE)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_tensors(network: nn.Module, entries: Mapping[str, Entry], prefix: str, blocks: int, what: str) -> list[str]:
+    """Whether these are a model's weights, from names, shapes and dtypes alone.
+
+    Args:
+        network: a skeleton.
+        entries: the checkpoint's tensors by key.
+        prefix: name of the model's list of blocks, and
+        blocks: how many there are.
+        what: how to speak of the checkpoint.
+
+    Returns:
+        In words what was left out that may matter; empty as a rule.
+
+    Raises:
+        UserError: quantised tensors in the place of weights, tensors of the model's own modules that its configuration
+            does not ask for (a bias, a norm, scales), or missing ones.
+    """
+    found, targets = match(network, entries), network.state_dict()
+    for name, key in {**found.keys, **found.converted}.items():
+        if targets[name].is_floating_point() and entries[key].dtype not in _FLOATS:
+            raise UserError(
+                f"{what} stores {key} as {entries[key].dtype} and names no quantization_config: its weights are "
+                "quantised and cannot be pruned; give the unquantised checkpoint"
+            )
+    block = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+
+    def owned(name: str) -> bool:
+        inside, module = block.match(name), name.rpartition(".")[0]
+        if inside is not None:
+            return int(inside[1]) < blocks
+        return any(target.rpartition(".")[0] == module for target in targets)
+
+    strays = {name: key for name, key in found.strays.items() if not _made(name, entries[key])}
+    if inner := [key for name, key in strays.items() if owned(name)]:
+        quantised = any(_QUANTISED.search(key.rpartition(".")[2]) for key in inner)
+        hint = (
+            "they are scales of quantised weights: give the unquantised checkpoint"
+            if quantised
+            else ("config.json is not this checkpoint's: mend it, or take these tensors out")
+        )
+        raise UserError(
+            f"{what} holds {listed(inner)}, which its configuration ({type(network).__name__}) has no place for; {hint}"
+        )
+    shapes = ((name, entries[key].shape) for name, key in found.keys.items())
+    refuse_names(what, network, "has other shapes for", (n for n, shape in shapes if shape != tuple(targets[n].shape)))
+    if not found.converted:  # of those that are converted only the first name is known
+        refuse_names(what, network, "lacks the weights", found.missing)
+    if not strays:
+        return []
+    beyond = sorted({int(place[1]) for name in strays if (place := block.match(name)) is not None})
+    cause = (
+        f" (config.json asks for {blocks} blocks, so that {beyond[0]} to {beyond[-1]} are left out)" if beyond else ""
+    )
+    return [
+        f"{what} holds {len(strays)} tensors that its configuration does not ask for and that were left out: "
+        f"{listed(strays.values())}{cause}"
+    ]
+
+
+def _made(name: str, entry: Entry) -> bool:
+    mask = name.endswith("bias") and len(entry.shape) > 2
+    return mask or entry.dtype == "BOOL" or _MADE.search(name) is not None
 
 
 def _renamer(network: nn.Module, targets: Mapping[str, Tensor]) -> Callable[[str], tuple[str, bool]]:

@@ -7,18 +7,14 @@ own retries wait 23 s for each missing file of a machine without network.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from .errors import UserError
 
 PROBE_SECONDS = 10
-
-# Index and single file of a checkpoint, the kinds in the order of preference.
-_WEIGHTS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
 
 
 def offline_only(repo: str, revision: str | None, kind: str, remedy: str) -> bool:
@@ -73,6 +69,24 @@ def cached_model(repo: str, revision: str | None, remedy: str) -> Path:
     return Path(file).parent
 
 
+@cache
+def holds(repo: str, revision: str | None, name: str) -> bool:
+    """Whether a model's repository that can be reached has a file of this name. Asked once per process."""
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return bool(hf_hub_download(repo, name, revision=revision))
+    except (httpx.HTTPError, OSError):  # not there, or out of reach by now
+        return False
+
+
+def commit(folder: Path) -> str | None:
+    """The commit whose files a folder of the hub's cache holds (…/models--OWNER--NAME/snapshots/COMMIT)."""
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if cached and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
 def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[Path, str]:
     """One file of a data set on the hub, downloaded once into the hub's cache: its path and the commit it came from.
 
@@ -91,8 +105,13 @@ def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[
     return Path(path), Path(path).parents[filename.count("/")].name
 
 
-def checkpoint_folder(repo: str, revision: str | None, remedy: str) -> Path:
-    """The folder in the hub's cache with all weight files of a model, downloaded once; safetensors before `.bin`.
+def checkpoint_folder(repo: str, revision: str | None, precedence: Sequence[str], remedy: str) -> Path:
+    """The folder in the hub's cache with the weight files of a model, downloaded once.
+
+    Args:
+        repo, revision: the repository.
+        precedence: names of single files and of indexes (….json); the first that is there counts.
+        remedy: ends the messages.
 
     Raises:
         UserError: hub not reachable and files not cached, no such repository or revision, no weights, access refused.
@@ -110,15 +129,14 @@ def checkpoint_folder(repo: str, revision: str | None, remedy: str) -> Path:
 
     try:
         get("generation_config.json")
-        for listing, single in _WEIGHTS:
-            index = get(listing)
-            if index is None and (file := get(single)) is not None:
-                return file.parent
-            if index is not None:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if missing := [name for name in names if get(name) is None]:
-                    raise UserError(f"model {repo!r} lacks {missing[0]}, which {listing} names; {remedy}")
-                return index.parent
+        for name in precedence:
+            if (listing := get(name)) is not None:
+                files = set()
+                if name.endswith(".json"):
+                    files = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+                if missing := [file for file in sorted(files) if get(file) is None]:
+                    raise UserError(f"model {repo!r} lacks {missing[0]}, which {name} names; {remedy}")
+                return listing.parent
     except (httpx.HTTPError, OSError) as error:
         raise UserError(explain(error, f"model {repo!r}", revision, remedy)) from None
     raise UserError(f"model {repo!r} has no weights in safetensors or .bin files that can be reached; {remedy}")

@@ -149,7 +149,10 @@ def changes(record: Mapping, cfg: DictConfig) -> list[str]:
     now = inputs_of(OmegaConf.to_container(cfg, resolve=True))
     before = environment.get("inputs") or {}
     found = [] if environment.get("code") == code_version() else ["code"]
-    return found + [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
+    names, commit = {*now, *before}, "checkpoint commit"
+    if commit in now and now[commit] == before.get(commit):  # for files that are not in the hub's cache it stands
+        names -= {name for name in names if name.startswith("checkpoint ") and (name in now) != (name in before)}
+    return found + [name for name in sorted(names) if now.get(name) != before.get(name)]
 
 
 def describe_error(error: BaseException) -> str:

@@ -6,10 +6,12 @@ package that carries the file) and `trust_remote_code`; conf/model/*.yaml has on
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,9 +33,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+<<<<<<< HEAD
 from . import hub, packed, tokenization
 from .bin_files import safetensors_folder
 from .checkpoint import Checkpoint, check_folder, fingerprint
+=======
+from . import hub, packed
+from .bin_files import bin_entries, safetensors_folder
+from .blocks import find_blocks
+from .checkpoint import (
+    ADAPTER,
+    PRECEDENCE,
+    Checkpoint,
+    Entry,
+    check_tensors,
+    deciding_files,
+    fingerprint,
+    first_dtype,
+    has_bin,
+    has_weights,
+    refuse_names,
+)
+>>>>>>> ckpt
 from .checks import one_of
 from .errors import UserError
 from .gguf_files import converted_folder
@@ -62,7 +83,7 @@ class _Source:
 
 
 def load_config(model: Mapping) -> PreTrainedConfig:
-    """The configuration of a model, without its weights, with the key-value cache switched off.
+    """The configuration of a model, without its weights.
 
     Raises:
         UserError: the model cannot be found or read (see `load_model`), or its weights are stored quantised.
@@ -139,10 +160,11 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
     """
     source = _locate(model)
     config = _config(source)
+    check_weights(model, download=True)
     kind, where = AutoModelForCausalLM, source.arguments()
     if packed.is_packed(Path(source.path)):
         # Tensors instead of files: the model's own class takes them, the automatic one wants a path.
-        kind = type(skeleton(config))
+        kind = type(skeleton(config, trust_remote_code=source.trust_remote_code))
         where = {"pretrained_model_name_or_path": None, "state_dict": packed.read_folder(Path(source.path))}
     try:
         with _errors_only():
@@ -160,15 +182,11 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
         raise UserError(_why(source, error, "weights")) from None
     # transformers would leave such weights random, with a warning only: every number after that would be wrong.
     for key, problem in (("missing_keys", "lacks the weights"), ("mismatched_keys", "has other shapes for")):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{source.what} {problem} {', '.join(names[:3])}{more} of {type(loaded).__name__}; "
-                f"copy or download the checkpoint again"
-            )
-    if kind is not AutoModelForCausalLM and (Path(source.path) / "generation_config.json").is_file():
-        loaded.generation_config = GenerationConfig.from_pretrained(source.path)
+        names = (str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
+        refuse_names(source.what, loaded, problem, names)
+    if kind is not AutoModelForCausalLM:
+        loaded.generation_config = _generation_config(Path(source.path))
+    loaded.own_dtype = _own_dtype(config, _downloaded(source))
     return _freeze(loaded)
 
 
@@ -189,52 +207,141 @@ def load_streamed(
     config = _config(source)
     if source.trust_remote_code:
         raise UserError(f"{source.what} brings model code of its own, which is not streamed: give stream=false")
-    folder = Path(source.path)
-    if not folder.is_dir():
-        folder = hub.checkpoint_folder(source.path, source.revision, _REMEDY)
+    check_weights(model, download=True)
+    folder = _downloaded(source)
     if packed.is_packed(folder):
         raise UserError(f"{source.what} holds packed weights, which are not streamed: give stream=false")
     checkpoint = Checkpoint(safetensors_folder(folder))
-    if dtype == "auto":
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else checkpoint.dtype()
-    network = skeleton(config, dtype)
+    own = _own_dtype(config, folder)
+    network = skeleton(config, own if dtype == "auto" else dtype)
+    network.own_dtype = own
     network.config.name_or_path = source.path
-    with suppress(OSError):  # not every checkpoint has one; the model's configuration stands in for it then
-        network.generation_config = GenerationConfig.from_pretrained(folder)
+    network.generation_config = _generation_config(folder)
     return network, open_streamed(network, checkpoint, source.what, pin)
 
 
-def check_weights(model: Mapping) -> None:
-    """Refuse a local checkpoint with files that are missing, truncated or damaged, without reading its weights."""
-    folder = Path(_locate(model).path)
-    if folder.is_dir():
-        check_folder(folder)
+def _generation_config(folder: Path) -> GenerationConfig:
+    """As `from_pretrained` has it: of its own file, or of what the model's configuration says about generation."""
+    own = (folder / "generation_config.json").is_file()
+    instead = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+    with _errors_only():
+        return GenerationConfig.from_pretrained(folder, **instead)
 
 
-def identity(model: Mapping) -> dict[str, str]:
-    """What tells this checkpoint from others: a local one's files (see `fingerprint`), the commit of one on the hub."""
+def _own_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
+    """What dtype="auto" stands for."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else first_dtype(_entries(folder))
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    if packed.is_packed(folder):
+        return packed.packed_entries(folder)
+    return bin_entries(folder) if has_bin(folder) else Checkpoint(folder).entries
+
+
+def check_weights(model: Mapping, download: bool = False) -> list[str]:
+    """Look at a checkpoint's files, and at the names, shapes and dtypes of its tensors, without reading its weights.
+
+    Args:
+        model: a model node.
+        download: one on the hub, too, which is downloaded for it.
+
+    Returns:
+        In words what of it is left out and may matter; empty as a rule.
+
+    Raises:
+        UserError: files are missing, truncated or damaged, or hold other tensors than the configuration asks for.
+    """
+    source = _locate(model)
+    if not download and not Path(source.path).is_dir():
+        return []
+    folder = _downloaded(source)
+    return list(_checked(source, folder, _state(folder)))
+
+
+@lru_cache(maxsize=16)
+def _checked(source: _Source, folder: Path, state: str) -> tuple[str, ...]:
+    try:
+        _generation_config(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"generation_config.json of {source.what} cannot be read ({hub.first_line(error)}): mend it, or delete it"
+        ) from None
+    entries = _entries(folder)
+    network = skeleton(_config(source), trust_remote_code=source.trust_remote_code)
+    prefix, blocks = find_blocks(network)
+    return tuple(check_tensors(network, entries, prefix, len(blocks), source.what))
+
+
+def _downloaded(source: _Source) -> Path:
+    """The folder with the weights, of a model on the hub that in its cache."""
+    folder = Path(source.path)
+    return folder if folder.is_dir() else hub.checkpoint_folder(source.path, source.revision, PRECEDENCE, _REMEDY)
+
+
+def _cached(model: Mapping) -> Path:
+    """The folder with what is here of a model: its own, or that in the hub's cache."""
     source = _locate(model)
     folder = Path(source.path)
     if not folder.is_dir():
         _config(source)  # puts its file into the cache, whose folders are named by their commits
         folder = hub.cached_model(source.path, source.revision, _REMEDY)
-    return {"commit": folder.name} if folder.parent.name == "snapshots" else fingerprint(folder)
+    return folder
+
+
+def identity(model: Mapping) -> dict[str, str]:
+    """What tells this checkpoint from others: its files that are here (`fingerprint`), and its commit on the hub."""
+    folder = _cached(model)
+    commit = hub.commit(folder)
+    return ({} if commit is None else {"commit": commit}) | fingerprint(folder)
 
 
 def changed(model: Mapping) -> str:
-    """When the files of a local checkpoint were last written, which tells of changes that `identity` does not see."""
-    folder = Path(_locate(model).path)
-    if not folder.is_dir():
-        return "on the hub"
-    return str(max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0))
+    """When a checkpoint's files were last written, as a digest, which tells of changes that `identity` does not see."""
+    return _state(_cached(model))
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def _state(folder: Path) -> str:
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in deciding_files(folder)]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def doubts(model: Mapping, network: PreTrainedModel) -> list[str]:
+    """In words what of a loaded model's checkpoint was left out or contradicts its configuration; empty as a rule."""
+    found = check_weights(model, download=True)
+    if is_untied(network):
+        found.append(
+            f"config.json of {_locate(model).what} ties the head to the embedding, and the weights hold different "
+            "ones: they are left apart, as in transformers"
+        )
+    return found
+
+
+def is_untied(network: PreTrainedModel) -> bool:
+    """Whether a model has a head of its own although its configuration ties it to the embedding."""
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    tied = getattr(network.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    return bool(tied) and head is not None and head.weight is not embedding.weight
+
+
+def empty_model(model: Mapping) -> PreTrainedModel:
+    """A model without its weights (see `skeleton`).
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return skeleton(load_config(model), trust_remote_code=model.get("trust_remote_code", False))
+
+
+def skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model without weights: parameters on the meta device, buffers (rotary frequencies) real, frozen, eval mode.
 
     Args:
         config: the model's.
         dtype: of the parameters; transformers' choice by default.
+        trust_remote_code: whether model code that comes with the checkpoint may run.
 
     Raises:
         UserError: the configuration is not one of a causal language model.
@@ -244,8 +351,10 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
     arguments = {} if dtype is None else {"dtype": dtype}
     try:
         with init_empty_weights(include_buffers=False):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **arguments)
-    except ValueError as error:
+            empty = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code, **arguments
+            )
+    except (ValueError, ImportError, OSError) as error:
         raise UserError(f"{config.model_type} is not a causal language model ({hub.first_line(error)})") from None
     # Each parameter was replaced by a tensor of its own as it was registered, which undid the tying of lm_head.
     empty.tie_weights()
@@ -263,6 +372,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def _freeze(model: PreTrainedModel) -> PreTrainedModel:
+    model.own_use_cache = vars(model.config).get("use_cache")  # for saving
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
@@ -286,7 +396,14 @@ def _config(source: _Source) -> PreTrainedConfig:
         raise
     except Exception as error:  # the hub, the JSON reader and model code raise their own errors
         raise UserError(_why(source, error, "config.json")) from None
-    stored = getattr(config, "quantization_config", None)
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    keys = ("quantization_config", "compression_config")
+    stored = next((found for part in parts for key in keys if (found := getattr(part, key, None))), None)
+    if getattr(config, "transformers_weights", None) is not None:
+        raise UserError(
+            f"config.json of {source.what} names its weights itself (transformers_weights), which is not read here: "
+            "take the key out and call the file model.safetensors"
+        )
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
         raise UserError(
@@ -298,7 +415,6 @@ def _config(source: _Source) -> PreTrainedConfig:
             f"{source.what} is of type {config.model_type!r}, which is no causal language model of transformers; "
             f"give another model"
         )
-    config.use_cache = False
     return config
 
 
@@ -331,10 +447,14 @@ def _locate(model: Mapping) -> _Source:
             f"model.gguf_file={gguf_file} needs a local folder and model.path={path} is none: download the file, "
             f"then give model=local model.path=FILE.gguf"
         )
+    offline = hub.offline_only(path, revision, "model", _REMEDY)
+    if not offline and hub.holds(path, revision, ADAPTER):
+        _refuse_adapter(path, f"model {path!r}", hub.holds(path, revision, "config.json"))
     # Without a network the cached folder is given, not local_files_only: transformers 5.17 forgets that argument when
     # it looks for adapters, and then waits through the retries.
-    offline = hub.offline_only(path, revision, "model", _REMEDY)
     found = hub.cached_model(path, revision, _REMEDY) if offline else path
+    if offline and (found / ADAPTER).is_file():
+        _refuse_adapter(found, f"model {path!r}", has_weights(found))
     return _Source(str(found), f"model {path!r}", revision, trust)
 
 
@@ -349,11 +469,28 @@ def _local(path: Path, gguf_file: str | None, what: str) -> Path:
         if not (path / gguf_file).is_file():
             raise UserError(f"{what} has no file {gguf_file!r}; {_listing(path, '*.gguf')}")
         return converted_folder(path / gguf_file)
+    if (path / ADAPTER).is_file():
+        _refuse_adapter(path, what, has_weights(path) or packed.is_packed(path))
     if not (path / "config.json").is_file():
         if any(path.glob("*.gguf")):
             raise UserError(f"{what} has no config.json; {_listing(path, '*.gguf')}: choose one with model.gguf_file=")
         raise UserError(f"{what} has no config.json; give a folder that `save_pretrained` wrote or a hub download")
     return path
+
+
+def _refuse_adapter(path: str | Path, what: str, beside: bool) -> None:
+    """transformers would attach the adapter to the model, also to one that it was merged into."""
+    merge = (
+        f"python -c \"import peft, transformers as t; p = '{path}'; peft.AutoPeftModelForCausalLM.from_pretrained(p, "
+        "dtype='auto').merge_and_unload().save_pretrained('MERGED'); t.AutoTokenizer.from_pretrained(p)"
+        ".save_pretrained('MERGED')\""
+    )
+    if beside:
+        raise UserError(
+            f"{what} holds an adapter ({ADAPTER}) beside a model: if it is merged into the weights, move its files "
+            "away; if not, load the model with it (peft), merge_and_unload() and save_pretrained() into a new folder"
+        )
+    raise UserError(f"{what} is an adapter without its model ({ADAPTER}); merge them and give that folder: {merge}")
 
 
 def _listing(folder: Path, pattern: str) -> str:

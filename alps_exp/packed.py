@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -32,11 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import PACKED as FILE
+from .checkpoint import Entry, has_bin, has_weights, weight_files
 from .errors import UserError
 
-FILE = "packed.json"
 _FORMAT, _VERSION = "alps_exp.packed", 1
 _DTYPES = {"float64": torch.int64, "float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}
+_DTYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # More weights kept than this share of a 2:4 layer's: below it (1:4 is also 2:4) filled groups would cost too much.
 _FULL_GROUPS = 0.75
 
@@ -106,12 +108,35 @@ def unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> dict
     Raises:
         UserError: parts of a tensor are missing or do not fit its entry.
     """
+    return dict(_unpack(stored, entries))
+
+
+def _unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> Iterator[tuple[str, Tensor]]:
     parts = {f"{name}.{part}" for name in entries for part in ("values", "mask", "indices")}
-    tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
+    for name in stored:
+        if name not in parts:
+            yield name, stored[name]
     for name, entry in entries.items():
         if f"{name}.values" in stored:
-            tensors[name] = _unpacked(name, entry, stored)
-    return tensors
+            yield name, _unpacked(name, entry, stored)
+
+
+class _Stored(Mapping):
+    """The tensors of an open file, each read when it is asked for."""
+
+    def __init__(self, opened) -> None:
+        self._opened, self._names = opened, set(opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _unpacked(name: str, entry: Mapping, stored: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +181,7 @@ def pack_folder(folder: Path) -> dict:
 
     from .record import write_json
 
-    dense = sorted(folder.glob("model*.safetensors"))
+    dense = sorted(weight_files(folder)[1]) if has_weights(folder) and not has_bin(folder) else []
     if not dense:
         raise UserError(f"{folder} has no model.safetensors to pack; give a folder that `save_pretrained` wrote")
     files, entries = [], {}
@@ -173,29 +198,63 @@ def pack_folder(folder: Path) -> dict:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the folder holds packed weights."""
-    return (folder / FILE).is_file()
+    """Whether the folder's weights are packed ones; any that transformers reads come first."""
+    return (folder / FILE).is_file() and not has_weights(folder)
+
+
+def packed_entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a packed folder by name, of which nothing but names, shapes and dtypes is read.
+
+    Raises:
+        UserError: as `read_folder`, but for damage to the values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files, entries = _description(folder)
+    parts = {f"{name}.{part}": name for name in entries for part in ("values", "mask", "indices")}
+    found = {}
+    for file in (folder / name for name in files):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    name = parts.get(key, key)
+                    shape = entries[name]["shape"] if name in entries else opened.get_slice(key).get_shape()
+                    dtype = entries[name]["dtype"] if name in entries else str(opened.get_slice(key).get_dtype())
+                    found[name] = Entry(file, tuple(shape), _DTYPE_NAMES.get(dtype, dtype))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is missing or damaged ({error}); copy or save the model again") from None
+    return found
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a packed folder by name, dense, on the CPU; one file's packed form in memory at a time.
+    """All tensors of a packed folder by name, dense, on the CPU.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    return dict(read_tensors(folder))
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed folder with their names, dense, on the CPU, one in memory at a time.
 
     Raises:
         UserError: packed.json is damaged or of another version, a file is missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     files, entries = _description(folder)
-    tensors: dict[str, Tensor] = {}
-    for name in files:
+    absent = set(entries)
+    for file in files:
         try:
-            tensors |= unpack(load_file(folder / name), entries)
+            with safe_open(folder / file, framework="pt") as opened:
+                for name, tensor in _unpack(_Stored(opened), entries):
+                    absent.discard(name)
+                    yield name, tensor
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name} is missing or damaged ({error}); copy or save the model again") from None
-    if absent := sorted(set(entries) - set(tensors)):
-        raise UserError(f"{folder} lacks the tensor {absent[0]} that {FILE} names; copy or save the model again")
-    return tensors
+            raise UserError(f"{folder / file} is missing or damaged ({error}); copy or save the model again") from None
+    if absent:
+        raise UserError(f"{folder} lacks the tensor {min(absent)} that {FILE} names; copy or save the model again")
 
 
 def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
@@ -207,6 +266,8 @@ def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
                 f"{folder / FILE} has format {found[0]!r}, version {found[1]!r}; this alps_exp reads {_FORMAT!r}, "
                 f"version {_VERSION}: update it, or save the model again"
             )
+        if strange := {str(entry["dtype"]) for entry in content["tensors"].values()} - set(_DTYPES):
+            raise ValueError(f"dtype {min(strange)}")
         files = [str(name) for name in content["files"]]
         entries = {
             str(name): {

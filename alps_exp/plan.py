@@ -40,7 +40,7 @@ def plan(cfg: Mapping) -> str:
     patterns = validate(cfg)
     device = parse_device(cfg["device"])
     config = models.load_config(cfg["model"])
-    skeleton = models.skeleton(config)
+    skeleton = models.empty_model(cfg["model"])
     shapes = linear_shapes(skeleton, selection_of(cfg))
     solver = refitted(build(cfg["method"]), cfg["refit"])
     needed = solver.statistics | (Statistics.GRAM if cfg["losses"] and patterns else Statistics.NONE)

@@ -115,6 +115,10 @@ class ProgressStore:
         """Where a block's weights lie once it is finished."""
         return self.folder / f"{self._name(index)}.safetensors"
 
+    def intact(self, index: int) -> bool:
+        """Whether a finished block's weights are on the disk as they were written."""
+        return self._load(index) is not None
+
     def finish(self, index: int, tensors: Mapping[str, Tensor], block: FinishedBlock) -> None:
         """Write a block in the background, after the one before it is on the disk.
 

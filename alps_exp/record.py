@@ -131,14 +131,20 @@ class RunRecord:
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
-    def book(self, result: PruneResult) -> None:
-        """Take over what the block loop did."""
+    def book(self, result: PruneResult) -> list[str]:
+        """Take over what the block loop did; hands back what was unusual about it, in words."""
         self.layers = result.layers
         self.summary = summarise(result.layers, result.block_weights)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
+<<<<<<< HEAD
         self.warnings += warnings_of(result.layers) + result.notes
+=======
+>>>>>>> ckpt
         self.environment["hidden_states"] = result.hidden_states
         self.cached_blocks = result.cached_blocks
+        found = warnings_of(result.layers) + result.notes
+        self.warnings += found
+        return found
 
     def to_dict(self) -> dict:
         """Plain JSON values."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+<<<<<<< HEAD
 from . import data, evaluate, evaluation, launch, models, resume, statistics_cache, texts
+=======
+from . import data, evaluate, evaluation, launch, models, resume, statistics_cache
+>>>>>>> ckpt
 from .checks import one_of, parse_device, require
 from .environment import environment, peak_memory
 from .errors import UserError
@@ -30,7 +35,7 @@ from .record import FILE, RunRecord
 from .redaction import refuse_keys
 from .refit import REFITS, refitted
 from .registry import build
-from .saving import save
+from .saving import rehearse, save
 from .selection import Selection
 from .solver import Solver, Stopwatch
 from .workspace import Workspace
@@ -99,7 +104,7 @@ def layer_patterns(cfg: Mapping) -> dict[str, Pattern]:
     """
     if not build(cfg["method"]).prunes:
         return {}
-    network, selection = models.skeleton(models.load_config(cfg["model"])), selection_of(cfg)
+    network, selection = models.empty_model(cfg["model"]), selection_of(cfg)
     shapes = linear_shapes(network, selection)
     return selection.patterns_for(shapes, pattern_of(cfg["sparsity"]), other_names(network))
 
@@ -223,14 +228,19 @@ def _execute(
     torch.manual_seed(cfg["seed"])
     watch = Stopwatch(device)
     patterns = validate(cfg)
+<<<<<<< HEAD
     record.environment["inputs"] = inputs_of(cfg)
     if _reads_text(cfg, solver.prunes) and (note := models.tokenizer_note(cfg["model"])):
         record.warnings.append(note)
+=======
+>>>>>>> ckpt
 
     tokens = store = cache = None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = evaluation.prepare(cfg, workspace)
+    if cfg["save"]:
+        rehearse(models.load_config(cfg["model"]), workspace.tokenizer(cfg), record.model)
     together, peak = solver.prunes and cfg["devices"] > 1, None
     if together:
         # Its blocks are on the disk afterwards; what follows takes them from there, as when a run goes on.
@@ -239,6 +249,9 @@ def _execute(
     model = workspace.model(cfg, device, dtype_of(cfg, device), directory)
     record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
     record.environment["streamed"] = model.source is not None
+    record.environment["inputs"] = inputs_of(cfg)  # a checkpoint on the hub is here by now
+    record.warnings = models.doubts(cfg["model"], model.model)
+    _tell(record.warnings)
     if solver.prunes:
         job = job_of(cfg, solver, patterns, tokens)
         same = resume.identity(cfg, record.config_hash, device, model.model.dtype, tokens)
@@ -256,12 +269,13 @@ def _execute(
         watch.lap("evaluate")
     if solver.prunes:
         try:
-            record.book(prune_blocks(model, job, store, cache))
+            _tell(record.book(prune_blocks(model, job, store, cache)))
         finally:
             for opened in (store, cache):
                 if opened is not None:
                     opened.close()
         watch.lap("prune")
+<<<<<<< HEAD
 <<<<<<< HEAD
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))
@@ -272,6 +286,8 @@ def _execute(
     for line in record.warnings:
         print(f"alps_exp: warning: {line}", file=sys.stderr)
 >>>>>>> texts
+=======
+>>>>>>> ckpt
     record.evaluations = evaluation.measure(prepared, cfg, model, workspace.tokenizer(cfg))
     if sampling and solver.prunes:
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])
@@ -279,10 +295,18 @@ def _execute(
     watch.lap("evaluate")
     _book_phases(record, watch, device, peak)
     if cfg["save"]:
+        known = len(record.warnings)
         save(model, workspace.tokenizer(cfg), record, directory, store)
+        _tell(record.warnings[known:])
         watch.lap("save")
         _book_phases(record, watch, device, peak)
     return store
+
+
+def _tell(warnings: Sequence[str]) -> None:
+    for line in warnings:
+        logging.getLogger("alps_exp").warning(line)
+        print(f"alps_exp: warning: {line}", file=sys.stderr)
 
 
 def job_of(

@@ -149,7 +149,7 @@ def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
     config = models.load_config(cfg["model"])
     if dtype == "auto":
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    size = sum(parameter.numel() for parameter in models.skeleton(config).parameters()) * dtype.itemsize
+    size = sum(parameter.numel() for parameter in models.empty_model(cfg["model"]).parameters()) * dtype.itemsize
     return cfg["resumable"] and copies * size > 0.5 * free_host()
 
 

@@ -104,3 +104,4 @@ def use(address: str, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub._probe.cache_clear()
+    hub.holds.cache_clear()

@@ -66,7 +66,7 @@ def test_every_family_loads(kind, request):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     config = models.load_config(local(folder))
-    assert models.context_length(config) == tiny_models.CONTEXT and not config.use_cache
+    assert models.context_length(config) == tiny_models.CONTEXT
     empty = models.skeleton(config)
     assert {name: tensor.shape for name, tensor in empty.named_parameters()} == {
         name: tensor.shape for name, tensor in model.named_parameters()
@@ -140,11 +140,13 @@ def test_damaged_weights(copy):
     content = file.read_bytes()
     for damaged in (content[:-1000], content[:4], b"", b"\xff" * 1000):
         file.write_bytes(damaged)
-        refused(lambda: models.load_model(local(copy)), "weights of model.path=", "cannot be read", "download it again")
+        refused(lambda: models.load_model(local(copy)), "model.safetensors is truncated", "download it again")
     file.unlink()
-    refused(lambda: models.load_model(local(copy)), "weights of model.path=", "model.safetensors")
+    refused(lambda: models.load_model(local(copy)), "holds no weights", "none of model.safetensors, ")
+    file.symlink_to("nowhere")
+    refused(lambda: models.load_model(local(copy)), "model.safetensors is a link that leads nowhere")
     (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
-    refused(lambda: models.load_model(local(copy)), "weights of model.path=")
+    refused(lambda: models.load_model(local(copy)), "pytorch_model.bin is truncated, damaged")
 
 
 def test_missing_or_misshapen_weights_are_refused_not_made_up(copy):

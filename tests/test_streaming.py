@@ -80,10 +80,12 @@ def test_keys_without_the_base_models_prefix(request, tmp_path, family, prefix):
     assert_same_model(folder)
 
 
-def test_keys_that_no_model_has_are_ignored(tiny_gpt2, tmp_path):
+def test_tables_and_masks_of_old_checkpoints_are_passed_over(tiny_gpt2, tmp_path):
     folder = copied(tiny_gpt2, tmp_path / "model")
-    rewrite(folder, lambda tensors: {**tensors, "transformer.h.0.attn.extra": torch.ones(3)})
+    old = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9)}
+    rewrite(folder, lambda tensors: tensors | old)
     assert_same_model(folder)
+    assert models.check_weights(node(folder)) == []
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -147,7 +149,9 @@ def test_checkpoints_on_the_hub_are_downloaded_once(tiny_opt, tmp_path, monkeypa
         network, source = models.load_streamed(hub_node, "auto")
         with BlockModel(network, CPU, source=source).whole() as whole:
             assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.state_dict().items())
-        assert models.identity(hub_node) == {"commit": fake_hub.COMMIT}
+        assert models.identity(hub_node) == {"commit": fake_hub.COMMIT} | {
+            name: value for name, value in fingerprint(folder).items() if not name.startswith("tokenizer")
+        }
 
     with fake_hub.serving(tmp_path / "hub") as (address, _):
         fake_hub.use(address, tmp_path / "cache", monkeypatch)
@@ -224,7 +228,8 @@ def test_damaged_checkpoints_are_refused_before_anything_starts(settings, tiny_l
 def test_a_fingerprint_tells_a_retrained_model(tiny_llama, tmp_path):
     folder = copied(tiny_llama, tmp_path / "model")
     before = fingerprint(folder)
-    assert before == fingerprint(tiny_llama) and set(before) == {"config.json", "model.safetensors"}
+    beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert before == fingerprint(tiny_llama) and set(before) == {*beside, "model.safetensors"}
     rewrite(folder, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1})
     assert fingerprint(folder)["model.safetensors"] != before["model.safetensors"]
 
