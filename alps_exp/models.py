@@ -33,12 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-<<<<<<< HEAD
 from . import hub, packed, tokenization
-from .bin_files import safetensors_folder
-from .checkpoint import Checkpoint, check_folder, fingerprint
-=======
-from . import hub, packed
 from .bin_files import bin_entries, safetensors_folder
 from .blocks import find_blocks
 from .checkpoint import (
@@ -54,7 +49,6 @@ from .checkpoint import (
     has_weights,
     refuse_names,
 )
->>>>>>> ckpt
 from .checks import one_of
 from .errors import UserError
 from .gguf_files import converted_folder

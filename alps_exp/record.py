@@ -136,10 +136,6 @@ class RunRecord:
         self.layers = result.layers
         self.summary = summarise(result.layers, result.block_weights)
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
-<<<<<<< HEAD
-        self.warnings += warnings_of(result.layers) + result.notes
-=======
->>>>>>> ckpt
         self.environment["hidden_states"] = result.hidden_states
         self.cached_blocks = result.cached_blocks
         found = warnings_of(result.layers) + result.notes

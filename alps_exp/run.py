@@ -14,11 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-<<<<<<< HEAD
 from . import data, evaluate, evaluation, launch, models, resume, statistics_cache, texts
-=======
-from . import data, evaluate, evaluation, launch, models, resume, statistics_cache
->>>>>>> ckpt
 from .checks import one_of, parse_device, require
 from .environment import environment, peak_memory
 from .errors import UserError
@@ -228,12 +224,6 @@ def _execute(
     torch.manual_seed(cfg["seed"])
     watch = Stopwatch(device)
     patterns = validate(cfg)
-<<<<<<< HEAD
-    record.environment["inputs"] = inputs_of(cfg)
-    if _reads_text(cfg, solver.prunes) and (note := models.tokenizer_note(cfg["model"])):
-        record.warnings.append(note)
-=======
->>>>>>> ckpt
 
     tokens = store = cache = None
     if solver.prunes:
@@ -251,6 +241,8 @@ def _execute(
     record.environment["streamed"] = model.source is not None
     record.environment["inputs"] = inputs_of(cfg)  # a checkpoint on the hub is here by now
     record.warnings = models.doubts(cfg["model"], model.model)
+    if _reads_text(cfg, solver.prunes) and (note := models.tokenizer_note(cfg["model"])):
+        record.warnings.append(note)
     _tell(record.warnings)
     if solver.prunes:
         job = job_of(cfg, solver, patterns, tokens)
@@ -275,19 +267,11 @@ def _execute(
                 if opened is not None:
                     opened.close()
         watch.lap("prune")
-<<<<<<< HEAD
-<<<<<<< HEAD
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))
-            record.warnings.append(f"attempts ran with different numbers of threads ({counts}): last digits may differ")
-        for line in record.warnings:
-            print(f"alps_exp: warning: {line}", file=sys.stderr)
-=======
-    for line in record.warnings:
-        print(f"alps_exp: warning: {line}", file=sys.stderr)
->>>>>>> texts
-=======
->>>>>>> ckpt
+            note = f"attempts ran with different numbers of threads ({counts}): last digits may differ"
+            record.warnings.append(note)
+            _tell([note])
     record.evaluations = evaluation.measure(prepared, cfg, model, workspace.tokenizer(cfg))
     if sampling and solver.prunes:
         text = evaluate.sample(model, workspace.tokenizer(cfg), cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"])

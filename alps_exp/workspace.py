@@ -11,13 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from . import data, evaluate, evaluation, models
-from .blocks import BlockModel, find_blocks
-=======
 from . import data, evaluate, evaluation, models, tokenization
-from .blocks import BlockModel, block_linears, find_blocks
->>>>>>> texts
+from .blocks import BlockModel, find_blocks
 from .memory import free_host
 
 
@@ -153,14 +148,13 @@ def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
     return cfg["resumable"] and copies * size > 0.5 * free_host()
 
 
-<<<<<<< HEAD
 def _tensors(network: torch.nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, also those buffers that a checkpoint does not have."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-=======
+
+
 def _vocabulary(cfg: Mapping) -> int | None:
     return tokenization.vocabulary_of(models.load_config(cfg["model"]))
->>>>>>> texts
 
 
 def _key(*parts) -> str:
