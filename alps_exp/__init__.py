@@ -31,11 +31,11 @@ if not os.path.isdir(os.path.join(_FOLDER, "conf")):
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .api import prune_layer, prune_model
-    from .errors import UserError
-    from .packed import load_packed
-    from .patterns import NM, Pattern, Unstructured
-    from .problem import LayerProblem, Statistics
-    from .solver import Solution, Solver
+    from .base.errors import UserError
+    from .checkpoints.packed import load_packed
+    from .layer.problem import LayerProblem, Statistics
+    from .layer.solver import Solution, Solver
+    from .patterns.pattern import NM, Pattern, Unstructured
 
 _HOMES = {
     "prune_layer": "api",

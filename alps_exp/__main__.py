@@ -1,12 +1,12 @@
 """python -m alps_exp"""
 
-from .streams import settle
+from .base.terminal import settle
 
 
 def main() -> None:
     """Entry point of `alps-exp` and `python -m alps_exp`; see `cli.main`."""
     settle()
-    from .cli import main as command_line
+    from .cli.command import main as command_line
 
     command_line()
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import one_of, parse_device, require
-from .errors import UserError
-from .patterns import Pattern, parse_sparsity
-from .problem import LayerProblem
-from .refit import refitted
-from .registry import solver as named_solver
-from .solver import Solution, Solver
+from .base.checks import one_of, parse_device, require
+from .base.errors import UserError
+from .layer.problem import LayerProblem
+from .layer.registry import solver as named_solver
+from .layer.solver import Solution, Solver
+from .methods.refit import refitted
+from .patterns.pattern import Pattern, parse_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,12 +125,12 @@ def prune_model(
             What shows while a block is solved (NaN or infinite activations, too little memory, a matrix that cannot be
             factorised) leaves the blocks before it pruned: load the model again.
     """
-    from .blocks import BlockModel, refuse_scattered
-    from .environment import environment, peak_memory
-    from .loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
-    from .models import context_length
-    from .record import RunRecord
-    from .selection import Selection
+    from .allocation.selection import Selection
+    from .model.blocks import BlockModel, refuse_scattered
+    from .model.loading import context_length
+    from .pruning.loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
+    from .runs.environment import environment, peak_memory
+    from .runs.record import RunRecord
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     one_of("propagate", propagate, PROPAGATE)

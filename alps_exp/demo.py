@@ -5,10 +5,10 @@ The model (SmolLM2-135M-Instruct, 4-bit, dequantised) and the web text come from
 
 from __future__ import annotations
 
-from . import streams
+from .base import terminal
 
 if __name__ == "__main__":  # before the imports that take seconds
-    streams.settle()
+    terminal.settle()
 
 import sys
 import time
@@ -23,11 +23,11 @@ def main(overrides: list[str]) -> int:
     """Run the demo with further overrides (`python -m alps_exp.demo nsamples=32`); returns the exit status."""
     start = time.perf_counter()
     # Imported here so that the time of importing counts: it is part of what the user waits for.
-    from . import cli
+    from .cli import command
 
     sizes = [f"nsamples={CALIBRATION_WINDOWS}", f"eval.windows={EVALUATION_WINDOWS}", f"sparsity={SPARSITY}"]
     words = ["-m", f"method={','.join(METHODS)}", *sizes, "complete=again", *overrides]
-    status = cli.guarded(lambda: cli.command(words))
+    status = command.guarded(lambda: command.command(words))
     if status == 0:
         print(f"The demo took {time.perf_counter() - start:.0f} s after installation.")
     return status

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.solver import Solution, Solver
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.layer.solver import Solution, Solver
+from alps_exp.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True)

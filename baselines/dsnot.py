@@ -33,13 +33,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from alps_exp.base.checks import one_of, require
+from alps_exp.base.errors import UserError
 from alps_exp.baselines.sparsegpt import reversed_cholesky
 from alps_exp.baselines.wanda import wanda_score
-from alps_exp.checks import one_of, require
-from alps_exp.errors import UserError
-from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.solver import Solution, Solver, Stopwatch
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.layer.solver import Solution, Solver, Stopwatch
+from alps_exp.patterns.pattern import Pattern
 
 STARTS = ("wanda", "magnitude", "sparsegpt")
 

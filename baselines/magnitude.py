@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.solver import Solution, Solver, Stopwatch
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.layer.solver import Solution, Solver, Stopwatch
+from alps_exp.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True)

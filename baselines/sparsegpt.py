@@ -28,13 +28,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alps_exp.checks import require
-from alps_exp.errors import UserError
-from alps_exp.fused import kernels_for
-from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.solver import Solution, Solver, Stopwatch
-from alps_exp.triangular import triangular_inverse
+from alps_exp.base.checks import require
+from alps_exp.base.errors import UserError
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.layer.solver import Solution, Solver, Stopwatch
+from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.triangular import triangular_inverse
+from alps_exp.patterns.pattern import Pattern
 
 # Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
 _STEP = 16

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from alps_exp.patterns import Pattern
-from alps_exp.problem import LayerProblem, Statistics, power_of_two
-from alps_exp.solver import Solution, Solver, Stopwatch
+from alps_exp.layer.problem import LayerProblem, Statistics, power_of_two
+from alps_exp.layer.solver import Solution, Solver, Stopwatch
+from alps_exp.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alps_exp.blocks import BlockModel
-from alps_exp.loop import PruneJob, linear_shapes, prune_blocks
-from alps_exp.patterns import parse_sparsity
-from alps_exp.registry import solver
-from alps_exp.selection import Selection
-from alps_exp.team import Team
+from alps_exp.allocation.selection import Selection
+from alps_exp.layer.registry import solver
+from alps_exp.model.blocks import BlockModel
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.team import Team
 
 
 def _opt(width: int, heads: int, blocks: int) -> tuple[OPTConfig, int]:

@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alps_exp.problem import Statistics
-from alps_exp.statistics import Accumulator
+from alps_exp.calibration.capture import Accumulator
+from alps_exp.layer.problem import Statistics
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeat: int) -> float:

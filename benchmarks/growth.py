@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import end_to_end
 import layer
 
-from alps_exp.plots import COLOURS
+from alps_exp.tables.plots import COLOURS
 
 LABELS = {"width": "width of a square layer", "tokens": "calibration tokens", "blocks": "decoder blocks"}
 

@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem
-from alps_exp.registry import solver
-from alps_exp.solver import full_precision
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.layer.registry import solver
+from alps_exp.layer.solver import full_precision
+from alps_exp.patterns.pattern import parse_sparsity
 
 # Linear layers of a decoder block, (out, in, layers that share the input).
 BLOCKS = {

@@ -13,9 +13,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from alps_exp import run as runs
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.cli.overrides import compose
+from alps_exp.runs import run as runs
+from alps_exp.runs.workspace import Workspace
 
 
 def main() -> None:

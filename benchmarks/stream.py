@@ -24,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import SHAPES, _opt
 
-from alps_exp import models
-from alps_exp.blocks import BlockModel, find_blocks
-from alps_exp.checkpoint import INDEX
-from alps_exp.environment import peak_memory
-from alps_exp.evaluate import perplexity
-from alps_exp.hidden import PLACES
-from alps_exp.loop import PruneJob, linear_shapes, prune_blocks
-from alps_exp.patterns import parse_sparsity
-from alps_exp.progress_store import ProgressStore
-from alps_exp.registry import solver
-from alps_exp.selection import Selection
+from alps_exp.allocation.selection import Selection
+from alps_exp.checkpoints.checkpoint import INDEX
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.layer.registry import solver
+from alps_exp.model import loading as models
+from alps_exp.model.blocks import BlockModel, find_blocks
+from alps_exp.model.hidden import PLACES
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.store import ProgressStore
+from alps_exp.runs.environment import peak_memory
 
 SHAPES = {**SHAPES, "tiny": _opt(64, 4, 12)}
 

@@ -109,7 +109,7 @@ def _words(words: list[str], runs: Path) -> list[str]:
 
 
 def _single(words: list[str], runs: Path) -> dict:
-    from alps_exp import cli
+    from alps_exp.cli import command as cli
 
     if (status := cli.guarded(lambda: cli.command(_words(words, runs)))) != 0:
         raise RuntimeError(f"{' '.join(words)}: exit status {status}")

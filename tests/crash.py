@@ -34,18 +34,18 @@ from safetensors.torch import load_file
 
 # What every phase spends its time in. "any" is no function: some time after the start.
 PHASES = {
-    "load": "alps_exp.workspace.Workspace.model",
-    "calibrate": "alps_exp.loop._Loop._capture",
-    "solve": "alps_exp.loop.solve_layers",
-    "propagate": "alps_exp.loop._Loop._advance",
-    "shard write": "alps_exp.progress_store.write_tensors",
-    "journal write": "alps_exp.progress_store.write_json",
-    "evaluate": "alps_exp.evaluate.perplexity",
-    "save": "alps_exp.run.save",
-    "record write": "alps_exp.record.RunRecord.write",
-    "clean-up": "alps_exp.progress_store.ProgressStore.clear",
-    "restore": "alps_exp.loop._Loop._restore",
-    "any": "alps_exp.cli.main",
+    "load": "alps_exp.runs.workspace.Workspace.model",
+    "calibrate": "alps_exp.pruning.loop._Loop._capture",
+    "solve": "alps_exp.pruning.loop.solve_layers",
+    "propagate": "alps_exp.pruning.loop._Loop._advance",
+    "shard write": "alps_exp.pruning.store.write_tensors",
+    "journal write": "alps_exp.pruning.store.write_json",
+    "evaluate": "alps_exp.evaluation.perplexity.perplexity",
+    "save": "alps_exp.runs.run.save",
+    "record write": "alps_exp.runs.record.RunRecord.write",
+    "clean-up": "alps_exp.pruning.store.ProgressStore.clear",
+    "restore": "alps_exp.pruning.loop._Loop._restore",
+    "any": "alps_exp.cli.command.main",
 }
 # Those that a sweep which saves nothing goes through, and moments of its whole length most of all.
 SWEPT = ["any"] * 6 + [phase for phase in PHASES if phase not in ("any", "save", "restore")]
@@ -167,7 +167,7 @@ class SweepBench(Bench):
     def read(self, place: Path) -> dict:
         """By run: status, evaluations, rows without seconds, and files that a complete run has no use for; and the
         table without seconds."""
-        from alps_exp import tables
+        from alps_exp.tables import make
 
         found, records = {}, []
         for path in place.glob("results/runs/*/record.json"):
@@ -176,7 +176,7 @@ class SweepBench(Bench):
             rest = [file.name for file in path.parent.iterdir() if file.name.startswith((".progress", ".record"))]
             found[path.parent.name] = (record["status"], record["evaluations"], rows, rest)
             records.append({**record, "phases": {}})
-        return {**found, "table": tables.report(records, width=200)}
+        return {**found, "table": make.report(records, width=200)}
 
     def trial(self, kills: Sequence[Kill], *more: str) -> list[Trial]:
         """One sweep, killed so many times, and then left to its end."""
@@ -208,11 +208,11 @@ def _child(place: Path, words: list[str], kill: Kill | None, watch: bool) -> Non
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if kill is not None:
             _patch(PHASES[kill.phase], functools.partial(_deadly, kill, [0]))
-        from alps_exp import cli
+        from alps_exp.cli import command
 
         with contextlib.suppress(SystemExit):
             try:
-                cli.main(words)
+                command.main(words)
             except SystemExit as end:
                 code = end.code
         if watch:

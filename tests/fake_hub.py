@@ -97,7 +97,7 @@ def use(address: str, cache: Path, monkeypatch) -> None:
     """Make huggingface_hub, transformers and alps_exp take `address` for the hub, with a cache of their own."""
     from huggingface_hub import constants
 
-    from alps_exp import hub
+    from alps_exp.checkpoints import hub
 
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")

@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 
-from alps_exp import frames, layout
+from alps_exp.tables import figures, layout
 
 METRIC = "wikitext2 perplexity (2048)"
 
@@ -69,7 +69,7 @@ def failed(kind: str, message: str = "", **more) -> dict:
 
 def laid_out(records, missing=(), **node) -> layout.Grid:
     spec = layout.parse(node, "test")
-    return layout.grid(frames.aggregate(records, missing, spec.seconds, spec.published), spec)
+    return layout.grid(figures.aggregate(records, missing, spec.seconds, spec.published), spec)
 
 
 def cells(grid: layout.Grid) -> dict[tuple[str, ...], dict[str, str]]:

@@ -11,12 +11,12 @@ import torch
 from helpers import PATTERNS, planted
 from torch import Tensor
 
-from alps_exp import registry
-from alps_exp.alps import SCHEDULES, _paper_rho, fit_on_support
-from alps_exp.errors import UserError
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem
-from alps_exp.resolvent import ScaledGram
+from alps_exp.base.errors import UserError
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.methods.alps import SCHEDULES, _paper_rho, fit_on_support
+from alps_exp.numerics.resolvent import ScaledGram
+from alps_exp.patterns.pattern import parse_sparsity
 
 # λ₂ over the mean diagonal, in the solver and in the references.
 DAMPING = 0.01

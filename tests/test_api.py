@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alps_exp import prune_layer, prune_model
+from alps_exp.base.errors import UserError
 from alps_exp.baselines.sparsegpt import SparseGPT
-from alps_exp.errors import UserError
 
 WEIGHT, INPUTS = torch.ones(4, 8), torch.ones(3, 5, 8)
 

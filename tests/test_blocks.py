@@ -7,10 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp.blocks import BlockModel, block_linears, find_blocks
-from alps_exp.errors import UserError
-from alps_exp.evaluate import perplexity
-from alps_exp.hidden import HiddenStates
+from alps_exp.base.errors import UserError
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.model.blocks import BlockModel, block_linears, find_blocks
+from alps_exp.model.hidden import HiddenStates
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, process, records
 
-from alps_exp import cli, run
-from alps_exp.errors import UserError
+from alps_exp.base.errors import UserError
+from alps_exp.cli import command
+from alps_exp.runs import run
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def call(*words: str) -> int:
     """The exit status of the command line, in this process."""
     with pytest.raises(SystemExit) as end:
-        cli.main(list(words))
+        command.main(list(words))
     return end.value.code
 
 
@@ -143,7 +144,7 @@ def test_the_demo_model_takes_no_other_path(here, capsys):
 
 def test_mistakes_are_answered_without_importing_torch(tmp_path):
     code = (
-        "import sys, alps_exp.cli as cli\n"
+        "import sys, alps_exp.cli.command as cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

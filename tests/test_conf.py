@@ -9,9 +9,12 @@ import pytest
 import tiny_models
 import yaml
 
-from alps_exp import models, overrides, run, tasks
-from alps_exp.overrides import compose
-from alps_exp.registry import resource_root
+from alps_exp.cli import overrides
+from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import tasks
+from alps_exp.layer.registry import resource_root
+from alps_exp.model import loading
+from alps_exp.runs import run
 
 CONF = resource_root() / "conf"
 GROUPS = ("model", "data", "method", "sparsity", "eval", "logger")
@@ -80,10 +83,10 @@ def tiny_config(model):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=label)
 def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
-    monkeypatch.setattr(models, "load_config", tiny_config)
-    monkeypatch.setattr(models, "load_tokenizer", lambda model: tiny_models.tokenizer("llama"))
-    monkeypatch.setattr(models, "check_weights", lambda model: None)
-    monkeypatch.setattr(models, "context_length", lambda config: 2048)
+    monkeypatch.setattr(loading, "load_config", tiny_config)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda model: tiny_models.tokenizer("llama"))
+    monkeypatch.setattr(loading, "check_weights", lambda model: None)
+    monkeypatch.setattr(loading, "context_length", lambda config: 2048)
     monkeypatch.setattr(tasks, "prepare", lambda cfg: ())
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n#")

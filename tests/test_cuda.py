@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alps_exp import models
-from alps_exp.blocks import BlockModel
-from alps_exp.errors import UserError
-from alps_exp.evaluate import perplexity
-from alps_exp.loop import PruneJob, linear_shapes, prune_blocks
-from alps_exp.patterns import parse_sparsity
-from alps_exp.progress_store import ProgressStore
-from alps_exp.registry import solver
-from alps_exp.selection import Selection
+from alps_exp.allocation.selection import Selection
+from alps_exp.base.errors import UserError
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.layer.registry import solver
+from alps_exp.model import loading
+from alps_exp.model.blocks import BlockModel
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.store import ProgressStore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICE = torch.device("cuda", 0)
@@ -53,7 +53,7 @@ def prune(checkpoint: Path, folder: Path, where: str, place: str = "auto", metho
     folder.mkdir(parents=True, exist_ok=True)
     options = {"hidden_states": place, "scratch": folder}
     if where == "streamed":
-        network, source = models.load_streamed({"name": "local", "path": str(checkpoint)}, torch.float32, pin=True)
+        network, source = loading.load_streamed({"name": "local", "path": str(checkpoint)}, torch.float32, pin=True)
         model = BlockModel(network, DEVICE, source=source, **options)
     else:
         network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

@@ -12,8 +12,11 @@ import tiny_models
 import torch
 import yaml
 
-from alps_exp import data, models, packages, texts
-from alps_exp.errors import UserError
+from alps_exp.base import packages
+from alps_exp.base.errors import UserError
+from alps_exp.data import texts
+from alps_exp.data import windows as data
+from alps_exp.model import loading
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -355,7 +358,7 @@ def demo_tokenizer():
         except UserError as error:
             pytest.skip(str(error))
     model = yaml.safe_load((CONF / "model" / "demo.yaml").read_text())
-    return models.load_tokenizer(model)
+    return loading.load_tokenizer(model)
 
 
 @pytest.mark.slow
@@ -390,7 +393,7 @@ def test_wikitext2_has_148_windows_for_the_demo_tokenizer(shared):
 
 
 def test_real_web_text(shared):
-    tokenizer = models.load_tokenizer({"name": "local", "path": str(shared / "data/stories260K")})
+    tokenizer = loading.load_tokenizer({"name": "local", "path": str(shared / "data/stories260K")})
     file = shared / "data/webtext/c4_sample.jsonl.gz"
     tokens, description = data.calibration_tokens(node("c4", path=file), tokenizer, nsamples=8, seqlen=512, seed=0)
     assert tokens.shape == (8, 512) and description["sampling"] == "documents"

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import registry
-from alps_exp.errors import UserError
-from alps_exp.patterns import NM, parse_sparsity
-from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.base.errors import UserError
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.patterns.pattern import NM, parse_sparsity
 
 PATTERNS = ("0.5", "0.9", "2:4", "4:8", "1:4")
 METHODS = [name for name in registry.methods() if registry.solver(name).prunes]

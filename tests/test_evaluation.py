@@ -16,12 +16,12 @@ from test_data import ids, parquet
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import evaluate
-from alps_exp import run as runs
-from alps_exp.blocks import BlockModel
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import perplexity
+from alps_exp.model.blocks import BlockModel
+from alps_exp.runs import run as runs
+from alps_exp.runs.workspace import Workspace
 
 KINDS = ("opt", "llama", "gpt2", "gemma3", "qwen3")
 
@@ -42,11 +42,11 @@ def test_perplexity_is_that_of_a_plain_loop(kind, positions, request, monkeypatc
     """Also with the head in slices of five positions: no more logits than those are ever there."""
     network = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"tiny_{kind}")).eval()
     windows = torch.randint(3, tiny_models.VOCABULARY, (5, 48), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(evaluate, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
+    monkeypatch.setattr(perplexity, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
     model, shapes = BlockModel(network, torch.device("cpu")), []
     head = model.head
     monkeypatch.setattr(model, "head", lambda *a: shapes.append(tuple(a[1].shape[:2])) or head(*a))
-    value = evaluate.perplexity(model, windows, batch_size=2, quiet=True)
+    value = perplexity.perplexity(model, windows, batch_size=2, quiet=True)
     assert value == pytest.approx(reference(network, windows), rel=1e-4)
     assert max(shape[1] for shape in shapes) == (47 if positions > 100 else 10)  # the last batch is one window
     assert {shape[1] for shape in shapes if shape[0] == 2} == ({47} if positions > 100 else {5, 2})
@@ -58,8 +58,8 @@ def test_softcapped_logits_are_sliced_like_others(monkeypatch):
     rotary = {**tiny_models._ROTARY, **tiny_models._TOKENS, "vocab_size": 100, "num_hidden_layers": 2}
     network = AutoModelForCausalLM.from_config(Gemma2Config(**rotary, final_logit_softcapping=0.5)).eval()
     windows = torch.randint(3, 100, (2, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(evaluate, "_LOGITS", 700)
-    value = evaluate.perplexity(BlockModel(network, torch.device("cpu")), windows, quiet=True)
+    monkeypatch.setattr(perplexity, "_LOGITS", 700)
+    value = perplexity.perplexity(BlockModel(network, torch.device("cpu")), windows, quiet=True)
     assert value == pytest.approx(reference(network, windows), rel=1e-4)
 
 
@@ -69,12 +69,12 @@ def test_a_model_larger_than_its_device_comes_block_by_block(tiny_llama, monkeyp
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         wanted = network(tokens).logits
-    monkeypatch.setattr("alps_exp.blocks.free_device", lambda device: free)
+    monkeypatch.setattr("alps_exp.model.blocks.free_device", lambda device: free)
     model = BlockModel(network, torch.device("cpu"), offload=True)
     visits = []
     block = model.block
     monkeypatch.setattr(model, "block", lambda index, **how: visits.append(index) or block(index, **how))
-    with evaluate.whole_model(model) as resident, torch.no_grad():
+    with perplexity.whole_model(model) as resident, torch.no_grad():
         assert resident == (free == 10**9)
         assert torch.equal(network(tokens).logits, wanted)
     assert visits == [0, 1]  # once each: all before the forward, or each for its own part of it
@@ -181,8 +181,9 @@ def test_mistakes(words, part, tiny_llama, text_file):
 
 
 def test_windows_of_a_model_without_a_context(tiny_llama, monkeypatch):
-    from alps_exp import evaluation, models
+    from alps_exp.evaluation import protocol as evaluation
+    from alps_exp.model import loading
 
-    monkeypatch.setattr(models, "context_length", lambda config: None)
+    monkeypatch.setattr(loading, "context_length", lambda config: None)
     with pytest.raises(UserError, match="names no context length"):
         evaluation.seqlen(compose(["model=local", f"model.path={tiny_llama}", "eval=wanda"]))

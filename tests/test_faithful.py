@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import faithful, models
-from alps_exp.blocks import BlockModel, find_blocks
-from alps_exp.errors import UserError
-from alps_exp.evaluate import perplexity
-from alps_exp.hidden import HiddenStates
+from alps_exp.base.errors import UserError
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.model import faithful, loading
+from alps_exp.model.blocks import BlockModel, find_blocks
+from alps_exp.model.hidden import HiddenStates
 
 CPU = torch.device("cpu")
 _COMMON = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -217,7 +217,7 @@ def test_long_windows_are_cut(monkeypatch):
 
 def test_streamed_blocks_are_read_once_for_it_and_never_all_in_memory(tmp_path, monkeypatch):
     tiny_models.build("llama", tmp_path / "model", blocks=4)
-    network, source = models.load_streamed({"name": "local", "path": str(tmp_path / "model")})
+    network, source = loading.load_streamed({"name": "local", "path": str(tmp_path / "model")})
     model, read, original = BlockModel(network, CPU, source=source), [], source._read
     monkeypatch.setattr(source, "_read", lambda index, shard: [read.append(index), original(index, shard)][1])
     loaded, forward = [], model.forward_block
@@ -235,7 +235,7 @@ def test_streamed_blocks_are_read_once_for_it_and_never_all_in_memory(tmp_path, 
 def test_a_streamed_model_is_refused_like_one_in_memory(tmp_path):
     family, options, message = REFUSED["keys and values of earlier blocks"]
     build(family, options).save_pretrained(tmp_path)
-    network, source = models.load_streamed({"name": "local", "path": str(tmp_path)})
+    network, source = loading.load_streamed({"name": "local", "path": str(tmp_path)})
     with pytest.raises(UserError, match=message):
         HiddenStates(BlockModel(network, CPU, source=source), tokens(), 1)
     assert all(parameter.is_meta for parameter in find_blocks(network)[1].parameters())

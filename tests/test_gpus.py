@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alps_exp import gpus
-from alps_exp.checks import parse_device
+from alps_exp.base import gpus
+from alps_exp.base.checks import parse_device
 
 
 def _work(connection, folder: Path, visible: str) -> None:

@@ -8,10 +8,11 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from alps_exp import archive, data, frames, layout, plots, tables
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.data import windows as data
+from alps_exp.runs import run as runs
+from alps_exp.tables import archive, figures, layout, make, plots
 
 
 @pytest.fixture
@@ -108,10 +109,10 @@ def test_refused(settings, words):
 def test_tables_and_plot(settings, tmp_path):
     for method in ("wanda", "magnitude"):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)
-    assert tables.main([str(tmp_path / "runs"), str(tmp_path / "one")]) == 0
+    assert make.main([str(tmp_path / "runs"), str(tmp_path / "one")]) == 0
     assert "held-out loss" in (tmp_path / "one" / "comparison.md").read_text()
     (panel,) = plots.KINDS["losses"][0](
-        frames.aggregate(archive.read_records(tmp_path / "runs").records), layout.Spec()
+        figures.aggregate(archive.read_records(tmp_path / "runs").records), layout.Spec()
     )
     assert {(item["method"], item["kind"]) for item in panel["series"]} == {
         (method, kind) for method in ("wanda", "magnitude") for kind in ("relative_loss", "held_out_loss")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers import planted
 
-from alps_exp import registry
 from alps_exp.baselines import sparsegpt
-from alps_exp.fused import kernels_for
-from alps_exp.patterns import parse_sparsity
-from alps_exp.precision import Multiplier, fast_products
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.statistics import Accumulator
+from alps_exp.calibration.capture import Accumulator
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.precision import Multiplier, fast_products
+from alps_exp.patterns.pattern import parse_sparsity
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 cuda = torch.cuda.is_available()
@@ -26,7 +26,7 @@ LOW = torch.bfloat16
 
 @pytest.fixture
 def kernels():
-    from alps_exp import triton_kernels
+    from alps_exp.numerics import triton_kernels
 
     return triton_kernels
 

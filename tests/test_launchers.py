@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from alps_exp import cli, launching, progress_store
-from alps_exp.job import Outcome
-from alps_exp.sweep import Cell
+from alps_exp.cli import command, launchers
+from alps_exp.cli.cell import Outcome
+from alps_exp.cli.sweep import Cell
+from alps_exp.pruning import store
 
 ROOT = Path(__file__).parents[1]
 # A method that kills its process.
@@ -75,7 +76,7 @@ def results() -> dict[str, tuple]:
 
 
 def in_one_process(*words: str) -> dict[str, tuple]:
-    assert cli.guarded(lambda: cli.command(list(words))) == 0
+    assert command.guarded(lambda: command.command(list(words))) == 0
     return results()
 
 
@@ -91,7 +92,7 @@ def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
     grid = [*words, "method=dense,deadly,magnitude", "--config-dir", ".", "hydra/launcher=joblib"]
     capfd.readouterr()
     try:
-        assert cli.guarded(lambda: cli.command([*grid, "hydra.launcher.n_jobs=2"])) == 1
+        assert command.guarded(lambda: command.command([*grid, "hydra.launcher.n_jobs=2"])) == 1
     finally:
         get_reusable_executor().shutdown(wait=True)
     out, error = capfd.readouterr()
@@ -158,7 +159,7 @@ class Workers:
 def test_runs_that_were_cut_are_repeated_one_by_one(tmp_path):
     cells = [Cell(tmp_path / name, [], None) for name in "abcdefg"]
     workers = Workers({"c", "f"})
-    found = {outcome.name: outcome for outcome in launching._outlive(workers, cells)}
+    found = {outcome.name: outcome for outcome in launchers._outlive(workers, cells)}
     assert workers.batches == [list("abcdefg"), list("defg"), ["g"], ["b"], ["c"], ["e"], ["f"]]
     assert {name for name, outcome in found.items() if outcome.status == "completed"} == set("abdeg")
     assert found["c"].message == "its process ended (RuntimeError: a worker died)"
@@ -173,7 +174,7 @@ def test_a_run_that_dies_before_its_first_word_is_found_too(tmp_path):
             if cell.directory.name != "b":
                 Workers.write(cell, status)
 
-    found = launching._outlive(Silent({"b"}), [Cell(tmp_path / name, [], None) for name in "abc"])
+    found = launchers._outlive(Silent({"b"}), [Cell(tmp_path / name, [], None) for name in "abc"])
     assert {outcome.name: outcome.status for outcome in found} == {"a": "completed", "b": "failed", "c": "completed"}
 
 
@@ -181,8 +182,8 @@ def test_what_still_runs_after_a_break_is_held(tmp_path):
     cells = [Cell(tmp_path / name, [], None) for name in "ab"]
     workers = Workers({"b"})
     cells[0].directory.mkdir()
-    with progress_store.locked(cells[0].directory):
-        found = {outcome.name: outcome.status for outcome in launching._outlive(workers, cells)}
+    with store.locked(cells[0].directory):
+        found = {outcome.name: outcome.status for outcome in launchers._outlive(workers, cells)}
     assert found == {"a": "held", "b": "failed"}
 
 
@@ -191,7 +192,7 @@ def test_a_launcher_that_starts_nothing_is_no_failure_of_runs(tmp_path):
         raise RuntimeError("no cluster here")
 
     with pytest.raises(RuntimeError, match="no cluster here"):
-        launching._outlive(broken, [Cell(tmp_path / "a", [], None)])
+        launchers._outlive(broken, [Cell(tmp_path / "a", [], None)])
 
 
 def test_presets_and_questions_where_no_launcher_is_installed(words, tmp_path):
@@ -210,5 +211,5 @@ def test_presets_and_questions_where_no_launcher_is_installed(words, tmp_path):
 @pytest.mark.parametrize(("choice", "extra"), [("slurm", "submitit"), ("ray_gpu", "ray")])
 def test_presets_compose(choice, extra, capsys):
     need(extra)
-    assert cli.command([f"hydra/launcher={choice}", "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
+    assert command.command([f"hydra/launcher={choice}", "--cfg", "hydra", "-p", "hydra.launcher"]) == 0
     assert {"slurm": "max_num_timeout: 10", "ray_gpu": "num_gpus: 1"}[choice] in capsys.readouterr().out

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from alps_exp import loggers
-from alps_exp.errors import UserError
-from alps_exp.loggers import check_logger, log_record
-from alps_exp.overrides import compose
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.runs import loggers
+from alps_exp.runs.loggers import check_logger, log_record
 
 RECORD = {
     "status": "complete",

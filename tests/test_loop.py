@@ -8,12 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import run as runs
-from alps_exp.blocks import BlockModel, block_linears, find_blocks
-from alps_exp.errors import UserError
-from alps_exp.layers import out_major
-from alps_exp.overrides import compose
-from alps_exp.streaming import StreamedBlocks
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.model.blocks import BlockModel, block_linears, find_blocks
+from alps_exp.model.source import StreamedBlocks
+from alps_exp.pruning.solve import out_major
+from alps_exp.runs import run as runs
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 

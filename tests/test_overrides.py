@@ -10,10 +10,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from alps_exp import naming, overrides
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose, pattern_of, prepare
-from alps_exp.patterns import NM, Unstructured
+from alps_exp.base.errors import UserError
+from alps_exp.cli import overrides
+from alps_exp.cli.overrides import compose, pattern_of, prepare
+from alps_exp.patterns.pattern import NM, Unstructured
+from alps_exp.runs import naming
 
 SMALL = ["model=opt-125m", "data=wikitext2"]
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import packed, run
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.patterns import parse_sparsity
+from alps_exp.base.errors import UserError
+from alps_exp.checkpoints import packed
+from alps_exp.cli.overrides import compose
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.runs import run
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -202,7 +203,7 @@ def test_an_interruption_leaves_the_dense_folder(tiny_llama, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("alps_exp.record.write_json", interrupted)
+        patch.setattr("alps_exp.runs.record.write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             packed.pack_folder(folder)
     assert not packed.is_packed(folder) and (folder / "model.safetensors").read_bytes() == before

@@ -12,8 +12,8 @@ from helpers import assert_exact, stable_top
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alps_exp.errors import UserError
-from alps_exp.patterns import NM, Unstructured, parse_sparsity
+from alps_exp.base.errors import UserError
+from alps_exp.patterns.pattern import NM, Unstructured, parse_sparsity
 
 levels = st.integers(1, 999).map(lambda thousandths: f"0.{thousandths:03d}")
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 120))

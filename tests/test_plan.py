@@ -2,9 +2,9 @@ import re
 
 import pytest
 
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.plan import plan
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.cli.plan import plan
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import planted, planted_inputs
 
-from alps_exp.errors import UserError
-from alps_exp.problem import LayerProblem, Statistics
+from alps_exp.base.errors import UserError
+from alps_exp.layer.problem import LayerProblem, Statistics
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

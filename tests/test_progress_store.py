@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alps_exp.errors import UserError
-from alps_exp.progress_store import FinishedBlock, ProgressStore, locked
-from alps_exp.record import LayerRow
+from alps_exp.base.errors import UserError
+from alps_exp.pruning.store import FinishedBlock, ProgressStore, locked
+from alps_exp.runs.record import LayerRow
 
 IDENTITY = {"configuration": "abc", "code": "1"}
 
@@ -134,7 +134,7 @@ def test_an_error_while_writing_is_told_with_the_next_block(tmp_path, monkeypatc
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alps_exp.progress_store.save_file", full)
+    monkeypatch.setattr("alps_exp.pruning.store.save_file", full)
     store.finish(0, weights(0), block(0))
     with pytest.raises(OSError, match="No space left"):
         store.finish(1, weights(1), block(1))

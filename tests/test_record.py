@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from alps_exp import baselines, environment
-from alps_exp import record as records
-from alps_exp.errors import UserError
-from alps_exp.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of, write_json
+from alps_exp import baselines
+from alps_exp.base.errors import UserError
+from alps_exp.runs import environment
+from alps_exp.runs import record as records
+from alps_exp.runs.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of, write_json
 
 
 def row(**changes) -> LayerRow:

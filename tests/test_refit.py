@@ -14,14 +14,15 @@ from test_degenerate import bounded, layers
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import refit, registry
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem
-from alps_exp.refit import refitted
-from alps_exp.solver import Solution, Solver
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.layer.solver import Solution, Solver
+from alps_exp.methods import refit
+from alps_exp.methods.refit import refitted
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.runs import run as runs
 
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 BOTH = ("pcg", "exact")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import planted
 
-from alps_exp import registry
-from alps_exp.errors import UserError
-from alps_exp.patterns import Unstructured, parse_sparsity
-from alps_exp.problem import LayerProblem
-from alps_exp.resolvent import Resolvent, ScaledGram, inverse
+from alps_exp.base.errors import UserError
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.numerics.resolvent import Resolvent, ScaledGram, inverse
+from alps_exp.patterns.pattern import Unstructured, parse_sparsity
 
 
 def gram(width: int = 48) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_interpolation_is_close_at_every_eigenvalue(rho):
 
 
 def test_a_span_is_factorised_once(monkeypatch):
-    from alps_exp import resolvent
+    from alps_exp.numerics import resolvent
 
     made = []
     monkeypatch.setattr(resolvent, "inverse", lambda h, rho, name: made.append(rho) or inverse(h, rho))

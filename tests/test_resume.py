@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alps_exp import loop, progress_store, resume
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.pruning import loop, store
+from alps_exp.runs import resume
+from alps_exp.runs import run as runs
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_nothing_is_kept_when_it_is_switched_off(settings, tmp_path, monkeypatch
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings, tmp_path, monkeypatch):
-    original, written = progress_store.save_file, []
+    original, written = store.save_file, []
 
     def full(tensors, path, **options):
         written.append(path)
@@ -171,7 +172,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings
         return original(tensors, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress_store, "save_file", full)
+        patch.setattr(store, "save_file", full)
         with pytest.raises(UserError, match=r"the disk is full .* make space, and the same command goes on") as error:
             execute(settings, tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import run as runs
-from alps_exp import saving
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.runs import run as runs
+from alps_exp.runs import saving
+from alps_exp.runs.workspace import Workspace
 
 
 @pytest.fixture

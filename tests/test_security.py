@@ -14,12 +14,15 @@ import pytest
 import torch
 import yaml
 
-from alps_exp import cli, models, naming, redaction, run
-from alps_exp.errors import UserError
-from alps_exp.loggers import log_record
-from alps_exp.overrides import compose
-from alps_exp.redaction import RedactingFormatter, redacted
-from alps_exp.registry import resource_root
+from alps_exp.base import redaction
+from alps_exp.base.errors import UserError
+from alps_exp.base.redaction import RedactingFormatter, redacted
+from alps_exp.cli import command
+from alps_exp.cli.overrides import compose
+from alps_exp.layer.registry import resource_root
+from alps_exp.model import loading
+from alps_exp.runs import naming, run
+from alps_exp.runs.loggers import log_record
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("alps_exp", "baselines", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -72,7 +75,7 @@ def test_a_bin_checkpoint_with_code_in_it_runs_nothing(copy, tmp_path, protocol)
     else:
         file.write_bytes(pickle.dumps(state))
     with pytest.raises(UserError, match=r"weights of model\.path=") as error:
-        models.load_model(local(copy))
+        loading.load_model(local(copy))
     assert "\n" not in str(error.value) and not marker.exists()
     # The bomb is one: whoever unpickles it, or trusts the file, sets it off.
     if protocol == "plain":
@@ -93,18 +96,18 @@ def test_model_code_is_not_run_unless_asked_for(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked whether to trust the code"))
     marker = tmp_path / "marker"
     with_code(copy, marker)
-    models.load_model(local(copy))
-    models.load_tokenizer(local(copy))
+    loading.load_model(local(copy))
+    loading.load_tokenizer(local(copy))
     assert not marker.exists()
     with pytest.raises(UserError):
-        models.load_model(local(copy, trust_remote_code=True))
+        loading.load_model(local(copy, trust_remote_code=True))
     assert marker.exists(), "asked for by name, it is run"
 
 
 @pytest.mark.parametrize("value", ["no", "false", "true", None, 2])
 def test_trust_is_true_or_false(copy, value):
     with pytest.raises(UserError, match=r"model\.trust_remote_code="):
-        models.load_config(local(copy, trust_remote_code=value))
+        loading.load_config(local(copy, trust_remote_code=value))
 
 
 def test_no_configuration_trusts_code():
@@ -134,7 +137,7 @@ def test_a_gguf_file_is_one_in_its_folder(copy, tmp_path):
     (tmp_path / "other.gguf").touch()
     for name in ("../other.gguf", str(tmp_path / "other.gguf"), "a/b.gguf"):
         with pytest.raises(UserError, match=r"model\.gguf_file=.* is not allowed"):
-            models.load_config(local(copy, gguf_file=name))
+            loading.load_config(local(copy, gguf_file=name))
 
 
 @pytest.fixture
@@ -145,7 +148,7 @@ def words(tiny_llama, text_file) -> list[str]:
 
 def call(*words: str) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main(list(words))
+        command.main(list(words))
     return end.value.code
 
 
@@ -168,12 +171,12 @@ def test_a_configuration_with_a_key_is_refused_before_anything_is_written(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert call(*words, *logger_with_key) == cli.USER_ERROR
+    assert call(*words, *logger_with_key) == command.USER_ERROR
     error = capfd.readouterr().err
     assert "logger.api_key holds a key" in error and "WANDB_API_KEY" in error and KEY not in error
     assert not list(here.iterdir())
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert call(*words, "logger=wandb", f"logger.group=x{KEY}") == cli.USER_ERROR
+    assert call(*words, "logger=wandb", f"logger.group=x{KEY}") == command.USER_ERROR
     printed = capfd.readouterr()
     assert "logger.group holds a key" in printed.err and KEY not in printed.err + printed.out
     assert not list(here.iterdir())
@@ -197,7 +200,7 @@ def test_a_key_in_an_error_reaches_neither_record_nor_log_nor_terminal(words, tm
         raise RuntimeError(f"login with {KEY} failed")
 
     monkeypatch.setattr(run, "prune_blocks", explode)
-    assert call(*words) == cli.FAILURE
+    assert call(*words) == command.FAILURE
     (folder,) = (tmp_path / "results" / "runs").iterdir()
     assert "login with <WANDB_API_KEY> failed" in (folder / "record.json").read_text()
     log = (folder / "alps_exp.log").read_text()
@@ -242,5 +245,7 @@ def test_log_files_go_through_the_redaction():
     for path in (resource_root() / "conf" / "hydra" / "job_logging").glob("*.yaml"):
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
         formatters = {handler["formatter"] for handler in node["handlers"].values()}
-        assert all(node["formatters"][name]["class"] == "alps_exp.redaction.RedactingFormatter" for name in formatters)
+        assert all(
+            node["formatters"][name]["class"] == "alps_exp.base.redaction.RedactingFormatter" for name in formatters
+        )
         assert os.path.basename(node["handlers"]["file"]["filename"]) == "alps_exp.log"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import assert_exact, planted, stable_top
 
-from alps_exp import registry
+from alps_exp.base.errors import UserError
 from alps_exp.baselines.sparsegpt import inverse_factor
-from alps_exp.errors import UserError
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem
+from alps_exp.layer import registry
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.patterns.pattern import parse_sparsity
 
 
 def reference(problem: LayerProblem, written: str, damping: float, block_size: int) -> np.ndarray:

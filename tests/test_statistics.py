@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from alps_exp.errors import UserError
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.statistics import Accumulator, Collector
+from alps_exp.base.errors import UserError
+from alps_exp.calibration.capture import Accumulator, Collector
+from alps_exp.layer.problem import LayerProblem, Statistics
 
 
 def inputs(seed: int = 0, sequences: int = 5, length: int = 7, width: int = 6) -> torch.Tensor:

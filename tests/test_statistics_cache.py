@@ -15,15 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_thrift import out_of_memory
 
-from alps_exp import loop, statistics_cache
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.hidden import HiddenStates
-from alps_exp.overrides import compose
-from alps_exp.problem import Statistics
-from alps_exp.statistics import Collector
-from alps_exp.statistics_cache import StatisticsCache
-from alps_exp.workspace import Workspace
+from alps_exp.base.errors import UserError
+from alps_exp.calibration import sharing
+from alps_exp.calibration.capture import Collector
+from alps_exp.calibration.sharing import StatisticsCache
+from alps_exp.cli.overrides import compose
+from alps_exp.layer.problem import Statistics
+from alps_exp.model.hidden import HiddenStates
+from alps_exp.pruning import loop
+from alps_exp.runs import run as runs
+from alps_exp.runs.workspace import Workspace
 
 DENSE = "propagate=dense"
 
@@ -122,7 +123,7 @@ def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypat
     for number, change in enumerate(changes):
         with monkeypatch.context() as patch:
             if change == "code":
-                patch.setattr("alps_exp.resume._software", lambda: {"code": "0.0"})
+                patch.setattr("alps_exp.runs.resume._software", lambda: {"code": "0.0"})
             if change == "time":  # of the files, whose content seems to be the same
                 os.utime(Path(settings[1].removeprefix("model.path=")) / "model.safetensors", (1, time.time() + 5))
             words = [change] if "=" in change else []
@@ -235,7 +236,7 @@ def test_on_a_full_disk_the_run_goes_on(settings, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(statistics_cache, "save_file", full)
+        patch.setattr(sharing, "save_file", full)
         record = execute(settings, tmp_path / "one", "method=wanda", DENSE)
     assert record["status"] == "complete"
     assert [line for line in record["warnings"] if "not kept for other runs" in line and "No space" in line]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, process, records
 
-PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.task_data")
+PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation.task_data")
 SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
 
 
@@ -24,7 +24,7 @@ def shell(line: str, *arguments: str, cwd: Path | None = None, **environment: st
 
 def settled(code: str, redirections: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Code after `settle`, in a process whose streams are redirected."""
-    code = f"from alps_exp.streams import settle\nsettle()\n{code}"
+    code = f"from alps_exp.base.terminal import settle\nsettle()\n{code}"
     return shell(f'"$PY" -c "$1" {redirections}', code, **environment)
 
 
@@ -56,7 +56,7 @@ def test_signs_that_an_encoding_lacks(encoding, printed):
 
 
 def test_other_peoples_streams_stay(capsys):
-    from alps_exp.streams import settle
+    from alps_exp.base.terminal import settle
 
     before, hook = (sys.stdout, sys.stderr), sys.excepthook
     try:
@@ -99,7 +99,7 @@ def test_an_interrupt_while_it_starts_is_one_line(tmp_path, module):
 
 
 def test_an_interrupt_behind_another_error_is_one():
-    from alps_exp.cli import guarded
+    from alps_exp.cli.command import guarded
 
     def action():
         try:

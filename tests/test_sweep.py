@@ -15,13 +15,17 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from alps_exp import cli, environment, launching, loop, models, overrides, progress_store, sweep, tables, workspace
-from alps_exp import run as runs
-from alps_exp.blocks import BlockModel
-from alps_exp.errors import UserError
-from alps_exp.hidden import HiddenStates
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.base.errors import UserError
+from alps_exp.cli import command, launchers, overrides, sweep
+from alps_exp.cli.overrides import compose
+from alps_exp.model import loading
+from alps_exp.model.blocks import BlockModel
+from alps_exp.model.hidden import HiddenStates
+from alps_exp.pruning import loop, store
+from alps_exp.runs import environment, workspace
+from alps_exp.runs import run as runs
+from alps_exp.runs.workspace import Workspace
+from alps_exp.tables import make
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def words(single) -> list[str]:
 
 
 def call(words: list[str]) -> int:
-    return cli.guarded(lambda: cli.command(words))
+    return command.guarded(lambda: command.command(words))
 
 
 def cells(*words: str) -> list[sweep.Cell]:
@@ -80,8 +84,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, monkeypatch):
-    loaded, load = [], models.load_model
-    monkeypatch.setattr(models, "load_model", lambda *rest: loaded.append(rest) or load(*rest))
+    loaded, load = [], loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *rest: loaded.append(rest) or load(*rest))
     assert call(words) == 0
     first = capsys.readouterr().out
     assert len(rows(first)) == 3 and rows(first)[2][0] == "2:4" and len(loaded) == 1
@@ -132,7 +136,7 @@ def test_a_record_without_a_code_version_is_of_other_code(words, capsys):
 def test_it_starts_no_run_that_would_take_too_long(words, capsys, monkeypatch):
     """By a clock on which the first run takes 40 s, and the checks before it less than 20."""
     real = time.time
-    monkeypatch.setattr("alps_exp.job.time", SimpleNamespace(time=lambda: real() + 40 * len(folders())))
+    monkeypatch.setattr("alps_exp.cli.cell.time", SimpleNamespace(time=lambda: real() + 40 * len(folders())))
     assert call([*words, "minutes=1"]) == 0
     assert len(folders()) == 1
     assert "1 run now, 2 left, where the same command goes on" in capsys.readouterr().out
@@ -217,7 +221,7 @@ def test_what_another_process_holds_is_waited_for(words, capsys, ran, monkeypatc
     held.mkdir(parents=True)
     descriptor = os.open(held, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    monkeypatch.setattr(launching, "time", SimpleNamespace(time=time.time, sleep=lambda _: os.close(descriptor)))
+    monkeypatch.setattr(launchers, "time", SimpleNamespace(time=time.time, sleep=lambda _: os.close(descriptor)))
     assert call(words) == 0
     assert [name == held.name for name in ran] == [False, False, True]
     assert f"waiting for another process: {held.name}" in capsys.readouterr().out
@@ -226,8 +230,8 @@ def test_what_another_process_holds_is_waited_for(words, capsys, ran, monkeypatc
 def test_what_another_process_holds_is_left_when_time_is_up(words, capsys, monkeypatch):
     held = cells(*words[1:])[1].directory
     held.mkdir(parents=True)
-    with progress_store.locked(held):
-        monkeypatch.setattr(launching, "time", SimpleNamespace(time=lambda: time.time() + 1e9))
+    with store.locked(held):
+        monkeypatch.setattr(launchers, "time", SimpleNamespace(time=lambda: time.time() + 1e9))
         assert call([*words, "minutes=60"]) == 0
     assert "2 run now, 1 left" in capsys.readouterr().out
 
@@ -256,14 +260,14 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     whole = runs.run(cfg, tmp_path / "whole", shared)
     plain = OmegaConf.to_container(cfg, resolve=True)
     network = shared.network(plain, torch.float32)
-    original, write = loop.solve_layers, progress_store.write_tensors
+    original, write = loop.solve_layers, store.write_tensors
 
     def slowly(*arguments):
         time.sleep(0.3)
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress_store, "write_tensors", slowly)
+        patch.setattr(store, "write_tensors", slowly)
         patch.setattr(loop, "solve_layers", lambda index, *rest: original(index, *rest) if index == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "run", shared)
@@ -287,7 +291,7 @@ def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch)
     for number, (place, free, streamed) in enumerate(
         ((shared, size, False), (Workspace(keep=True), 3 * size, True), (Workspace(keep=True), 5 * size, False))
     ):
-        monkeypatch.setattr("alps_exp.workspace.free_host", lambda free=free: free)
+        monkeypatch.setattr("alps_exp.runs.workspace.free_host", lambda free=free: free)
         assert runs.run(cfg, tmp_path / str(number), place)["environment"]["streamed"] is streamed
 
 
@@ -332,7 +336,7 @@ def test_a_users_own_sweep_has_its_table(words, capsys, tmp_path):
     assert call([*rest, "method=magnitude", "sparsity=0.5"]) == 0  # the node plays no part in what a run is
     assert ": 1 complete before, 0 run now" in capsys.readouterr().out
     assert all("table" not in record(place)["config"] for place in folders().values())
-    assert tables.main([str(tmp_path / "results/runs"), str(tmp_path / "made")]) == 0
+    assert make.main([str(tmp_path / "results/runs"), str(tmp_path / "made")]) == 0
     assert (tmp_path / "made/mine.md").read_text().startswith("**Mine**") and not list(
         (tmp_path / "made").glob("mine-*")
     )
@@ -373,7 +377,7 @@ def test_an_infinite_perplexity_is_a_result(words, capsys, monkeypatch):
 def test_what_is_refused_for_another_process_writes_nothing(single, words, capsys):
     (cell,) = cells(*single, "method=magnitude", "sparsity=0.5")
     cell.directory.mkdir(parents=True)
-    with progress_store.locked(cell.directory):
+    with store.locked(cell.directory):
         assert call([*single, "method=magnitude", "sparsity=0.5"]) == 2
         assert "another process runs this configuration" in capsys.readouterr().err
         outcome = call(["-m", *single, "method=magnitude", "sparsity=0.5", "minutes=0.001"])

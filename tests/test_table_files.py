@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from table_records import METRIC, laid_out, record, save, several, task
 
-from alps_exp import archive, frames, layout, plots, render, tables
-from alps_exp.errors import UserError
+from alps_exp.base.errors import UserError
+from alps_exp.tables import archive, figures, layout, make, plots, render
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ class TestReading:
     def test_a_bad_file_is_named(self, tmp_path, capsys, content, words):
         runs = save([record()], tmp_path / "runs")
         (runs / "tiny-alps-u0.7-s0-00000000" / "record.json").write_text(content)
-        assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+        assert make.main([str(runs), str(tmp_path / "tables")]) == 2
         error = capsys.readouterr().err
         assert words in error and "00000000/record.json" in error and error.count("\n") == 1
 
@@ -62,7 +62,7 @@ class TestReading:
     def test_a_bad_file_costs_no_other_its_place(self, tmp_path, capsys):
         runs = save([record(), record("wanda"), record("dsnot")], tmp_path / "runs", "mine")
         (runs / "tiny-wanda-u0.7-s0-00000001" / "record.json").write_text("null")
-        assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+        assert make.main([str(runs), str(tmp_path / "tables")]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and "00000001/record.json is no run record" in captured.err
         for name in ("mine", "comparison"):
@@ -70,7 +70,7 @@ class TestReading:
             assert "dsnot" in text and ("wanda-u0.7-s0-00000001 (unreadable)" in text) == (name == "mine")
 
     def test_nothing_to_tabulate(self, tmp_path, capsys):
-        assert tables.main([str(tmp_path), str(tmp_path / "tables")]) == 2
+        assert make.main([str(tmp_path), str(tmp_path / "tables")]) == 2
         assert "run something first" in capsys.readouterr().err and not (tmp_path / "tables").exists()
 
 
@@ -80,14 +80,14 @@ class TestFiles:
         random.Random(1).shuffle(shuffled)
         contents = []
         for folder, records in (("one", grid_of_runs), ("one", grid_of_runs), ("other", shuffled)):
-            tables.make(archive.RunSet("a", records, [], "here"), tmp_path / folder)
+            make.make(archive.RunSet("a", records, [], "here"), tmp_path / folder)
             contents.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
         assert contents[0] == contents[1] == contents[2]
         pictures = {f"a-{plot}.{suffix}" for plot in plots.KINDS for suffix in ("png", "svg")}
         assert set(contents[0]) == {f"a.{suffix}" for suffix in render.FORMATS} | pictures
 
     def test_csv_and_parquet_hold_the_numbers_unrounded(self, grid_of_runs, tmp_path):
-        tables.make(archive.RunSet("a", grid_of_runs, [], "here"), tmp_path)
+        make.make(archive.RunSet("a", grid_of_runs, [], "here"), tmp_path)
         read = pd.read_csv(tmp_path / "a.csv", dtype={"sparsity": str})
         whole = pd.read_parquet(tmp_path / "a.parquet")
         assert list(read) == list(whole) and {"mean", "std", "n", "stderr", "published", "ratio"} <= set(read)
@@ -120,19 +120,19 @@ class TestFiles:
     def test_plots_no_longer_asked_for_are_removed(self, grid_of_runs, tmp_path, monkeypatch):
         runs = archive.RunSet("a", grid_of_runs, [], "here")
         (tmp_path / "a-phases.png").touch(), (tmp_path / "ab-phases.png").touch()
-        monkeypatch.setattr(tables, "spec_of", lambda name, node=None: layout.parse({"plots": ["seconds"]}, name))
-        tables.make(runs, tmp_path)
+        monkeypatch.setattr(make, "spec_of", lambda name, node=None: layout.parse({"plots": ["seconds"]}, name))
+        make.make(runs, tmp_path)
         assert {path.name for path in tmp_path.glob("*.png")} == {"a-seconds.png", "ab-phases.png"}
 
     def test_no_plot_without_its_data(self, tmp_path):
-        found = frames.aggregate([record("dense")])
+        found = figures.aggregate([record("dense")])
         assert plots.draw(found, layout.Spec(), tmp_path / "none", "a") == [] and not (tmp_path / "none").exists()
 
     def test_methods_keep_their_looks_apart(self):
         looks = [plots._look({"method": method, "variant": 0}) for method in plots.COLOURS]
         for signs in zip(*looks, strict=True):
             assert len(set(map(str, signs))) == len(plots.COLOURS)
-        assert set(plots.COLOURS) | {"dense"} == set(frames.METHODS)
+        assert set(plots.COLOURS) | {"dense"} == set(figures.METHODS)
         variants = {str(plots._look({"method": "alps", "variant": index})) for index in range(6)}
         assert len(variants) == 6 and all(plots.COLOURS["alps"] in look for look in variants)
 
@@ -140,7 +140,7 @@ class TestFiles:
         records = [record(sparsity=sparsity) for sparsity in ("0.5", "0.7") for _ in range(2)]
         for number, item in enumerate(records):
             item["config"]["method"]["rho"] = number % 2
-        (panel,) = plots.KINDS["perplexity"][0](frames.aggregate(records), layout.Spec())
+        (panel,) = plots.KINDS["perplexity"][0](figures.aggregate(records), layout.Spec())
         looks = [(item["label"], item["variant"], len(item["points"])) for item in panel["series"]]
         assert looks == [("alps rho=0", 0, 2), ("alps rho=1", 1, 2)]
 
@@ -152,26 +152,22 @@ class TestSweeps:
         return tmp_path
 
     def test_own_runs_take_the_place_of_kept_ones(self, place, capsys):
-        archive.write_kept([record(perplexity=99.0)], place / tables.KEPT / "mine.jsonl.gz")
-        archive.write_kept([record(perplexity=88.0)], place / tables.KEPT / "other.jsonl.gz")
-        save([record()], place / tables.RUNS, "mine", missing=("tiny-wanda-u0.7-s0-0123abcd",))
-        assert tables.main([]) == 0
+        archive.write_kept([record(perplexity=99.0)], place / make.KEPT / "mine.jsonl.gz")
+        archive.write_kept([record(perplexity=88.0)], place / make.KEPT / "other.jsonl.gz")
+        save([record()], place / make.RUNS, "mine", missing=("tiny-wanda-u0.7-s0-0123abcd",))
+        assert make.main([]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split(":")[0] for line in lines] == [
-            f"{tables.TABLES}/{x}" for x in ("mine", "other", "comparison")
-        ]
+        assert [line.split(":")[0] for line in lines] == [f"{make.TABLES}/{x}" for x in ("mine", "other", "comparison")]
         assert "in place of results/records/mine.jsonl.gz" in lines[0] and "in place" not in lines[1]
-        text = (tables.TABLES / "mine.md").read_text()
+        text = (make.TABLES / "mine.md").read_text()
         assert "20.00" in text and "99.00" not in text and "tiny-wanda-u0.7-s0-0123abcd (missing)" in text
-        assert "88.00" in (tables.TABLES / "other.md").read_text()
+        assert "88.00" in (make.TABLES / "other.md").read_text()
 
     def test_a_sweep_without_records_leaves_the_kept_ones(self, place):
-        archive.write_kept([record()], place / tables.KEPT / "mine.jsonl.gz")
-        save([], place / tables.RUNS).mkdir(parents=True)
-        (tables.RUNS / "mine.sweep.json").write_text('{"runs": ["none"]}')
-        assert [found.origin for found in archive.read_all(tables.RUNS, tables.KEPT)] == [
-            "results/records/mine.jsonl.gz"
-        ]
+        archive.write_kept([record()], place / make.KEPT / "mine.jsonl.gz")
+        save([], place / make.RUNS).mkdir(parents=True)
+        (make.RUNS / "mine.sweep.json").write_text('{"runs": ["none"]}')
+        assert [found.origin for found in archive.read_all(make.RUNS, make.KEPT)] == ["results/records/mine.jsonl.gz"]
 
     def test_keeping_writes_the_sweeps_records_without_this_machines_paths(self, place, capsys):
         odd = record(
@@ -180,52 +176,52 @@ class TestSweeps:
         odd["config"]["data"] = {"path": "/data/texts/c4.jsonl.gz", "files": ["~/x/y", "../a/b"], "sep": "a\u2028b / c"}
         other = record("wanda")
         other["config"]["data"] = odd["config"]["data"]
-        save([odd, other], place / tables.RUNS, "mine", missing=("gone",))
-        (place / tables.RUNS / "unrelated").mkdir()
-        (place / tables.RUNS / "unrelated" / "record.json").write_text(json.dumps(record("dsnot")))
+        save([odd, other], place / make.RUNS, "mine", missing=("gone",))
+        (place / make.RUNS / "unrelated").mkdir()
+        (place / make.RUNS / "unrelated" / "record.json").write_text(json.dumps(record("dsnot")))
         contents = []
         for _ in range(2):
-            assert tables.main(["--keep", "mine"]) == 0
-            contents.append((tables.KEPT / "mine.jsonl.gz").read_bytes())
+            assert make.main(["--keep", "mine"]) == 0
+            contents.append((make.KEPT / "mine.jsonl.gz").read_bytes())
         out = capsys.readouterr().out
         assert contents[0] == contents[1] and "2 records" in out and "1 runs have none" in out
-        kept = archive.read_kept(tables.KEPT / "mine.jsonl.gz").records
+        kept = archive.read_kept(make.KEPT / "mine.jsonl.gz").records
         assert [item["method"] for item in kept] == ["alps", "wanda"] and kept[0]["run"].startswith("tiny-alps")
         assert kept[0]["config"]["data"] == {"path": "c4.jsonl.gz", "files": ["~/x/y", "../a/b"], "sep": "a\u2028b / c"}
         assert kept[0]["error"]["message"] == "in x.py (https://a.org/b/c, conversion/d/e) 3 tokens/s"
-        own = tables.make(archive.read_sweep(tables.RUNS / "mine.sweep.json"), place / "own")
-        archived = tables.make(archive.read_all(place / "none", tables.KEPT)[0], place / "archived")
+        own = make.make(archive.read_sweep(make.RUNS / "mine.sweep.json"), place / "own")
+        archived = make.make(archive.read_all(place / "none", make.KEPT)[0], place / "archived")
         assert [path.read_bytes() for path in own] == [path.read_bytes() for path in archived]
         assert "gone (missing)" in (place / "archived" / "mine.md").read_text()
 
     def test_only_a_sweep_can_be_kept(self, place, capsys):
-        assert tables.main(["--keep", "none"]) == 2
+        assert make.main(["--keep", "none"]) == 2
         assert "none.sweep.json does not exist" in capsys.readouterr().err
 
     def test_a_kept_file_can_be_named(self, place, capsys):
         archive.write_kept([record()], place / "some.jsonl.gz")
-        assert tables.main(["some.jsonl.gz", "out"]) == 0
+        assert make.main(["some.jsonl.gz", "out"]) == 0
         assert (place / "out" / "some.md").is_file()
 
 
 class TestCheck:
     @pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="no results/: not a checkout")
     def test_the_committed_tables_are_those_of_the_committed_records(self):
-        assert tables.check(ROOT / tables.KEPT, ROOT / tables.TABLES) == []
+        assert make.check(ROOT / make.KEPT, ROOT / make.TABLES) == []
 
     def test_what_checks_nothing_says_so(self, committed, capsys):
-        (tables.KEPT / "a.jsonl.gz").rename(tables.KEPT / "b.jsonl.gz")
-        assert tables.main(["--check"]) == 1 and "a.md has no records" in capsys.readouterr().err
-        (tables.KEPT / "b.jsonl.gz").unlink()
-        assert tables.main(["--check"]) == 2 and "nothing to check" in capsys.readouterr().err
+        (make.KEPT / "a.jsonl.gz").rename(make.KEPT / "b.jsonl.gz")
+        assert make.main(["--check"]) == 1 and "a.md has no records" in capsys.readouterr().err
+        (make.KEPT / "b.jsonl.gz").unlink()
+        assert make.main(["--check"]) == 2 and "nothing to check" in capsys.readouterr().err
 
     @pytest.fixture
     def committed(self, tmp_path, monkeypatch, grid_of_runs) -> Path:
         monkeypatch.chdir(tmp_path)
-        archive.write_kept(grid_of_runs, tables.KEPT / "a.jsonl.gz")
-        monkeypatch.setattr(tables, "spec_of", lambda name, node=None: layout.parse({"plots": ["perplexity"]}, name))
-        assert tables.main([]) == 0 and tables.main(["--check"]) == 0
-        return tables.TABLES
+        archive.write_kept(grid_of_runs, make.KEPT / "a.jsonl.gz")
+        monkeypatch.setattr(make, "spec_of", lambda name, node=None: layout.parse({"plots": ["perplexity"]}, name))
+        assert make.main([]) == 0 and make.main(["--check"]) == 0
+        return make.TABLES
 
     def test_a_changed_table_is_named(self, committed, capsys):
         for suffix in ("md", "csv", "tex"):
@@ -236,15 +232,15 @@ class TestCheck:
         (committed / "a-perplexity.png").unlink()
         numbers = pd.read_parquet(committed / "a.parquet")
         numbers.assign(mean=numbers["mean"] + 1e-12).to_parquet(committed / "a.parquet")
-        assert tables.main(["--check"]) == 1
+        assert make.main(["--check"]) == 1
         lines = capsys.readouterr().err.splitlines()
         named = {Path(line.split()[1]).name for line in lines}
         assert named == {"a.md", "a.csv", "a.tex", "a.parquet", "a-losses.svg", "a-perplexity.png"} and len(lines) == 6
 
     def test_other_records_change_the_plots(self, committed, grid_of_runs):
         grid_of_runs[1]["evaluations"][0]["value"] += 1e-9
-        archive.write_kept(grid_of_runs, tables.KEPT / "a.jsonl.gz")
-        assert any("a-perplexity.svg does not match" in line for line in tables.check(tables.KEPT, committed))
+        archive.write_kept(grid_of_runs, make.KEPT / "a.jsonl.gz")
+        assert any("a-perplexity.svg does not match" in line for line in make.check(make.KEPT, committed))
 
     def test_other_libraries_bytes_are_no_difference(self, committed):
         numbers = pd.read_parquet(committed / "a.parquet")
@@ -252,4 +248,4 @@ class TestCheck:
         for suffix in ("png", "svg"):
             with (committed / f"a-perplexity.{suffix}").open("ab") as file:
                 file.write(b"other bytes")
-        assert tables.main(["--check"]) == 0
+        assert make.main(["--check"]) == 0

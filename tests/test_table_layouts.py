@@ -9,9 +9,10 @@ import pytest
 import yaml
 from table_records import METRIC, cells, failed, laid_out, record, several, task
 
-from alps_exp import frames, layout, overrides, plots, render, tables
-from alps_exp.errors import UserError
-from alps_exp.registry import resource_root
+from alps_exp.base.errors import UserError
+from alps_exp.cli import overrides
+from alps_exp.layer.registry import resource_root
+from alps_exp.tables import figures, layout, make, plots, render
 
 ROOT = Path(__file__).parents[1]
 LAYER = "model.decoder.layers.0.self_attn.k_proj"
@@ -130,13 +131,13 @@ class TestLayouts:
             laid_out(grid_of_runs, metrics=["c4*"])
 
     def test_unshown_metrics_are_in_the_files_of_numbers(self):
-        found = frames.aggregate([record(evaluations=[task(0.5), task(0.6, metric="acc_norm")])])
+        found = figures.aggregate([record(evaluations=[task(0.5), task(0.6, metric="acc_norm")])])
         assert "piqa acc_norm" in set(found.frame["metric"])
         assert ("piqa acc_norm",) not in layout.grid(found, layout.Spec()).header
 
     def test_without_seconds_there_are_none_anywhere(self, grid_of_runs, tmp_path):
         spec = layout.parse({"seconds": False}, "test")
-        found = frames.aggregate(grid_of_runs, seconds=spec.seconds)
+        found = figures.aggregate(grid_of_runs, seconds=spec.seconds)
         assert "seconds" not in set(found.frame["metric"])
         drawn = {path.stem for path in plots.draw(found, spec, tmp_path, "a")}
         assert drawn == {"a-perplexity", "a-losses"}
@@ -168,7 +169,7 @@ class TestLayouts:
 class TestPublished:
     def test_figures_stand_where_everything_agrees(self):
         def figure(**more):
-            frame = frames.aggregate([record(**more) | {"model": more.pop("model", "opt-13b")}]).frame
+            frame = figures.aggregate([record(**more) | {"model": more.pop("model", "opt-13b")}]).frame
             return frame.set_index("metric").loc[METRIC]
 
         ours = figure(perplexity=33.42)
@@ -179,8 +180,8 @@ class TestPublished:
             assert pd.isna(figure(**other)["published"]) and pd.isna(figure(**other)["ratio"])
         shorter = record() | {"model": "opt-13b"}
         shorter["evaluations"][0]["seqlen"] = 4096
-        assert frames.aggregate([shorter]).frame["published"].dropna().index.size == 1, "the seconds only"
-        assert frames.aggregate([record() | {"model": "opt-13b"}], published=False).frame["published"].isna().all()
+        assert figures.aggregate([shorter]).frame["published"].dropna().index.size == 1, "the seconds only"
+        assert figures.aggregate([record() | {"model": "opt-13b"}], published=False).frame["published"].isna().all()
 
     def test_the_files_name_what_we_name(self):
         conf, seen = resource_root() / "conf", set()
@@ -205,17 +206,17 @@ class TestReport:
     def test_it_fits_and_nothing_is_lost(self, grid_of_runs, width):
         for item in grid_of_runs:
             item["evaluations"] += [task(0.5, dataset=f"task{number}") for number in range(6)]
-        text = tables.report(grid_of_runs, width=width)
+        text = make.report(grid_of_runs, width=width)
         assert max(map(len, text.splitlines())) <= width
         assert "tiny" not in text.split("\n\n")[0] and "odel tiny" in text, "what does not vary is in the footnote"
         assert all(f"task{number}" in text for number in range(6)) and "seconds" in text and "±" in text
 
     def test_a_sweeps_own_layout(self, grid_of_runs):
-        assert tables.report(grid_of_runs, "zeroshot").startswith("Zero-shot accuracy")
-        assert "seconds" not in tables.report(grid_of_runs, "zeroshot")
+        assert make.report(grid_of_runs, "zeroshot").startswith("Zero-shot accuracy")
+        assert "seconds" not in make.report(grid_of_runs, "zeroshot")
 
     def test_what_was_not_measured(self):
-        assert tables.report([]) == "no table: there are no records"
-        assert "error" in tables.report([failed("ValueError")]) and "status" in tables.report([failed("ValueError")])
-        dense = tables.report([record("dense")])
+        assert make.report([]) == "no table: there are no records"
+        assert "error" in make.report([failed("ValueError")]) and "status" in make.report([failed("ValueError")])
+        dense = make.report([record("dense")])
         assert "20.00" in dense and "dense" in dense

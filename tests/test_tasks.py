@@ -14,11 +14,12 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import evaluation, frames
-from alps_exp import run as runs
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.base.errors import UserError
+from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import protocol
+from alps_exp.runs import run as runs
+from alps_exp.runs.workspace import Workspace
+from alps_exp.tables import figures
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def reference(source: Path, folder: Path, model: Path, names: list[str]) -> dict
 
 
 def test_requests_and_scores_are_those_of_lm_eval(settings, source, tiny_llama, tmp_path, monkeypatch):
-    from alps_exp.task_model import TaskModel
+    from alps_exp.evaluation.task_model import TaskModel
 
     seen = {}
     own = TaskModel.loglikelihood
@@ -131,7 +132,7 @@ def test_rows_of_the_record_and_columns_of_tables(settings, tmp_path, capsys):
     assert row["bos"] == "auto: the tokenizer adds <s> to each text"
     assert scores(record)["arc_easy", "acc"]["sampling"] == "all of 30"
     assert "on piqa (7 of 30 examples, partial)" in capsys.readouterr().out
-    measured = frames.aggregate([record]).frame.set_index("metric")
+    measured = figures.aggregate([record]).frame.set_index("metric")
     assert {"arc_easy acc", "boolq acc", "piqa acc (7 of 30)"} <= set(measured.index[measured["shown"]])
     assert not measured.loc["arc_easy acc_norm", "shown"] and measured.loc["arc_easy acc_norm", "stderr"] > 0
     # All rows have what tables and loggers read.
@@ -140,7 +141,7 @@ def test_rows_of_the_record_and_columns_of_tables(settings, tmp_path, capsys):
 
 
 def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, source):
-    from alps_exp import tasks
+    from alps_exp.evaluation import tasks
 
     def chosen(*more):
         return tasks.prepare(compose([*settings, "eval.tasks=[arc_easy]", *more]))[0]
@@ -161,7 +162,7 @@ def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, s
 
 
 def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeypatch):
-    from alps_exp import tasks
+    from alps_exp.evaluation import tasks
 
     fixed = runs.run(compose([*settings, "eval.task_batch_size=3"]), tmp_path / "fixed")
     monkeypatch.setattr(tasks, "_CPU_BATCH", "auto")  # as on a GPU
@@ -171,7 +172,7 @@ def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeyp
 
 
 def test_groups_and_examples_in_the_prompt(settings, tmp_path, source, monkeypatch):
-    from alps_exp.task_model import TaskModel
+    from alps_exp.evaluation.task_model import TaskModel
 
     contexts = []
     own = TaskModel.loglikelihood
@@ -241,7 +242,7 @@ def test_the_tokenizer_is_left_as_it_was(settings, tiny_llama, tmp_path):
 
 
 def test_bos_reaches_the_prompts(tiny_qwen3):
-    from alps_exp.task_model import TaskModel
+    from alps_exp.evaluation.task_model import TaskModel
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_qwen3), AutoTokenizer.from_pretrained(tiny_qwen3)
 
@@ -259,8 +260,8 @@ def test_bos_reaches_the_prompts(tiny_qwen3):
 def test_options_are_checked_without_lm_eval_where_there_are_no_tasks(settings, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "alps_exp.tasks", None)
-    evaluation.check(compose([*settings, "eval.tasks=[]"]))
+    monkeypatch.setitem(sys.modules, "alps_exp.evaluation.tasks", None)
+    protocol.check(compose([*settings, "eval.tasks=[]"]))
 
 
 def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_path):
@@ -296,7 +297,7 @@ def test_tokens_beyond_the_vocabulary(settings, tiny_llama, tmp_path):
     )
     assert [row["value"] for row in found["evaluations"]] == [row["value"] for row in wanted["evaluations"]]
     assert not found["warnings"]
-    from alps_exp.task_model import TaskModel
+    from alps_exp.evaluation.task_model import TaskModel
 
     network, tokenizer = (kind.from_pretrained(tmp_path / "pad") for kind in (AutoModelForCausalLM, AutoTokenizer))
     model = TaskModel(network, tokenizer, torch.device("cpu"), 4, 4, 256, "auto")

@@ -14,16 +14,16 @@ from helpers import planted, planted_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from alps_exp import launch
-from alps_exp import run as runs
-from alps_exp.alps import Alps
-from alps_exp.errors import UserError
-from alps_exp.overrides import compose
-from alps_exp.patterns import parse_sparsity
-from alps_exp.problem import LayerProblem, Statistics
-from alps_exp.progress_store import HeldError
-from alps_exp.statistics import Accumulator
-from alps_exp.team import Team
+from alps_exp.base.errors import UserError
+from alps_exp.calibration.capture import Accumulator
+from alps_exp.cli.overrides import compose
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.methods.alps import Alps
+from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.pruning.store import HeldError
+from alps_exp.pruning.team import Team
+from alps_exp.runs import run as runs
+from alps_exp.runs import together as launch
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_killed_processes_go_on(settings, tmp_path):
     """The run is killed after its first block; its processes end with it, and the same command goes on."""
     folder = tmp_path / "killed"
     script = (
-        "import sys; from pathlib import Path; from alps_exp import run; from alps_exp.overrides import compose\n"
+        "import sys; from pathlib import Path; from alps_exp import run; from alps_exp.cli.overrides import compose\n"
         "run.run(compose(sys.argv[2:]), Path(sys.argv[1]))"
     )
     together = [*settings, "devices=2"]
@@ -222,5 +222,7 @@ def test_a_team_does_not_begin_beside_an_earlier_one(tmp_path, monkeypatch):
 
 
 def test_a_process_whose_parent_is_gone_does_nothing(tmp_path):
-    answer = subprocess.run([sys.executable, "-m", "alps_exp.worker", str(tmp_path / "none"), "1"], capture_output=True)
+    answer = subprocess.run(
+        [sys.executable, "-m", "alps_exp.runs.worker", str(tmp_path / "none"), "1"], capture_output=True
+    )
     assert answer.returncode == 1 and not answer.stderr

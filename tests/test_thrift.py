@@ -5,13 +5,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import alps_exp
-from alps_exp import layers, loop, memory, progress_store
-from alps_exp.alps import Alps
-from alps_exp.blocks import BlockModel
-from alps_exp.errors import UserError
-from alps_exp.evaluate import perplexity
-from alps_exp.hidden import HiddenStates
-from alps_exp.statistics import Collector
+from alps_exp.base import memory
+from alps_exp.base.errors import UserError
+from alps_exp.calibration.capture import Collector
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.methods.alps import Alps
+from alps_exp.model.blocks import BlockModel
+from alps_exp.model.hidden import HiddenStates
+from alps_exp.pruning import loop, solve
+from alps_exp.pruning import store as progress_store
 
 CPU = torch.device("cpu")
 
@@ -103,7 +105,7 @@ def test_when_nothing_helps_it_says_what_to_do(tiny_llama, monkeypatch, owner, n
 
 def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama, monkeypatch):
     """A group is tried again from its dense weights: nothing is written before all of it is solved."""
-    original, seen = layers._row, []
+    original, seen = solve._row, []
 
     def failing(index, problem, *rest):
         seen.append(problem.weight.count_nonzero() == problem.weight.numel())
@@ -111,7 +113,7 @@ def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama,
             raise torch.OutOfMemoryError("CUDA out of memory (not really)")
         return original(index, problem, *rest)
 
-    monkeypatch.setattr(layers, "_row", failing)
+    monkeypatch.setattr(solve, "_row", failing)
     prune(tiny_llama)
     assert all(seen) and len(seen) == 14 + 2
 
@@ -138,7 +140,7 @@ def test_hidden_states_are_the_same_wherever_they_are(tiny_gemma3, tmp_path, pla
 
 @pytest.mark.parametrize(("free", "place"), [(10**9, "host"), (1000, "disk")])
 def test_hidden_states_go_where_there_is_room(tiny_llama, tmp_path, monkeypatch, free, place):
-    monkeypatch.setattr("alps_exp.hidden.free_host", lambda: free)
+    monkeypatch.setattr("alps_exp.model.hidden.free_host", lambda: free)
     assert HiddenStates(BlockModel(load(tiny_llama), CPU, scratch=tmp_path), tokens(), 2).place == place
 
 
@@ -148,9 +150,9 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
     def attempt(folder, fail: bool):
         store = progress_store.ProgressStore(folder, {"same": "yes"})
         store.open()
-        from alps_exp.patterns import parse_sparsity
-        from alps_exp.registry import solver
-        from alps_exp.selection import Selection
+        from alps_exp.allocation.selection import Selection
+        from alps_exp.layer.registry import solver
+        from alps_exp.patterns.pattern import parse_sparsity
 
         network = load(tiny_llama)
         patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
@@ -174,9 +176,9 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
 
 def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_llama, tmp_path, monkeypatch):
     """Memory is too short for more than one held-out window, whose batches are told from others by their number."""
-    from alps_exp.patterns import parse_sparsity
-    from alps_exp.registry import solver
-    from alps_exp.selection import Selection
+    from alps_exp.allocation.selection import Selection
+    from alps_exp.layer.registry import solver
+    from alps_exp.patterns.pattern import parse_sparsity
 
     held_out = tokens(5)
 
@@ -212,9 +214,9 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
 
 
 def test_held_out_windows_give_way_when_only_they_do_not_fit(tiny_llama, monkeypatch):
-    from alps_exp.patterns import parse_sparsity
-    from alps_exp.registry import solver
-    from alps_exp.selection import Selection
+    from alps_exp.allocation.selection import Selection
+    from alps_exp.layer.registry import solver
+    from alps_exp.patterns.pattern import parse_sparsity
 
     network = load(tiny_llama)
     patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from alps_exp import triangular
-from alps_exp.triangular import lower_gram, triangular_inverse
+from alps_exp.numerics import triangular
+from alps_exp.numerics.triangular import lower_gram, triangular_inverse
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 150, 515])

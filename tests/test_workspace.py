@@ -2,9 +2,9 @@
 
 import torch
 
-from alps_exp import models
-from alps_exp.overrides import compose
-from alps_exp.workspace import Workspace
+from alps_exp.cli.overrides import compose
+from alps_exp.model import loading
+from alps_exp.runs.workspace import Workspace
 
 
 def held(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -15,14 +15,14 @@ def held(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_a_kept_network_is_restored_with_all_that_its_blocks_hold(tiny_gpt2, monkeypatch):
     """Also biases, norms and buffers, which some methods may change one day."""
     cfg, workspace = compose(["model=local", f"model.path={tiny_gpt2}", "data=local"]), Workspace(keep=True)
-    load_model = models.load_model
+    load_model = loading.load_model
 
     def with_a_buffer(*arguments):
         network = load_model(*arguments)
         network.transformer.h[0].register_buffer("scale", torch.ones(3), persistent=False)
         return network
 
-    monkeypatch.setattr(models, "load_model", with_a_buffer)
+    monkeypatch.setattr(loading, "load_model", with_a_buffer)
     network = workspace.network(cfg, torch.float32)
     before = {name: tensor.clone() for name, tensor in held(network).items()}
     for tensor in held(network).values():

@@ -1,0 +1,339 @@
+"""Statistics of calibration inputs on disk, for the other runs of a sweep whose inputs are the same.
+
+The first block's inputs are the same whatever the method and the sparsity, those of all blocks with propagate=dense.
+
+    RUNS/.statistics/DIGEST/identity.json              what these statistics are of, by name
+    RUNS/.statistics/DIGEST/block-00003.safetensors    the sums of one block, a group of layers after the other
+
+RUNS is the folder of the runs' directories, and DIGEST that of everything that decides the numbers: checkpoint, code,
+versions, device, dtype, tokens, windows per forward, and the layers that are pruned. A file appears whole (written
+under another name, flushed to the disk, renamed) and carries a checksum over its set, its block and all that it holds:
+one that does not hold is as good as none, and its block is collected again. A process that uses a set holds a shared
+lock on its folder; sets that nobody holds make room for others, least recently used first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..base.checks import require
+from ..base.errors import UserError
+from ..layer.problem import Statistics
+from ..model import loading
+from ..pruning.store import sync_folder
+
+if TYPE_CHECKING:
+    from ..pruning.loop import PruneJob
+
+FOLDER = ".statistics"
+AUTO_GB = 10.0
+_ATTEMPTS = 1000  # to hold a folder that other processes may remove at that moment
+Group = tuple[list[str], dict]  # layers that share an input, and its statistics
+
+
+def check(cfg: Mapping) -> None:
+    """Look at the key `statistics_cache`.
+
+    Raises:
+        UserError: neither auto nor a number from 0, or what does not go with it.
+    """
+    limit = cfg["statistics_cache"]
+    if limit == "auto":
+        return
+    if isinstance(limit, str):
+        raise UserError(f"statistics_cache={limit} is not allowed: give auto, or a number of GB (0: none)")
+    require("statistics_cache", limit, float, 0, float("inf"))
+    if limit and cfg["devices"] > 1:
+        raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+
+
+def open_cache(
+    cfg: Mapping, job: PruneJob, same: Mapping[str, str], directory: Path, in_sweep: bool
+) -> StatisticsCache | None:
+    """The statistics that a run may share with others; None where it shares none.
+
+    Args:
+        cfg: the configuration.
+        job: what the loop is asked to do.
+        same: what `resume.identity` gives.
+        directory: the run's.
+        in_sweep: whether other runs follow in this process.
+    """
+    limit = cfg["statistics_cache"]
+    if limit == "auto":
+        limit = AUTO_GB if in_sweep and cfg["devices"] == 1 else 0
+    if not limit or not job.statistics:
+        return None
+    own = {
+        "checkpoint changed": loading.changed(cfg["model"]),
+        "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
+        "layers": hashlib.sha256("\n".join(sorted(job.patterns)).encode()).hexdigest()[:16],
+        "threads": str(torch.get_num_threads()),
+    }
+    identity = {name: value for name, value in same.items() if name != "configuration"} | own
+    place, dense = directory.parent / FOLDER, job.propagate == "dense"
+    try:
+        return StatisticsCache(place, identity, dense, job.statistics, job.held_out is not None, 1e9 * limit)
+    except OSError as error:
+        _warn(f"statistics are not shared with other runs: {error}")
+        return None
+
+
+@cache  # the runs of a sweep meet the same obstacle: it is told once
+def _warn(message: str) -> None:
+    print(f"alps_exp: warning: {message}", file=sys.stderr)
+
+
+class StatisticsCache:
+    """The sets of statistics below one folder, and the one that a run uses.
+
+    Args:
+        root: the folder of all sets.
+        identity: everything that decides the statistics, by name.
+        dense: the inputs of all blocks are those of the dense model, not of the first one's only.
+        needed: what the run collects of each input.
+        held_out: whether it also collects the Gram matrix of held-out windows.
+        limit: bytes that all sets may take.
+
+    Attributes:
+        notes: why something was not kept, in words.
+    """
+
+    def __init__(
+        self, root: Path, identity: Mapping[str, str], dense: bool, needed: Statistics, held_out: bool, limit: float
+    ) -> None:
+        text = json.dumps(dict(identity), sort_keys=True)
+        self.notes: list[str] = []
+        self._root, self._dense, self._limit = root, dense, limit
+        self._needed = needed
+        self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._fields = _fields(needed) | ({"held_out"} if held_out else set())
+        self._whole: dict[int, tuple] = {}  # block → state of its file when its checksum was last found to hold
+        self._descriptor = _hold(self._folder)
+        try:
+            if not (file := self._folder / "identity.json").exists():
+                file.write_text(text, encoding="utf-8")
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the set."""
+        os.close(self._descriptor)
+
+    def holds(self, index: int) -> bool:
+        """Whether all that the run needs of a block's inputs is here, as it was written."""
+        if index and not self._dense:
+            return False
+        try:
+            found = self._file(index).stat()
+        except OSError:
+            return False
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._whole.get(index, ())[:3] != state:
+            groups = _read(self._file(index))
+            if groups is None:
+                return False
+            self._whole[index] = (*state, set.intersection(*(set(fields) for _, fields in groups)))
+        return self._fields <= self._whole[index][3]
+
+    def load(self, index: int, device: torch.device, needed: bool = False) -> list[Group] | None:
+        """A block's groups of layers with what the run needs of their inputs; None where it is not here.
+
+        Args:
+            index: the block.
+            device: where the tensors go.
+            needed: `holds` has said that it is here, and it cannot be collected any more.
+
+        Raises:
+            UserError: it was needed and cannot be read.
+        """
+        groups = _read(self._file(index), device) if self.holds(index) else None
+        if groups is None and needed:
+            with suppress(OSError):
+                self._file(index).unlink(missing_ok=True)
+            raise UserError(
+                f"{self._file(index)} was whole when the run started and cannot be read now: the same command goes on "
+                "without it"
+            )
+        kept = self._fields | {"tokens", "sequences"}
+        return groups and [(names, {key: fields[key] for key in fields if key in kept}) for names, fields in groups]
+
+    def collected(self, index: int) -> Statistics:
+        """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
+        kept = Statistics.GRAM in self._needed and (self._dense or index == 0) and not self.notes
+        return Statistics.ALL if kept else self._needed
+
+    def keep(self, index: int, groups: list[Group]) -> None:
+        """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""
+        if (index and not self._dense) or self.notes or not groups:
+            return
+        known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
+        merged = [(names, known.get(tuple(names), {}) | fields) for names, fields in groups]
+        size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
+        try:
+            if self._make_room(size):
+                _write(self._file(index), merged)
+        except OSError as error:
+            self.notes.append(f"statistics of block {index} and later ones were not kept for other runs: {error}")
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+    def _make_room(self, size: int) -> bool:
+        """Remove sets that nobody uses, least recently used first, until `size` bytes fit."""
+        if size > self._limit:
+            self.notes.append(
+                f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
+            )
+            return False
+        # Whatever else lies here is not ours to remove.
+        folders = (path for path in self._root.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name))
+        sets = sorted((path for path in folders if path.is_dir() and not path.is_symlink()), key=_used)
+        total = sum(map(_size, sets))
+        for path in sets:
+            if total + size <= self._limit:
+                break
+            if path != self._folder:
+                total -= _remove(path)
+        if total + size > self._limit:
+            self.notes.append(
+                f"statistics beyond {self._limit / 1e9:g} GB were not kept for other runs (statistics_cache)"
+            )
+        return total + size <= self._limit
+
+
+def _fields(needed: Statistics) -> set[str]:
+    """Names of the tensors of one input. The diagonal of a Gram matrix has other last digits than that summed alone."""
+    found = {"gram"} if Statistics.GRAM in needed else {"diagonal"} if Statistics.DIAGONAL in needed else set()
+    return found | ({"mean", "var"} if Statistics.MOMENTS in needed else set())
+
+
+def _hold(folder: Path) -> int:
+    """A descriptor with a shared lock on the folder, which is made if need be; leftovers of killed writers are removed.
+
+    Raises:
+        OSError: a file system without locks, no permission, or something in the folder's place that is none.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            for path in (folder.parent, folder):
+                if path.is_symlink() and not path.exists():
+                    raise FileExistsError(f"{path} is a link that leads nowhere: remove it") from None
+                if path.is_file():
+                    raise FileExistsError(f"{path} is a file, where a folder is needed: remove it") from None
+            continue  # removed by another process meanwhile
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with suppress(FileNotFoundError):  # removed by another process between the first line and the lock
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    os.utime(folder)
+                    return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError(f"{folder} disappears as often as it is made")
+
+
+def _remove(folder: Path) -> int:
+    """Remove a set unless a process uses it; how many bytes that has freed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        size = _size(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return size
+    except OSError:
+        return 0
+    finally:
+        os.close(descriptor)
+
+
+def _used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total
+
+
+def _read(file: Path, device: torch.device | None = None) -> list[Group] | None:
+    """A file's groups, on the host or a device; None where it cannot be read or is not as it was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            # Copied out of the mapped file, so that the time of reading it is spent here.
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(file, tensors, metadata["groups"]):
+            return None
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+    groups = json.loads(metadata["groups"])
+    for key, tensor in tensors.items():
+        number, _, field = key.partition(".")
+        groups[int(number)][1][field] = tensor if device is None else tensor.to(device)
+    return [(names, fields) for names, fields in groups]
+
+
+def _checksum(file: Path, tensors: Mapping[str, Tensor], groups: str) -> str:
+    """sha256 (hex) of which block of which set this is, and of all that the file says of it."""
+    digest = hashlib.sha256(f"{file.parent.name}/{file.name}\n{groups}\n".encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(file: Path, groups: list[Group]) -> None:
+    tensors, plain = {}, []
+    for number, (names, fields) in enumerate(groups):
+        own = {field: value for field, value in fields.items() if isinstance(value, Tensor)}
+        tensors |= {f"{number}.{field}": value.detach().cpu().contiguous() for field, value in own.items()}
+        plain.append((names, {field: value for field, value in fields.items() if field not in own}))
+    text = json.dumps(plain)
+    metadata = {"groups": text, "sha256": _checksum(file, tensors, text)}
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    except SafetensorError as error:  # its way to speak of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)

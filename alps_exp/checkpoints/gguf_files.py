@@ -1,0 +1,139 @@
+"""GGUF checkpoints as ordinary transformers folders, converted once and kept in the hub's cache of assets.
+
+transformers reads a GGUF file by parsing it anew for the configuration, the tokenizer and the weights (25 s in all for
+SmolLM2-135M on one core); the model it returns refuses `save_pretrained`, and its tokenizer can miss a pre-tokenizer.
+The folder written here is dequantised to float32 (exact), loads in a second, and is like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..base.errors import UserError
+from .hub import first_line
+
+# Part of the folder's name: raise it whenever `_convert` writes something else than before.
+_CONVERSION = 1
+
+
+def converted_folder(file: Path) -> Path:
+    """The folder with config, tokenizer and float32 weights of a GGUF file; written at the first call.
+
+    Raises:
+        UserError: not a GGUF file that transformers can read, or the cache cannot be written.
+    """
+    try:
+        stat = file.stat()
+        return _converted(file, stat.st_size, stat.st_mtime_ns)
+    except (OSError, SafetensorError) as error:  # the latter when the disk is full
+        raise UserError(
+            f"cannot convert {file.name} ({first_line(error)}): make room, or set HF_ASSETS_CACHE to a writable folder"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _converted(file: Path, size: int, modified: int) -> Path:
+    from huggingface_hub import cached_assets_path
+
+    try:
+        cache = cached_assets_path("alps_exp", namespace="gguf", subfolder="converted")
+    except ValueError as error:  # a file where the folder should be
+        raise OSError(first_line(error)) from None
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    target = cache / f"{file.stem}-{digest}-{_CONVERSION}"
+    return made_once(target, lambda scratch: _convert(file, scratch))
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The folder `target`, which appears whole: `make` fills another one beside it first, unless it is there.
+
+    Processes that want the same folder wait for the one that makes it; what a killed one left is removed.
+    """
+    if not target.is_dir():
+        with target.with_name(f"{target.name}.lock").open("w") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                scratch = target.with_name(f"unfinished-{target.name}")
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    make(scratch)
+                    open_to_readers(scratch)
+                    scratch.rename(target)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give files the permissions that the umask asks for: safetensors makes its files for their owner alone."""
+    probe = folder / ".umask"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the checkpoint in `file` to `folder` as float32 safetensors, configuration and tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32)
+    except ImportError as error:
+        raise UserError(f"reading {file.name} needs the package gguf: pip install gguf ({first_line(error)})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # gguf and transformers raise whatever their parsers stumble on
+        raise UserError(
+            f"{file.name} is not a GGUF checkpoint that transformers can read ({first_line(error)}); "
+            f"give a folder with config.json and safetensors files"
+        ) from None
+    _mend_tokenizer(file, tokenizer, config)
+    tokenizer.save_pretrained(folder)
+    # `loaded` is marked as quantised and refuses to be saved: move its tensors into a model that is not.
+    config.__dict__.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+
+
+def _mend_tokenizer(file: Path, tokenizer, config) -> None:
+    """Put back what transformers' conversion of GGUF tokenizers loses: SmolLM2's digit splitting, the special tokens.
+
+    The file names its pre-tokenizer in `tokenizer.ggml.pre`; llama.cpp splits digits one by one for `smollm`.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if _pre_tokenizer(file) == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
+        )
+    tokenizer.clean_up_tokenization_spaces = False
+    for role in ("bos", "eos", "pad"):
+        index = getattr(config, f"{role}_token_id", None)
+        if isinstance(index, int) and 0 <= index < len(tokenizer):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
+
+
+def _pre_tokenizer(file: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    return None if field is None else field.contents()

@@ -1,0 +1,218 @@
+"""The command line: one run, a sweep, or a question about the configuration.
+
+Everything that can be known beforehand is checked beforehand, for every job of a sweep, so that a typing mistake costs
+one line and no model is loaded for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from .. import __version__
+from ..base.errors import UserError
+from ..base.redaction import redacted
+from ..base.terminal import INTERRUPTED, interrupted, settle
+from . import overrides, sweep
+from .cell import Outcome, describe_error, full_error, single
+
+USER_ERROR, FAILURE = 2, 1
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """Do what the command line asks and exit with 0, 1 (failed), 2 (user's mistake) or 130 (interrupted)."""
+    settle()
+    sys.exit(guarded(lambda: command(list(sys.argv[1:] if words is None else words))))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """The exit status that `action` returns, or that of its error, which is told in one line."""
+    try:
+        return action()
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted(error):
+            return _report((isinstance(error, KeyboardInterrupt) and str(error)) or "interrupted", INTERRUPTED)
+        if isinstance(error, UserError):
+            return _report(str(error), USER_ERROR)
+        hint = "" if full_error() else "; HYDRA_FULL_ERROR=1 shows the trace"
+        return _report(describe_error(error) + hint, FAILURE)
+
+
+def command(words: list[str]) -> int:
+    """Do what the words ask and return the exit status.
+
+    Raises:
+        UserError: a mistake in the words, before anything was loaded.
+    """
+    args, parser = _parse(words)
+    if args.version:
+        print(f"alps_exp {__version__}")
+        return 0
+    name, given = args.config_name or "config", args.overrides
+    with overrides.initialized():
+        app: Any = GlobalHydra.instance().hydra
+        if args.shell_completion:
+            _prepare_completion()
+            try:
+                app.shell_completion(config_name=name, overrides=args.overrides)
+            except ValueError as error:
+                raise UserError(f'{error}; as in: eval "$(alps-exp -sc install=bash)"') from error
+            return 0
+        args.overrides = overrides.prepared(args.overrides)
+        if args.config_dir:
+            args.overrides.insert(0, _search_path(args.config_dir))
+        if args.multirun:
+            return _sweep(app, name, given, args.overrides)
+        if args.hydra_help:
+            app.hydra_help(config_name=name, args_parser=parser, args=args)
+            return 0
+        if args.help or args.cfg or args.info:
+            overrides.compose_prepared(args.overrides, name, complete=False)
+            _answer(app, name, args, parser)
+            return 0
+        return _single(app, name, args.overrides)
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = get_args_parser()
+    # Ours in place of Hydra's version; and one line in place of a page of usage.
+    parser._option_string_actions.pop("--version")
+    parser.add_argument("--version", action="store_true", help="Show the version and exit")
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what can be given")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    # Intermixed: -m may stand anywhere, also after an override.
+    args = parser.parse_intermixed_args(words)
+    if args.config_path or args.experimental_rerun:
+        raise UserError("--config-path and --experimental-rerun are not supported; --config-dir adds a folder")
+    asked = [args.cfg is not None, args.info is not None, args.shell_completion, args.multirun, args.run]
+    if sum(asked) > 1:
+        raise UserError("give one of --run, --multirun, --cfg, --info and --shell-completion")
+    if args.resolve and not (args.cfg or args.help):
+        raise UserError("--resolve goes with --cfg or --help")
+    return args, parser
+
+
+def _search_path(folder: str) -> str:
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"--config-dir {folder}: there is no such folder")
+    return f"hydra.searchpath=['file://{path}']"
+
+
+def _prepare_completion() -> None:
+    """Put the line to complete into the form that Hydra composes; the last word is still being typed."""
+    *words, last = os.environ.get("COMP_LINE", "").split(" ")
+    try:
+        settled = [word for word in words[1:] if word and not word.startswith("-")]
+        os.environ["COMP_LINE"] = " ".join([*words[:1], *overrides.prepared(settled), last])
+    except UserError:
+        pass  # nothing to suggest after a mistake, and no place to say so
+
+
+def _answer(app: Any, name: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.help:
+        app.app_help(config_name=name, args_parser=parser, args=args)
+    elif args.cfg:
+        app.show_cfg(
+            config_name=name, overrides=args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve
+        )
+    else:
+        app.show_info(args.info, config_name=name, overrides=args.overrides)
+
+
+def _single(app: Any, name: str, words: list[str]) -> int:
+    cfg = overrides.compose_prepared(words, name, with_hydra=True)
+    if cfg.hydra.sweeper.get("params") or cfg.hydra.mode == RunMode.MULTIRUN:
+        raise UserError("this is a grid of runs: add -m, as in python -m alps_exp -m +sweeps=demo")
+    _validate(cfg)
+    if cfg.plan:
+        _print_plans([cfg])
+        return 0
+    _refuse_other(cfg)
+    with _making_directories():
+        outcome = app.run(config_name=name, task_function=single, overrides=words).return_value
+    return _exit_status([outcome])
+
+
+def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
+    start = time.time()
+    words, jobs = overrides.expand(words, name)
+    runs = sweep.cells(jobs, name)
+    if runs and all(cell.cfg.plan for cell in runs):
+        _print_plans([cell.cfg for cell in runs])
+        return 0
+    with _making_directories():
+        if runs:
+            outcomes = sweep.run(app, name, given, words, runs, start)
+        else:  # another sweeper than Hydra's own, which decides as it goes and need not return its jobs
+            batches = app.multirun(config_name=name, task_function=single, overrides=words)
+            outcomes = [result.return_value for batch in batches or [] for result in batch]
+    return _exit_status(outcomes, sweep=True)
+
+
+@contextmanager
+def _making_directories() -> Iterator[None]:
+    # Jobs hand back their own errors: what is left is Hydra failing to make their directories and logs.
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError("the disk is full: make space, and the same command goes on") from error
+        raise UserError(
+            f"cannot write the run's directory ({describe_error(error)}): give another one with hydra.run.dir=DIR "
+            "(hydra.sweep.dir=DIR in a sweep), or start in another folder"
+        ) from error
+
+
+def _validate(cfg: DictConfig) -> None:
+    from ..runs import run
+
+    run.validate(overrides.without_hydra(cfg))
+
+
+def _refuse_other(cfg: DictConfig) -> None:
+    """Raise UserError for a directory with a run of another configuration, before the log is opened there."""
+    from ..runs.resume import refuse_other
+
+    refuse_other(Path(str(cfg.hydra.run.dir)), overrides.without_hydra(cfg))
+
+
+def _print_plans(configs: list[DictConfig]) -> None:
+    from .plan import plan
+
+    print("\n\n".join(plan(overrides.without_hydra(cfg)) for cfg in configs))
+
+
+def _exit_status(outcomes: list[Outcome], sweep: bool = False) -> int:
+    failures = [outcome for outcome in outcomes if outcome.status not in ("completed", "left")]
+    if failures and sweep:
+        _report(f"{len(failures)} of {len(outcomes)} runs did not complete:", FAILURE)
+    for outcome in failures:
+        _report(f"{outcome.name}: {outcome.message}" if sweep else outcome.message, FAILURE)
+    if not failures:
+        return 0
+    return USER_ERROR if all(outcome.status in ("refused", "held") for outcome in failures) else FAILURE
+
+
+def _report(message: str, status: int) -> int:
+    if full_error() and sys.exc_info()[0] is not None:
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+    sys.stdout.flush()
+    print(redacted(f"alps_exp: {message}"), file=sys.stderr)
+    return status

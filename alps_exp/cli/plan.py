@@ -1,0 +1,190 @@
+"""plan=true: what a run would do and need, without running it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..base.checks import parse_device
+from ..checkpoints.packed import packed_size
+from ..evaluation.protocol import seqlen
+from ..layer.problem import Statistics
+from ..layer.registry import build
+from ..methods.refit import refitted
+from ..model import loading
+from ..model.blocks import blocks_of, count, find_blocks
+from ..model.hidden import choose_place
+from ..pruning.loop import linear_shapes
+from ..runs.naming import run_name
+from ..runs.run import DTYPES, dtype_of, selection_of, validate
+from ..runs.workspace import streams
+
+# What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
+_WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
+
+
+def plan(cfg: Mapping) -> str:
+    """A text: layers with their patterns, estimated time, device, host and disk memory.
+
+    Everything is derived from the model's configuration; the time is the work in floating-point operations over the
+    rate of a matrix product measured on the device just now, and good to a factor of about two.
+
+    Raises:
+        UserError: as `validate`.
+    """
+    patterns = validate(cfg)
+    device = parse_device(cfg["device"])
+    config = loading.load_config(cfg["model"])
+    skeleton = loading.empty_model(cfg["model"])
+    shapes = linear_shapes(skeleton, selection_of(cfg))
+    solver = refitted(build(cfg["method"]), cfg["refit"])
+    needed = solver.statistics | (Statistics.GRAM if cfg["losses"] and patterns else Statistics.NONE)
+
+    source = cfg["model"].get("path") or cfg["model"].get("package")
+    lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({source})"]
+    kinds = Counter(
+        (name.rsplit(".", 1)[-1], shapes[name], str(patterns[name]) if name in patterns else "dense") for name in shapes
+    )
+    share = sum(math.prod(shapes[name]) for name in patterns) / count(find_blocks(skeleton)[1].parameters())
+    lines.append(
+        f"layers     {len(patterns)} of {len(shapes)} linear layers in the decoder blocks are pruned, "
+        f"{share:.1%} of the blocks' weights"
+    )
+    lines += [
+        f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
+        for (suffix, shape, pattern), count in kinds.items()
+    ]
+    lines += _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device)
+    lines += _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device)
+    return "\n".join(lines)
+
+
+def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list[str]:
+    prefix, blocks = find_blocks(skeleton)
+    end = max(blocks_of(patterns, prefix), default=-1) + 1
+    block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
+    tokens = cfg["nsamples"] * cfg["seqlen"]
+    passes = 0 if not needed else 1 if cfg["propagate"] == "dense" else 2
+    forward = 2 * block_weights * tokens * passes
+    inputs = _distinct_inputs(patterns, shapes)
+    gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
+    solving = sum(solver.flops(*shapes[name]) for name in patterns)
+    windows = cfg["eval"]["windows"]
+    everything = sum(p.numel() for p in skeleton.parameters())
+    texts = len(cfg["eval"]["datasets"])
+    evaluation = 2 * everything * (windows or 0) * texts * (seqlen(cfg) if texts else 0)
+    rate = _measured_rate(device)
+    parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
+    text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
+    missing = ["evaluation on whole texts (eval.windows)"] if texts and not windows else []
+    missing += ["tasks"] if cfg["eval"]["tasks"] else []
+    unknown = f"; {' and '.join(missing)} not in it" if missing else ""
+    return [
+        f"tokens     {cfg['nsamples']} windows of {cfg['seqlen']}",
+        f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
+        f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
+    ]
+
+
+def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> list[str]:
+    _, blocks = find_blocks(skeleton)
+    size = _element_size(cfg, config, device)
+    weights = sum(p.numel() for p in skeleton.parameters())
+    block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
+    outside = weights - sum(p.numel() for p in blocks.parameters())
+    hidden = cfg["nsamples"] * cfg["seqlen"] * getattr(config, "hidden_size", 0) * size
+    statistics = workspace = 0
+    if patterns:
+        first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
+        if Statistics.GRAM in needed:
+            statistics = 4 * sum(width**2 for width in _distinct_inputs(first, shapes))
+        copies = _WORKSPACE[Statistics.GRAM if Statistics.GRAM in needed else needed]
+        workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
+    model_bytes, block_bytes, outside_bytes = weights * size, block * size, outside * size
+    streamed = streams(cfg, dtype_of(cfg, device))
+    place = _place(cfg, device, hidden) if needed else None
+    step = statistics + workspace
+    # Streamed, one block is in use, one on its way in, and one on its way out.
+    held = outside_bytes + 3 * block_bytes if streamed else model_bytes
+    lines = []
+    if device.type == "cuda":
+        there = block_bytes + outside_bytes + step + (hidden if place == "device" else 0)
+        free = torch.cuda.mem_get_info(device)[0]
+        lines.append(f"device     about {_bytes(there)} with one block at a time, {_bytes(free)} free")
+        rest = hidden if place == "host" else 0
+    else:
+        lines.append("device     none beside the CPU")
+        rest = step + (hidden if place in ("host", "device") else 0)
+    what = "three blocks and what lies outside them" if streamed else "the model"
+    lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
+    local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().exists()
+    dense, disk = outside_bytes if streamed and patterns else model_bytes, []
+    if cfg["save"] == "packed":
+        less = sum(
+            math.prod(shapes[name]) * size - packed_size(shapes[name], pattern.sparsity, size)
+            for name, pattern in patterns.items()
+        )
+        disk = [("the saved model", model_bytes - less), ("its dense form while it is packed", dense)]
+    elif cfg["save"]:
+        disk = [("the saved model", dense)]
+    disk += [] if local else [("the download", model_bytes)]
+    if patterns and cfg["resumable"]:
+        kept = " (they become the saved model)" if cfg["save"] in (True, "dense") and streamed else " while it runs"
+        disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
+    disk += [("hidden states while it runs", hidden)] if place == "disk" else []
+    parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
+    lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
+    return lines
+
+
+def _place(cfg, device, hidden: int) -> str:
+    return choose_place(device, hidden) if cfg["hidden_states"] == "auto" else cfg["hidden_states"]
+
+
+def _distinct_inputs(names, shapes) -> list[int]:
+    """Widths of the distinct inputs: q/k/v, and gate/up, are fed by the same tensor."""
+    groups = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        role = "in" if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") else leaf
+        groups[(parent, role)] = shapes[name][1]
+    return list(groups.values())
+
+
+def _block_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def _element_size(cfg, config, device) -> int:
+    if cfg["dtype"] != "auto":
+        return DTYPES[cfg["dtype"]].itemsize
+    dtype = getattr(config, "dtype", None)
+    return 4 if device.type == "cpu" or not isinstance(dtype, torch.dtype) else dtype.itemsize
+
+
+def _measured_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 matrix product."""
+    size = 4096 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, device=device)
+    matrix @ matrix
+    repeats, start = 5, time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    float(product[0, 0])
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _seconds(value: float) -> str:
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"

@@ -1,0 +1,357 @@
+"""Token windows for calibration and evaluation, by the protocols of the published codes.
+
+Calibration follows SparseGPT's and Wanda's loaders: windows at random offsets in documents longer than a window; with
+the C4 shard that they use and the same seed, the same windows. Where too few documents are that long, the windows are
+pieces of the joined documents, and the description that goes into the record says so. Evaluation cuts the joined text
+into consecutive windows, or draws them from documents in the same way (ALPS on C4), the same ones every time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from ..base.checks import one_of, require
+from ..base.errors import UserError, nearest
+from ..layer.registry import resource_root
+from .texts import Text, calibration_text, evaluation_text
+from .tokenization import describe_bos, refuse_unknown
+
+SAMPLINGS = ("auto", "documents", "concatenated")
+EVALUATION_SAMPLINGS = ("consecutive", "documents")
+BOS_RULES = ("auto", "window", "true", "false")
+
+# Joining a whole C4 shard would hold tens of GB of token offsets; a run of documents of this many characters is joined.
+_MOST_CHARACTERS = 64_000_000
+
+
+def data_node(name: str) -> dict:
+    """The data node that conf/data/NAME.yaml describes, for evaluation on another data set than the calibrating one.
+
+    Raises:
+        UserError: no such data set.
+    """
+    folder = resource_root() / "conf" / "data"
+    known = [path.stem for path in folder.glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"unknown data set {name!r}; {nearest(name, known)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def calibration_tokens(
+    data: Mapping,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    holdout: int = 0,
+    bos: str | bool = "auto",
+    vocabulary: int | None = None,
+) -> tuple[torch.LongTensor, dict]:
+    """Random windows of a data node's calibration text.
+
+    Args:
+        data: a data node; its `sampling` is "documents", "concatenated", or "auto" (documents, if at least `nsamples`
+            of them are longer than a window).
+        tokenizer: the model's.
+        nsamples: windows.
+        seqlen: tokens in a window.
+        seed: same seed, same windows; no global generator is used or changed. With the data node's `disjoint_seeds`
+            of N, the windows of the joined text are dealt out to the seeds 0 to N - 1: none is in two seeds' windows.
+        holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
+            windows before them are the same with and without.
+        bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
+            as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
+        vocabulary: ids that the model has an embedding for; None is unknown.
+
+    Returns:
+        Tokens (nsamples + holdout, seqlen), and their description for the record.
+
+    Raises:
+        UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
+    """
+    encoder = _Encoder(tokenizer, bos, seqlen)
+    sampling = str(data.get("sampling") or "auto")
+    if sampling not in SAMPLINGS:
+        raise UserError(f"data.sampling={sampling} is not allowed; {nearest(sampling, SAMPLINGS)}")
+    _at_least_one("nsamples", nsamples)
+    check_seed(data, seed)
+    text = calibration_text(data)
+    parts = data.get("disjoint_seeds") or 1
+    generator = random.Random(seed if parts == 1 else 0)
+    long = encoder.longer_than_window(text.documents, nsamples) if sampling != "concatenated" else 0
+    if sampling == "documents" and not long:
+        raise UserError(
+            f"data={data['name']}: no document is longer than seqlen={seqlen} tokens; lower seqlen, or "
+            f"data.sampling=concatenated"
+        )
+    if sampling == "documents" or (sampling == "auto" and long >= nsamples):
+        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data["name"])
+        facts = {
+            "sampling": "documents",
+            "documents": used,
+            "total_windows": None,
+            "protocol": "random offsets in random documents longer than a window",
+        }
+    else:
+        part = slice(seed if parts > 1 else 0, None, parts)
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"], holdout, part)
+        facts = {
+            "sampling": "concatenated",
+            "documents": used,
+            "total_windows": available,
+            "protocol": f"random distinct windows of the documents joined by {text.join!r}"
+            + (f", dealt out to {parts} seeds" if parts > 1 else ""),
+        }
+    description = _description(data, text, encoder, nsamples) | facts
+    if holdout:
+        description["held_out_windows"] = holdout
+    description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
+    return _known(rows, encoder, vocabulary, f"data={data['name']}: the calibration text"), description
+
+
+def evaluation_tokens(
+    data: Mapping,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    windows: int | None = None,
+    bos: str | bool = "auto",
+    path: str | None = None,
+    vocabulary: int | None = None,
+) -> tuple[torch.LongTensor, dict]:
+    """Windows of a data node's evaluation text: consecutive ones from its start, or a fixed draw from documents.
+
+    Args:
+        data: a data node; its `evaluation_sampling` is "consecutive" (of the joined text), or "documents": its
+            `evaluation_windows` windows at random offsets in random documents longer than a window, seed 0.
+        tokenizer: the model's.
+        seqlen: tokens in a window; a last, shorter piece is dropped.
+        windows: how many; None is all that the protocol has.
+        bos, vocabulary: as in `calibration_tokens`.
+        path: a local file in place of the node's evaluation text, read by the same rules.
+
+    Returns:
+        Tokens (windows, seqlen), and their description for the record.
+
+    Raises:
+        UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
+    """
+    encoder = _Encoder(tokenizer, bos, seqlen, "eval.bos")
+    if windows is not None:
+        _at_least_one("windows", windows)
+    text = evaluation_text(data, path)
+    limit, sampled = data.get("evaluation_windows"), data.get("evaluation_sampling") == "documents"
+    if sampled:
+        available = limit if encoder.longer_than_window(text.documents, 1) else 0
+        reading = f"{limit} windows at random offsets in random documents longer than a window, seed 0"
+    else:
+        ids = encoder.encode([text.joined])[0]
+        available = len(ids) // encoder.payload
+        available = available if limit is None else min(available, limit)
+        reading = f"documents joined by {text.join!r}, consecutive windows"
+        reading += "" if limit is None else f", at most {limit}"
+    count = available if windows is None else windows
+    if count > available or not available:
+        raise _too_short(data["name"], "evaluation", available, max(count, 1), seqlen, "windows")
+    if sampled:
+        rows, _ = _from_documents(text, encoder, count, random.Random(0), 0, data["name"])
+    else:
+        rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
+    description = _description(data, text, encoder, count) | {
+        "reading": f"{reading}, {'all' if count == available else f'the first {count}'} of {available}",
+        "join": None if sampled else text.join,
+        "total_windows": available,
+        "partial": count < available,
+    }
+    return _known(rows, encoder, vocabulary, f"data={data['name']}: the evaluation text"), description
+
+
+def check_node(data: Mapping) -> None:
+    """Raise UserError for a value of a data node that is not allowed, before any text is read."""
+    one_of("data.sampling", str(data.get("sampling") or "auto"), SAMPLINGS)
+    one_of("data.evaluation_sampling", data.get("evaluation_sampling") or "consecutive", EVALUATION_SAMPLINGS)
+    for key in ("join", "column"):
+        if not isinstance(data.get(key), (str, type(None))):
+            raise UserError(f"data.{key}={data[key]} is not allowed: give a text, quoted where it is a number")
+    share = data.get("held_out")
+    if share is not None:
+        require("data.held_out", share, float, 0, 0.99)
+
+
+def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise UserError for a rule for BOS that is not allowed, or that the tokenizer has no token for."""
+    one_of(key, str(rule).lower(), BOS_RULES)
+    if tokenizer is not None and str(rule).lower() in ("true", "window") and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"{key}={str(rule).lower()} needs a tokenizer with a BOS token, and the model's has none: give {key}=auto"
+        )
+
+
+def check_seed(data: Mapping, seed: int) -> None:
+    """Raise UserError unless a data node's `disjoint_seeds` can be followed, and has a part for this seed."""
+    parts = data.get("disjoint_seeds")
+    if parts is None:
+        return
+    require("data.disjoint_seeds", parts, int, 2, float("inf"))
+    if data.get("sampling") != "concatenated":
+        raise UserError(
+            f"data.disjoint_seeds={parts} deals out pieces of a joined text: give data.sampling=concatenated"
+        )
+    if seed >= parts:
+        raise UserError(f"seed={seed} has no part of data.disjoint_seeds={parts}: give a seed from 0 to {parts - 1}")
+
+
+class _Encoder:
+    """A tokenizer under one rule for BOS, and windows of one length made of its tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | bool, seqlen: int, key: str = "model.bos"):
+        self.tokenizer, self.rule, self.seqlen = tokenizer, str(bos).lower(), seqlen
+        check_bos(key, bos, tokenizer)
+        if seqlen < 2:
+            raise UserError(f"seqlen={seqlen} is not allowed: give a whole number from 2")
+        self.payload = seqlen - (self.rule == "window")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, of any length."""
+        # verbose=False: a text longer than the model's context is what is wanted here, not a mistake to warn of.
+        ids = self.tokenizer(
+            texts,
+            add_special_tokens=self.rule == "auto",
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [[self.tokenizer.bos_token_id, *row] for row in ids] if self.rule == "true" else ids
+
+    def window(self, ids: list[int], start: int) -> list[int]:
+        """The window of `seqlen` tokens that begins at token `start` of a text."""
+        first = [self.tokenizer.bos_token_id] if self.rule == "window" else []
+        return first + ids[start : start + self.payload]
+
+    def may_be_longer(self, document: str) -> bool:
+        """False for a document that cannot fill a window: tokens are at least one byte each, but for a few at the ends.
+
+        Spares tokenising three of four documents of C4.
+        """
+        return len(document) > self.payload or len(document.encode()) + 8 > self.payload
+
+    def longer_than_window(self, documents: list[str], enough: int) -> int:
+        """How many documents are longer than a window, counted until there are enough of them."""
+        candidates = [document for document in documents if self.may_be_longer(document)]
+        found = 0
+        for start in range(0, len(candidates), 64):
+            found += sum(len(ids) > self.payload for ids in self.encode(candidates[start : start + 64]))
+            if found >= enough:
+                break
+        return found
+
+    def describe(self) -> str:
+        """What happened to BOS, for the record."""
+        return describe_bos(self.tokenizer, self.rule)
+
+
+def _from_documents(
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
+) -> tuple[list, int]:
+    """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
+
+    A document may be drawn twice, as there. At least one document must be longer than a window. Held-out windows come
+    from documents that are neither among those nor copies of one.
+    """
+    rows: list[list[int]] = []
+    used: set[int] = set()
+    tokens: dict[int, list[int] | None] = {}
+    while len(rows) < nsamples:
+        index = generator.randint(0, len(text.documents) - 1)
+        if index not in tokens:
+            document = text.documents[index]
+            ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
+            tokens[index] = ids if len(ids) > encoder.payload else None
+        ids = tokens[index]
+        if ids is not None:
+            rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
+            used.add(index)
+    seen = {text.documents[index] for index in used} if holdout else set()
+    others = [index for index, document in enumerate(text.documents) if document not in seen]
+    for index in generator.sample(others, len(others)) if holdout else ():
+        document = text.documents[index]
+        ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
+        if len(ids) > encoder.payload:
+            rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
+        if len(rows) == nsamples + holdout:
+            break
+    if len(rows) < nsamples + holdout:
+        raise _too_short(name, "held-out", len(rows) - nsamples, holdout, encoder.seqlen, "data.holdout")
+    return rows, len(used)
+
+
+def _from_stream(
+    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str, holdout: int, part: slice
+) -> tuple[list, int, int]:
+    """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there.
+
+    Of several parts (`disjoint_seeds`) they are of one, a slice of all windows in random order.
+    """
+    documents = _run_of(text.documents, generator)
+    ids = encoder.encode([text.join.join(documents)])[0]
+    total = len(ids) // encoder.payload
+    windows = range(total)
+    if part != slice(0, None, 1):
+        windows = generator.sample(windows, len(windows))[part]
+    available = len(windows)
+    if available < nsamples:
+        raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
+    picks = generator.sample(windows, nsamples)
+    if available - nsamples < holdout:
+        raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
+    picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
+    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), total
+
+
+def _run_of(documents: list[str], generator: random.Random) -> list[str]:
+    """All documents, or a run of consecutive ones from a random start where they are too many to join."""
+    if sum(map(len, documents)) <= _MOST_CHARACTERS:
+        return documents
+    start, run, characters = generator.randrange(len(documents)), [], 0
+    for document in documents[start:] + documents[:start]:
+        run.append(document)
+        characters += len(document)
+        if characters > _MOST_CHARACTERS:
+            break
+    return run
+
+
+def _description(data: Mapping, text: Text, encoder: _Encoder, windows: int) -> dict:
+    return {
+        "dataset": data["name"],
+        "source": text.source,
+        "split": text.split,
+        "revision": text.revision,
+        "windows": windows,
+        "seqlen": encoder.seqlen,
+        "bos": encoder.describe(),
+    }
+
+
+def _known(rows: list[list[int]], encoder: _Encoder, vocabulary: int | None, what: str) -> torch.LongTensor:
+    """The windows as a tensor, unless the model has no embedding for one of their tokens."""
+    refuse_unknown((max(row) for row in rows), encoder.tokenizer, vocabulary, what)
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{key}={value} is not allowed: give a whole number from 1")
+
+
+def _too_short(name: str, purpose: str, available: int, asked: int, seqlen: int, key: str) -> UserError:
+    return UserError(
+        f"data={name}: the {purpose} text has only {available} windows of seqlen={seqlen} tokens, {asked} were asked; "
+        f"lower {key} or seqlen, or give a longer text"
+    )

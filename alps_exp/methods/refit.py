@@ -1,0 +1,169 @@
+"""The best weights on a support that any method has found: min ‖X(W - Ŵ)ᵀ‖² over Ŵ zero outside the support.
+
+With S the kept and N the pruned inputs of one output row w, the optimum is ŵ_S = w_S + G_SS⁻¹ G_SN w_N.
+
+    none     the method's own weights
+    pcg      conjugate gradients on all rows at once, from the method's weights on, as ALPS ends (its `pcg_…` defaults)
+    exact    each row's normal equations by a Cholesky factorisation in float64 (the paper's backsolve)
+
+The Gram matrix has a unit diagonal here (that of ALPS without its damping). `exact` adds λI to G with
+λ = 10⁻⁶ · mean(diag G), which draws what the inputs leave open to the dense weights; where a row's matrix is not
+positive definite even then, its diagonal grows by 10⁻⁵, 10⁻⁴, … until it is. A row whose loss the fit does not lower
+keeps the method's weights, and so do weights of dead inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..base.checks import one_of
+from ..base.errors import UserError
+from ..layer.problem import LayerProblem, Statistics, power_of_two
+from ..layer.solver import Solution, Solver, Stopwatch
+from ..numerics.precision import Multiplier
+from ..numerics.resolvent import ScaledGram
+from ..patterns.pattern import Pattern
+from .alps import Alps, fit_on_support
+
+REFITS = ("none", "pcg", "exact")
+
+_DAMPING = 1e-6
+# Numbers in the matrices that are factorised at once, 0.5 GB; a factorisation takes about three times that.
+_BATCH = 1 << 26
+
+
+def refitted(solver: Solver, refit: str) -> Solver:
+    """The solver with the weights on its supports fitted afterwards; itself for "none", and where it prunes nothing.
+
+    Raises:
+        UserError: unknown `refit`.
+    """
+    one_of("refit", refit, REFITS)
+    return solver if refit == "none" or not solver.prunes else Refitted(solver, refit)
+
+
+@dataclass(frozen=True)
+class Refitted(Solver):
+    """A method whose supports are kept and whose weights are fitted.
+
+    Attributes:
+        method: finds the supports.
+        refit: "pcg" or "exact".
+    """
+
+    method: Solver
+    refit: str
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.method.statistics | Statistics.GRAM
+
+    @property
+    def selection(self) -> str:
+        return self.method.selection
+
+    def flops(self, rows: int, width: int) -> float:
+        # Thirty steps of the iteration, or a factorisation of half the inputs for every row.
+        fit = 30 * 2 * rows * width**2 if self.refit == "pcg" else rows * (width / 2) ** 3 / 3
+        return self.method.flops(rows, width) + fit
+
+    def parts(self) -> int:
+        return self.method.parts()
+
+    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
+        return self.method.make_parts(problem, indices)
+
+    def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+        for problem in problems:
+            problem.require(Statistics.GRAM)
+        solutions = self.method.solve_group(problems, patterns)
+        watch = Stopwatch(problems[0].weight.device)
+        fit = _Pcg(problems[0]) if self.refit == "pcg" else _Exact(problems[0])
+        results = []
+        for problem, solution in zip(problems, solutions, strict=True):
+            weight, stats = fit(problem.weight, solution)
+            seconds = {**solution.seconds, "refit": watch.lap("refit")}
+            results.append(replace(solution, weight=weight, seconds=seconds, stats={**solution.stats, **stats}))
+        return results
+
+
+class _Pcg:
+    """Conjugate gradients on layers that share a Gram matrix."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self._scaled = ScaledGram(problem, damping=0.0)
+        self._multiply = Multiplier(self._scaled.gram, exact=problem.weight.dtype == torch.float64)
+
+    def __call__(self, dense: Tensor, solution: Solution) -> tuple[Tensor, dict]:
+        factor = power_of_two(float(dense.abs().max()))
+        scaled = self._scaled.scale(dense / factor)
+        unit = power_of_two(float(scaled.abs().max()))
+        scaled /= unit
+        start = self._scaled.scale(solution.weight / factor).div_(unit)
+        fitted, steps = fit_on_support(
+            self._multiply, scaled, solution.support, start, Alps.pcg_iterations, Alps.pcg_tolerance
+        )
+        weight = torch.where(self._scaled.dead, solution.weight, self._scaled.unscale(fitted * unit) * factor)
+        better = _losses(self._multiply, scaled - fitted) < _losses(self._multiply, scaled - start)
+        return torch.where(better[:, None], weight, solution.weight), {"refit_iterations": steps}
+
+
+class _Exact:
+    """The normal equations of layers that share a Gram matrix, row by row, in float64."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self._name = problem.name
+        double = LayerProblem(problem.weight[:1].double(), gram=problem.gram.double(), name=problem.name)
+        self._scaled = ScaledGram(double, damping=0.0)
+        self._ridge = _DAMPING * double.diagonal.mean() / double.diagonal.masked_fill(double.dead, 1.0)
+
+    def __call__(self, dense: Tensor, solution: Solution) -> tuple[Tensor, dict]:
+        support = solution.support & ~self._scaled.dead
+        weight, counts = solution.weight.clone(), support.sum(1)
+        order, begin = counts.argsort(descending=True), 0
+        while begin < len(order) and (widest := int(counts[order[begin]])):
+            rows = order[begin : begin + max(_BATCH // widest**2, 1)]
+            weight[rows] = self._fitted(dense[rows], solution.weight[rows], support[rows], widest)
+            begin += len(rows)
+        return weight, {}
+
+    def _fitted(self, dense: Tensor, start: Tensor, support: Tensor, widest: int) -> Tensor:
+        """The rows' weights; `widest` is the most that any of them keeps."""
+        scaled = self._scaled.scale(dense.double())
+        right = scaled.masked_fill(support, 0) @ self._scaled.gram
+        # Kept inputs first; rows that keep fewer are filled up with pruned ones, which the mask takes out again.
+        columns = support.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :widest]
+        kept = support.gather(1, columns)
+        correction = self._solve(columns, kept, right.gather(1, columns).mul_(kept))
+        fitted = (scaled * support).scatter_add_(1, columns, correction)
+        weight = torch.where(support, self._scaled.unscale(fitted).to(start), start)
+        before, after = (_losses(self._times, scaled - self._scaled.scale(w.double())) for w in (start, weight))
+        return torch.where((after < before)[:, None], weight, start)
+
+    def _solve(self, columns: Tensor, kept: Tensor, right: Tensor) -> Tensor:
+        """H_SS⁻¹ right for every row of `columns` (rows, widest), zero where `kept` is false."""
+        matrix = self._scaled.gram[columns[:, :, None], columns[:, None, :]]
+        matrix.mul_(kept[:, :, None]).mul_(kept[:, None, :])
+        matrix.diagonal(dim1=1, dim2=2).copy_(torch.where(kept, 1 + self._ridge[columns], 1.0))
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        more = 1e-5
+        while bool((info != 0).any()):
+            if more > 1:
+                raise UserError(f"{self._name}: the Gram matrix has negative eigenvalues: it must be a sum of x xᵀ")
+            bad = info != 0
+            matrix[bad] += torch.diag_embed(torch.full_like(right[bad], more))
+            factor[bad], info[bad] = torch.linalg.cholesky_ex(matrix[bad])
+            more *= 10
+        return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0].mul_(kept)
+
+    def _times(self, left: Tensor) -> Tensor:
+        return left @ self._scaled.gram
+
+
+def _losses(multiply, delta: Tensor) -> Tensor:
+    """‖X δ‖² of every row δ of `delta`, where `multiply` is the product with the Gram matrix."""
+    return (multiply(delta) * delta).sum(1)

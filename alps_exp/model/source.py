@@ -1,0 +1,116 @@
+"""Decoder blocks read from files when they are needed, the next one while the current one is solved."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..base.errors import UserError
+from ..checkpoints.checkpoint import Checkpoint, assign, model_keys, tied_names
+from .blocks import find_blocks
+
+
+class StreamedBlocks:
+    """The blocks' tensors by index, from a checkpoint or, once pruned, from their shards.
+
+    Args:
+        checkpoint: the dense weights.
+        prefix: name of the list of blocks in the model.
+        names: per block, name inside the block → (checkpoint's key, dtype).
+        pin: read into page-locked memory, for a CUDA device.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, names: list[dict[str, tuple[str, torch.dtype]]], pin: bool
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+        self._names = names
+        self._pin = pin
+        self._shards: dict[int, Path] = {}
+        self._ahead: dict[int, Future] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def take(self, index: int, dense: bool = False) -> dict[str, Tensor]:
+        """The tensors of a block in host memory, by name inside the block.
+
+        Args:
+            index: the block.
+            dense: those of the checkpoint although it was pruned already.
+        """
+        if dense and index in self._shards:
+            return self._read(index, None)
+        future = self._ahead.pop(index, None)
+        return future.result() if future is not None else self._read(index, self._shards.get(index))
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read a block in the background; nothing beyond the last one, or for one that is on its way."""
+        if index < len(self._names) and index not in self._ahead:
+            self._ahead.clear()
+            self._ahead[index] = self._reader.submit(self._read, index, self._shards.get(index))
+
+    def replace(self, index: int, shard: Path) -> None:
+        """From now on take this block from a file of its own."""
+        self._shards[index] = shard
+        self._ahead.pop(index, None)
+
+    def _read(self, index: int, shard: Path | None) -> dict[str, Tensor]:
+        if shard is not None:
+            prefix = f"{self._prefix}.{index}."
+            return {n.removeprefix(prefix): _copied(tensor, self._pin) for n, tensor in load_file(shard).items()}
+        names = self._names[index]
+        read = self._checkpoint.read({key: dtype for key, dtype in names.values()}, self._pin)
+        return {name: read[key] for name, (key, _) in names.items()}
+
+
+def _copied(tensor: Tensor, pin: bool) -> Tensor:
+    """Out of the mapped file: its pages would stay with the process, and it may be replaced."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
+
+
+def open_streamed(network: nn.Module, checkpoint: Checkpoint, what: str, pin: bool) -> StreamedBlocks:
+    """Read what lies outside the blocks into a skeleton, and hand back the source of its blocks.
+
+    Args:
+        network: a skeleton in the dtype to run in; its parameters outside the blocks are loaded (host memory).
+        checkpoint: its weights.
+        what: how to speak of the checkpoint.
+        pin: read blocks into page-locked memory.
+
+    Raises:
+        UserError: weights that are missing or do not fit, or a model whose weights cannot be read block by block.
+    """
+    keys = model_keys(network, checkpoint, what)
+    targets = network.state_dict()
+    _refuse_mixed_precision(network)
+    prefix, blocks = find_blocks(network)
+    inside = [{} for _ in blocks]
+    outside = {}
+    for name, key in keys.items():
+        if name.startswith(f"{prefix}."):
+            index, _, local = name.removeprefix(f"{prefix}.").partition(".")
+            inside[int(index)][local] = (key, targets[name].dtype)
+        else:
+            outside[name] = (key, targets[name].dtype)
+    for names in tied_names(network):
+        if any(name.startswith(f"{prefix}.") for name in names):
+            raise UserError(f"{names[0]} and {names[1]} of {what} share a weight: load the model whole, stream=false")
+    tensors = checkpoint.read(dict(outside.values()))
+    assign(network, {name: tensors[key] for name, (key, _) in outside.items()})
+    return StreamedBlocks(checkpoint, prefix, inside, pin)
+
+
+def _refuse_mixed_precision(network: nn.Module) -> None:
+    """Weights that transformers keeps in float32 beside half-precision ones would be read in the wrong precision."""
+    if network.dtype == torch.float32:
+        return
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        if getattr(network, attribute, None):
+            raise UserError(
+                f"{type(network).__name__} keeps some weights in float32: load it whole (stream=false) or give "
+                "dtype=float32"
+            )

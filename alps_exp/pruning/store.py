@@ -1,0 +1,277 @@
+"""What a run has finished, on disk: per block a shard with its weights and a journal with its rows.
+
+    DIR/.progress/run.json                   what the blocks belong to: configuration, code, versions, checkpoint
+    DIR/.progress/block-00003.safetensors    all weights of a block, pruned
+    DIR/.progress/block-00003.json           its rows and seconds, the shard's checksum, and a checksum of its own
+
+A file appears whole (written under another name, flushed to the disk, renamed), the journal after its shard. A block is
+finished once both are there and both checksums hold: whatever a kill leaves behind is made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..base.errors import UserError
+from ..runs.record import LayerRow, write_json
+
+FOLDER = ".progress"
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that needs no more work.
+
+    Attributes:
+        rows: of its pruned layers.
+        seconds: wall time by phase.
+        sizes: windows of each forward through it, by which its output is made again; empty without forwards.
+        held_out_sizes: the same for held-out windows.
+    """
+
+    rows: list[LayerRow]
+    seconds: dict[str, float]
+    sizes: list[int] = field(default_factory=list)
+    held_out_sizes: list[int] = field(default_factory=list)
+
+
+class HeldError(UserError):
+    """Another process is at work in the run's directory."""
+
+
+class ProgressStore:
+    """The finished blocks of one run.
+
+    Args:
+        directory: the run's own.
+        identity: what must be the same for the blocks to be used again, by name: configuration, code, versions, ….
+
+    Attributes:
+        finished: the blocks that an earlier attempt left, from the first one on without a gap.
+        thrift: measures against lack of device memory, by name; kept for later attempts (`keep_thrift`).
+        attempts: how often the run was begun, this time included.
+        threads: numbers of threads of the attempts whose blocks are here, this one included.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, object]) -> None:
+        self.folder = directory / FOLDER
+        self.identity = dict(identity)
+        self.finished: list[FinishedBlock] = []
+        self.thrift: dict = {}
+        self.attempts = 0
+        self.threads: list[int] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._pending: Future | None = None
+
+    def differences(self) -> list[str]:
+        """What an earlier attempt's identity has different from this one's, in words; empty without one."""
+        earlier = (_read(self.folder / "run.json") or {}).get("identity")
+        if earlier is None:
+            return []
+        now = json.loads(json.dumps(self.identity))
+        return [
+            f"{name} {_shown(earlier.get(name))} → {_shown(now.get(name))}"
+            for name in sorted(earlier.keys() | now.keys())
+            if earlier.get(name) != now.get(name)
+        ]
+
+    def unfinished(self) -> int:
+        """How many blocks an interrupted run has left here, whatever it was a run of."""
+        return len(list(self.folder.glob("block-*.json")))
+
+    def open(self) -> None:
+        """Take over what is finished, and remove what was cut short."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = _read(self.folder / "run.json") or {}
+        if state.get("identity") is None and any(self.folder.iterdir()):
+            self.clear()  # without it nobody knows what the blocks belong to
+            self.folder.mkdir()
+        self.thrift = state.get("thrift", {})
+        self.attempts = state.get("attempts", 0) + 1
+        while (block := self._load(len(self.finished))) is not None:
+            self.finished.append(block)
+        self.threads = sorted({*(state.get("threads", []) if self.finished else []), torch.get_num_threads()})
+        known = {self._name(index) for index in range(len(self.finished))}
+        for file in self.folder.iterdir():
+            if file.name.startswith(".") or (file.name.startswith("block-") and file.stem not in known):
+                file.unlink()
+        self._write_state()
+
+    def shard(self, index: int) -> Path:
+        """Where a block's weights lie once it is finished."""
+        return self.folder / f"{self._name(index)}.safetensors"
+
+    def intact(self, index: int) -> bool:
+        """Whether a finished block's weights are on the disk as they were written."""
+        return self._load(index) is not None
+
+    def finish(self, index: int, tensors: Mapping[str, Tensor], block: FinishedBlock) -> None:
+        """Write a block in the background, after the one before it is on the disk.
+
+        Args:
+            index: the block.
+            tensors: its weights in host memory by name inside the block; they must not change any more.
+            block: its rows.
+
+        Raises:
+            OSError and others: the block before it could not be written.
+        """
+        self.wait()
+        self._pending = self._writer.submit(self._write, index, dict(tensors), block)
+
+    def wait(self) -> None:
+        """Return once all that was given is on the disk.
+
+        Raises:
+            OSError and others: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a block that is being written reach the disk, whatever becomes of it.
+
+        Its tensors may be a network's own, which another run restores in place.
+        """
+        self._writer.shutdown()
+
+    def keep_thrift(self, thrift: Mapping) -> None:
+        """Remember the measures against lack of memory for a later attempt."""
+        self.thrift = dict(thrift)
+        self._write_state()
+
+    def clear(self) -> None:
+        """Remove all of it."""
+        self.finished = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _name(self, index: int) -> str:
+        return f"block-{index:05d}"
+
+    def _write_state(self) -> None:
+        state = {"identity": self.identity, "thrift": self.thrift, "attempts": self.attempts, "threads": self.threads}
+        write_json(self.folder / "run.json", _sealed(**state))
+
+    def _write(self, index: int, tensors: dict[str, Tensor], block: FinishedBlock) -> None:
+        shard = self.shard(index)
+        write_tensors(shard, tensors)
+        body = {**dataclasses.asdict(block), "shard": checksum(shard)}
+        write_json(self.folder / f"{self._name(index)}.json", _sealed(**body))
+        sync_folder(self.folder)
+
+    def _load(self, index: int) -> FinishedBlock | None:
+        journal, shard = _read(self.folder / f"{self._name(index)}.json"), self.shard(index)
+        if journal is None or not shard.is_file() or checksum(shard) != journal["shard"]:
+            return None
+        rows = [LayerRow(**row) for row in journal["rows"]]
+        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal.get("held_out_sizes", []))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that appears whole or not at all, and stays when the power goes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    # Tensors that share their storage with others are refused by safetensors.
+    own = {
+        name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+    seen: set[int] = set()
+    for name, tensor in own.items():
+        if tensor.data_ptr() in seen:
+            own[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    try:
+        save_file(own, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(file: Path) -> str:
+    """sha256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _seal(body: Mapping) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(**body) -> dict:
+    plain = json.loads(json.dumps(body))
+    return {**plain, "sha256": _seal(plain)}
+
+
+def _read(path: Path) -> dict | None:
+    """A sealed JSON file's content; None where there is none, or where it is not as it was written."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        seal = body.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return body if seal == _seal(body) else None
+
+
+def _shown(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)[:120]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a run's directory for the length of the context; the system lets go of it when the process dies.
+
+    Raises:
+        HeldError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HeldError(
+                f"another process runs this configuration in {directory}: wait for it, or give another directory with "
+                "hydra.run.dir=DIR"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process holds the directory just now."""
+    try:
+        with locked(directory):
+            return False
+    except HeldError:
+        return True
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,86 @@
+"""What a result depends on beside its configuration: versions, code, device; and what it took in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import __version__, baselines
+
+# Modules that show, plan and arrange results without taking part in making them.
+_ARRANGING = (
+    *("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "progress", "sweep"),
+    *("archive", "footnotes", "frames", "layout", "plots", "render", "streams", "tables"),
+)
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and git commit that a result depends on."""
+    versions = {}
+    for name in ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "lm-eval", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "alps_exp": __version__,
+        "code": code_version(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+@cache
+def code_version() -> str:
+    """Version and a digest (12 hex digits) of the sources that decide about weights and evaluations."""
+    return f"{__version__} ({code_digest([Path(__file__).parent, *map(Path, baselines.__path__)])[:12]})"
+
+
+def code_digest(folders: Iterable[Path]) -> str:
+    """sha256 (hex) of the paths and contents of all Python files in the folders and below, but for the modules of the
+    folders themselves that make no results."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        names = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
+        for name, file in sorted(names.items()):
+            if name.removesuffix(".py") not in _ARRANGING:
+                digest.update(f"{name}\n{file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with "-dirty" when it has uncommitted changes."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory(device: torch.device) -> dict:
+    """Peak bytes allocated on the device since the last reset, and of the process in host memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }

@@ -1,0 +1,280 @@
+"""The result of one run, as data: written first and atomically; everything else (tables, W&B) reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..base.errors import UserError
+from ..base.redaction import redacted
+
+SCHEMA = 1
+FILE = "record.json"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One pruned layer.
+
+    Attributes:
+        name: full name in the model.
+        block: index of its decoder block.
+        shape: (out, in).
+        pattern: what was asked, "0.7" or "2:4".
+        selection: the set of weights among which the method compared scores.
+        sparsity_target: fraction of zeros asked for.
+        sparsity: fraction of zeros in the written weight.
+        relative_loss: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of the written weight, None when not measured.
+        held_out_loss: the same on tokens that were not calibrated on (data.holdout).
+        status: the solver's, "exact", "converged" or "max_iterations".
+        iterations: of the solver.
+        seconds: wall time of the solver; layers solved together share their time equally.
+        seconds_by_phase: the same by the solver's phases, as far as it reports them.
+        tokens: calibration tokens that the layer saw.
+        dead_inputs: inputs that were zero on all of them.
+        stats: what else the solver reports.
+    """
+
+    name: str
+    block: int
+    shape: list[int]
+    pattern: str
+    selection: str
+    sparsity_target: float
+    sparsity: float
+    relative_loss: float | None
+    status: str
+    iterations: int
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    tokens: int | None
+    dead_inputs: int
+    stats: dict
+    held_out_loss: float | None = None
+
+
+@dataclass
+class PruneResult:
+    """What the loop did.
+
+    Attributes:
+        layers: one row per pruned layer, in the model's order.
+        seconds: wall time of calibrate, solve, propagate, and transfer (blocks to the device and back).
+        block_seconds: wall time of each block, all phases.
+        notes: what was done for want of device memory.
+        hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
+        cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
+        block_weights: all parameters of the decoder blocks, pruned or not.
+    """
+
+    layers: list[LayerRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hidden_states: str | None = None
+    cached_blocks: list[int] = field(default_factory=list)
+    block_weights: int = 0
+
+
+@dataclass
+class RunRecord:
+    """One run.
+
+    Attributes:
+        status: "running", "complete" or "failed".
+        config, config_hash: what was asked, resolved, and its hash (what cannot change the result left out).
+        model, method, sparsity, seed: the run's coordinates in a table.
+        calibration: where the tokens came from, and how they were drawn.
+        layers: one row per pruned layer.
+        summary: layers, weights (in them), block_weights (all parameters of the decoder blocks), share (the former of
+            the latter), sparsity over all pruned weights, mean relative loss, solver seconds.
+        phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save;
+            peak device and host memory in bytes.
+        evaluations: dataset, metric, value, windows, seqlen, protocol, …
+        sample: prompt and what the dense and the pruned model make of it.
+        saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
+        warnings: what was unusual and was handled.
+        environment: versions, device, git commit; whether the model was streamed and where its hidden states were.
+        error: type and message, of a failed run.
+        attempts: how often the run was begun. Seconds of calibrate, solve and propagate are those of every block where
+            it was finished; all else in `phases` is of the last attempt, `restore` the time that it took to get there.
+        cached_blocks: those whose statistics this attempt took from another run; their seconds of calibrate are those
+            of reading them.
+    """
+
+    status: str
+    config: dict
+    config_hash: str
+    model: str
+    method: str
+    sparsity: str
+    seed: int
+    calibration: dict = field(default_factory=dict)
+    layers: list[LayerRow] = field(default_factory=list)
+    summary: dict = field(default_factory=dict)
+    phases: dict = field(default_factory=dict)
+    evaluations: list[dict] = field(default_factory=list)
+    sample: dict | None = None
+    saved: dict | None = None
+    warnings: list[str] = field(default_factory=list)
+    environment: dict = field(default_factory=dict)
+    error: dict | None = None
+    attempts: int = 1
+    cached_blocks: list[int] = field(default_factory=list)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def book(self, result: PruneResult) -> list[str]:
+        """Take over what the block loop did; hands back what was unusual about it, in words."""
+        self.layers = result.layers
+        self.summary = summarise(result.layers, result.block_weights)
+        self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
+        self.environment["hidden_states"] = result.hidden_states
+        self.cached_blocks = result.cached_blocks
+        found = warnings_of(result.layers) + result.notes
+        self.warnings += found
+        return found
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+    def write(self, directory: Path) -> Path:
+        """Write `record.json` into the directory, whole or not at all."""
+        path = directory / FILE
+        write_json(path, self.to_dict())
+        return path
+
+
+def summarise(rows: list[LayerRow], block_weights: int = 0) -> dict:
+    """Figures over all pruned layers: weights weigh in the sparsity, layers equally in the mean relative loss.
+
+    Args:
+        rows: of the layers.
+        block_weights: all parameters of the decoder blocks.
+    """
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    losses = [row.relative_loss for row in rows if row.relative_loss is not None]
+    held_out = [row.held_out_loss for row in rows if row.held_out_loss is not None]
+    return {
+        "layers": len(rows),
+        "weights": weights,
+        "block_weights": block_weights,
+        "share": weights / block_weights if block_weights else None,
+        "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
+        "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
+        "mean_held_out_loss": math.fsum(held_out) / len(held_out) if held_out else None,
+        "solver_seconds": math.fsum(row.seconds for row in rows),
+    }
+
+
+def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
+    """What was unusual about the layers' inputs and was handled, one line per kind."""
+    found = []
+    dead = [row for row in rows if row.dead_inputs]
+    if dead:
+        found.append(
+            f"{len(dead)} layers have inputs that are zero on every calibration token ({dead[0].name}: "
+            f"{dead[0].dead_inputs} of {dead[0].shape[1]}); their weights are pruned first or ignored"
+        )
+    few = [row for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
+    if few:
+        found.append(
+            f"{len(few)} layers have more inputs than calibration tokens ({few[0].name}: {few[0].shape[1]} inputs, "
+            f"{few[0].tokens} tokens); their losses say little about other text: use more windows (nsamples)"
+        )
+    return found
+
+
+def load(file: Path) -> dict:
+    """The record in a file, as plain values.
+
+    Raises:
+        UserError: it cannot be read, is of a later version's form, or is no record; the file is named.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
+    return checked(value, str(file))
+
+
+def find(directory: Path) -> dict | None:
+    """The record of a run in its directory; None where there is none that can be read."""
+    try:
+        return load(directory / FILE)
+    except UserError:
+        return None
+
+
+def checked(value, place: str) -> dict:
+    """The value, if it is a record that this version can read.
+
+    Raises:
+        UserError: it is not; `place` is named.
+    """
+    from pydantic import ValidationError
+
+    from .record_form import RecordForm
+
+    schema = value.get("schema", SCHEMA) if isinstance(value, dict) else SCHEMA
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UserError(
+            f"{place} is a record of form {schema}, by a later version of alps_exp; this one reads forms up to "
+            f"{SCHEMA}: update alps_exp, or move the file elsewhere"
+        )
+    try:
+        RecordForm.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "as a whole"
+        raise UserError(
+            f"{place} is no run record ({where}: {first['msg']}): move it elsewhere, or run it again"
+        ) from None
+    return value
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename a record that cannot be read, so that a run may write its own; the new name, None where there is none."""
+    file = directory / FILE
+    if not os.path.lexists(file) or find(directory) is not None:
+        return None
+    names = (f"record.unreadable{f'-{number}' if number else ''}.json" for number in itertools.count())
+    aside = next(path for path in (directory / name for name in names) if not os.path.lexists(path))
+    file.rename(aside)
+    return aside
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value):
+    """JSON has no NaN or infinity: they become strings, so that a reader notices instead of failing to parse. Keys of
+    online services are left out."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,164 @@
+"""Whether a run can go on where an earlier attempt ended: the same configuration, code, versions, weights and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base.errors import UserError
+from ..model import loading
+from ..pruning.store import FOLDER, HeldError, ProgressStore, locked
+from .environment import code_version
+from .naming import NOT_HASHED, canonical, config_hash
+from .record import FILE, find, load, set_aside
+
+
+def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
+    """All that decides a run's weights, by name.
+
+    Args:
+        cfg: the configuration.
+        digest: its hash.
+        device: where it runs.
+        dtype: of the model.
+        tokens: (windows, seqlen) calibration windows.
+    """
+    return {
+        "configuration": digest[:16],
+        **_software(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "calibration": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+        **{f"checkpoint {name}": value for name, value in loading.identity(cfg["model"]).items()},
+    }
+
+
+def _software() -> dict[str, str]:
+    return {
+        "code": code_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def check(cfg: Mapping, place: Path | None = None) -> None:
+    """Look at the keys `resume` and `resumable`; of a directory to go on in, compare the configuration.
+
+    Args:
+        cfg: the configuration.
+        place: the directory that the run was given, where it is known.
+
+    Raises:
+        UserError: a value that is not allowed, no run there, one that is complete, or one of another configuration.
+    """
+    if cfg["resume"] in ("auto", False):
+        return
+    if not isinstance(cfg["resume"], str):
+        raise UserError(f"resume={cfg['resume']} is not allowed: give auto, false, or the directory of a run")
+    if not cfg["resumable"]:
+        raise UserError(f"resume={cfg['resume']} needs resumable=true")
+    directory = Path(cfg["resume"]).expanduser()
+    if place is not None and place.resolve() != directory.resolve():
+        raise UserError(f"resume={directory} is not where this run goes ({place}): leave out -m and hydra.run.dir")
+    if not (directory / FILE).is_file():
+        raise UserError(f"resume={directory} holds no run ({FILE}): give the directory of an interrupted run")
+    record = load(directory / FILE)
+    if record["status"] == "complete":
+        raise UserError(f"resume={directory} holds a complete run: there is nothing to go on with")
+    if different := _differences(record, cfg):
+        raise UserError(f"resume={directory} is a run of another configuration: {different}; leave out resume=")
+
+
+def refuse_other(directory: Path, cfg: Mapping) -> None:
+    """Raise UserError if a directory holds a run of another configuration, complete or not: it would be lost."""
+    record = find(directory)
+    if record is not None and (different := _differences(record, cfg)):
+        raise UserError(
+            f"{directory} holds a run of another configuration ({record['status']}; {different}), which would be lost: "
+            "give another directory with hydra.run.dir=DIR, or move that one elsewhere"
+        )
+
+
+def _differences(record: Mapping, cfg: Mapping) -> str:
+    """In what a record's configuration differs from another, in words; "" where both are the same run."""
+    digest = config_hash(cfg)
+    try:
+        if digest in (record["config_hash"], config_hash(record["config"])):
+            return ""
+        earlier = canonical(record["config"])
+    except (KeyError, TypeError, AttributeError, UserError):  # of another version, or edited
+        earlier = record["config"]
+    earlier, now = _flat(earlier), _flat(canonical(cfg))
+    different = [key for key in sorted(earlier.keys() | now.keys()) if earlier.get(key) != now.get(key)]
+    shown = ", ".join(f"{key} {earlier.get(key)} → {now.get(key)}" for key in different[:4])
+    return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+
+
+def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
+    """Dotted key → value as JSON, without the keys that change no result."""
+    flat = {}
+    for key, value in cfg.items():
+        if not prefix and key in NOT_HASHED:
+            continue
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return flat
+
+
+def prepare(directory: Path, resume: str | bool) -> None:
+    """Remove what a killed attempt left half-written; what it had finished too, where the run starts again.
+
+    An earlier complete record is kept as record.previous.json, and the run is a fresh one then. A record that cannot be
+    read is kept aside, and the run goes on as if there was none.
+    """
+    if (aside := set_aside(directory)) is not None:
+        print(f"alps_exp: warning: {directory / FILE} is no record that can be read: kept as {aside}", file=sys.stderr)
+    for scratch in (*directory.glob(".model-*"), *directory.glob(".team-*")):
+        shutil.rmtree(scratch, ignore_errors=True)
+    for temporary in directory.glob(f".{FILE}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+    complete = (find(directory) or {}).get("status") == "complete"
+    if complete or resume is False:
+        shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    if complete:
+        (directory / FILE).replace(directory / "record.previous.json")
+
+
+def tidy(directory: Path) -> None:
+    """Remove the finished blocks of a complete run that was killed right after its last word."""
+    with suppress(FileNotFoundError, HeldError):
+        if (directory / FOLDER).is_dir():
+            with locked(directory):
+                shutil.rmtree(directory / FOLDER, ignore_errors=True)
+
+
+def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:
+    """The finished blocks of a run in its directory.
+
+    Args:
+        directory: the run's.
+        same: what `identity` gives.
+
+    Raises:
+        UserError: an earlier attempt has finished blocks there, and something that decides the weights has changed.
+    """
+    store = ProgressStore(directory, same)
+    if (different := store.differences()) and store.unfinished():
+        raise UserError(
+            f"{directory} holds {store.unfinished()} finished blocks of an interrupted run with other "
+            f"{', '.join(different)}: go back to that, or start again with resume=false"
+        )
+    if different:
+        store.clear()
+    store.open()
+    return store

@@ -1,0 +1,86 @@
+"""One process of a team (`devices=N`): prunes with the others and ends; the finished blocks are left on the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def main(request: Path) -> None:
+    """Do what the file says: `config`, `config_hash`, `directory`, `device`."""
+    from ..base.errors import UserError
+
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    answer = request.with_name(f"answer-{os.environ['RANK']}.json")
+    try:
+        answer.write_text(json.dumps(_work(asked)), encoding="utf-8")
+    except Exception as error:
+        kind = "UserError" if isinstance(error, UserError) else type(error).__name__
+        failure = {"error": kind, "message": str(error), "trace": traceback.format_exc()}
+        answer.write_text(json.dumps(failure), encoding="utf-8")
+        os._exit(1)  # leaving the others in order would mean waiting for them
+
+
+def _work(asked: dict) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    from ..layer.registry import build
+    from ..pruning.loop import prune_blocks
+    from ..pruning.store import ProgressStore
+    from ..pruning.team import Team
+    from .environment import peak_memory
+    from .resume import identity, open_store
+    from .run import dtype_of, job_of, layer_patterns
+    from .workspace import Workspace
+
+    cfg, directory = asked["config"], Path(asked["directory"])
+    team = Team.join(asked["device"])
+    torch.manual_seed(cfg["seed"])
+    workspace, patterns = Workspace(), layer_patterns(cfg)
+    if not team.leads:
+        dist.barrier()  # one process at a time fetches and converts files
+    tokens, _ = workspace.calibration(cfg)
+    model = workspace.model(cfg, team.device, dtype_of(cfg, team.device), directory)
+    if team.leads:
+        dist.barrier()
+    same = identity(cfg, asked["config_hash"], team.device, model.model.dtype, tokens)
+    store = open_store(directory, same) if team.leads else ProgressStore(directory, same)
+    store.finished = team.tell(store.finished)
+    prune_blocks(model, job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads), store, team=team)
+    team.leave()
+    return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that started this one does, however and whenever it ends."""
+    if sys.platform == "linux":  # at once, also while a library that is being loaded keeps threads from running
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))  # before anything is imported that takes seconds
+    from ..base.terminal import settle
+
+    settle()
+    main(Path(sys.argv[1]))

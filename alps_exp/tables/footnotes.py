@@ -1,0 +1,175 @@
+"""What stands below a table: how its figures were made, and whether all alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+from .figures import AXES, UNKNOWN, Aggregate, Group, is_dense, measures
+
+_NAMED = 12  # runs that a footnote lists
+_PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
+
+
+def footnotes(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[str]) -> list[str]:
+    """The lines below a table.
+
+    Args:
+        found: what `aggregate` made of the records.
+        constant: axes that have one value in the whole table, and it.
+        metrics: those that the table shows.
+    """
+    lines = [_protocol(found, constant, metrics)]
+    if legend := _legend(found, metrics):
+        lines.append(legend)
+    sources = dict.fromkeys(filter(None, found.frame.loc[found.frame["metric"].isin(metrics), "source"]))
+    if sources:
+        lines.append(f"Published (not measured here): {'; '.join(sources)}.")
+    if found.incomplete:
+        runs = [f"{run} ({why})" for run, why in sorted(found.incomplete.items())]
+        more = f"; and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
+        lines.append(f"Not averaged: {'; '.join(runs[:_NAMED])}{more}.")
+    return lines
+
+
+def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[str]) -> str:
+    facts: dict[str, Callable[[Mapping], str | None]] = {
+        "evaluation": lambda record: f"eval={(record.get('config') or {}).get('eval', {}).get('name', UNKNOWN)}",
+        "windows": lambda record: _windows(record, metrics),
+        "calibration": _calibration,
+        "refit": lambda record: _unusual(record, "refit", "none"),
+        "propagate": lambda record: _unusual(record, "propagate", "pruned"),
+        "seeds": lambda record: None,
+        "dtype": lambda record: _environment(record, "dtype"),
+        "device": lambda record: _environment(record, "device"),
+        "commit": lambda record: (_environment(record, "git_commit") or "")[:8] or UNKNOWN,
+        "code": lambda record: _environment(record, "code"),
+        "inputs": _inputs,
+        "threads": _threads,
+    }
+    facts |= {name: lambda record, name=name: _version(record, name) for name in _PACKAGES}
+    parts = [f"{axis} {value}" for axis, value in constant.items()]
+    for name, fact in facts.items():
+        text = _seeds(found.groups) if name == "seeds" else _spread(found, fact)
+        if text and (name not in ("inputs", "threads") or " / " in text):  # only where they differ
+            parts.append(f"{name} {text}")
+    return _capital("; ".join(parts)) + "."
+
+
+def _inputs(record: Mapping) -> str | None:
+    """A short digest of the checkpoint and the local texts."""
+    inputs = (record.get("environment") or {}).get("inputs")
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8] if inputs else None
+
+
+def _threads(record: Mapping) -> str | None:
+    """How many threads a CPU's figures were computed with, on which their last digits depend."""
+    threads = (record.get("environment") or {}).get("threads")
+    return str(threads) if threads and _environment(record, "device").endswith("CPU") else None
+
+
+def _spread(found: Aggregate, fact: Callable[[Mapping], str | None]) -> str:
+    """A fact's value; its values with the rows that each belongs to, where they differ."""
+    values: dict[str, list[Group]] = {}
+    for group in found.groups:
+        for value in dict.fromkeys(fact(record) for record in group.records):
+            if value is not None:
+                values.setdefault(value, []).append(group)
+    if len(values) < 2:
+        return "".join(values)
+    axes = [*AXES, *found.settings]
+    for index, axis in enumerate(axes):
+        owners = {value: dict.fromkeys(group.key[index] for group in groups) for value, groups in values.items()}
+        if len(set().union(*owners.values())) == sum(map(len, owners.values())):  # each belongs to one value
+            prefix = "" if axis in AXES else f"{axis}="
+            return " / ".join(
+                f"{value} ({', '.join(prefix + name for name in names)})" for value, names in owners.items()
+            )
+    return " / ".join(
+        f"{value} ({', '.join(dict.fromkeys(_label(group) for group in groups))})" for value, groups in values.items()
+    )
+
+
+def _label(group: Group) -> str:
+    return " ".join(word for word in group.key[1:] if word)
+
+
+def _windows(record: Mapping, metrics: Sequence[str]) -> str | None:
+    shown = [item for item in record["evaluations"] if "windows" in item and any(item["dataset"] in m for m in metrics)]
+    return ", ".join(f"{item['dataset']} {item['windows']} × {item['seqlen']}" for item in shown) or None
+
+
+def _calibration(record: Mapping) -> str | None:
+    facts = record.get("calibration")
+    if not facts:
+        return None
+    return f"{facts['windows']} × {facts['seqlen']} tokens of {facts['dataset']} ({facts.get('split', UNKNOWN)})"
+
+
+def _unusual(record: Mapping, key: str, usual: str) -> str | None:
+    value = (record.get("config") or {}).get(key, usual)
+    return None if value == usual or is_dense(record) else value
+
+
+def _environment(record: Mapping, key: str) -> str:
+    return str((record.get("environment") or {}).get(key) or UNKNOWN)
+
+
+def _version(record: Mapping, name: str) -> str | None:
+    return ((record.get("environment") or {}).get("versions") or {}).get(name)
+
+
+def _seeds(groups: Sequence[Group]) -> str:
+    """Seeds of the pruned rows; which rows have which is said by n."""
+    seeds = {record["seed"] for group in groups for record in group.records if not is_dense(record)}
+    return ", ".join(map(str, sorted(seeds)))
+
+
+def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
+    pruned = found.frame[(found.frame["sparsity"] != "0") & found.frame["metric"].isin(metrics)]
+    words = []
+    counts = sorted(set(pruned["n"]))
+    if counts and counts[-1] > 1:
+        over = f"n = {counts[0]} seeds" if len(counts) == 1 else "n seeds"
+        words.append(f"mean ± sample standard deviation over {over}")
+    if found.frame.loc[found.frame["metric"].isin(metrics), "stderr"].notna().any():
+        words.append("of a single seed, ± is the standard error over the examples")
+    words += [text for name, text in _MEANINGS.items() if any(metric.startswith(name) for metric in metrics)]
+    sharing = sum(bool(record.get("cached_blocks")) for group in found.groups for record in group.records)
+    if sharing and "seconds" in metrics:
+        words.append(
+            f"{sharing} runs reused statistics collected by other runs; the time to collect them is counted there"
+        )
+    competing = pruned[pruned["better"] != 0]
+    if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
+        words.append("bold: best of a model and sparsity")
+    if zeros := _zeros(found):
+        words.append(zeros)
+    return _capital("; ".join(words)) + "." if words else ""
+
+
+_MEANINGS = {
+    "relative loss": "relative loss: mean over the pruned layers",
+    "held-out loss": "held-out loss: the same on windows not calibrated on",
+    "seconds": "seconds: moving blocks, calibration, solving and propagation",
+}
+
+
+def _zeros(found: Aggregate) -> str:
+    """How far the zeros are from what was asked; N:M and layers with counts that do not divide round."""
+    gaps = []
+    for group in found.groups:
+        for record in group.records:
+            layers = record.get("layers") or []
+            weights = sum(row["shape"][0] * row["shape"][1] for row in layers)
+            if weights:
+                asked = sum(row["sparsity_target"] * row["shape"][0] * row["shape"][1] for row in layers) / weights
+                gaps.append(abs(measures(record)["zeros"].value - asked))
+    if not gaps or max(gaps) < 5e-5:
+        return ""
+    return f"zeros within {max(gaps):.1g} of the sparsity asked for"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

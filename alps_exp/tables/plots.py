@@ -1,0 +1,361 @@
+"""Plots of a table's records; the same records give the same bytes.
+
+Each kind is one function that gathers what is drawn as plain data, and one that draws it. The files carry a digest of
+the data, by which tables --check knows them: their bytes depend on matplotlib's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from .figures import PHASES, Aggregate, Group, mean_and_std, measures, method_order, sparsity_order
+from .layout import Spec, shown_metrics
+
+FORMATS = ("svg", "png")
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the same for a method everywhere. Printed in grey,
+# markers and line styles tell them apart.
+COLOURS = {
+    "alps": "#0072B2",
+    "alps-simple": "#56B4E9",
+    "alps-paper": "#E69F00",
+    "sparsegpt": "#D55E00",
+    "wanda": "#009E73",
+    "dsnot": "#CC79A7",
+    "magnitude": "#000000",
+}
+_OTHER = "#888888"
+_SIGNS = {
+    "alps": ("o", "-"),
+    "alps-simple": ("h", (0, (8, 1))),
+    "alps-paper": ("p", (0, (6, 1, 1, 1))),
+    "sparsegpt": ("s", (0, (5, 2))),
+    "wanda": ("^", (0, (3, 1, 1, 1))),
+    "dsnot": ("v", (0, (3, 1, 1, 1, 1, 1))),
+    "magnitude": ("X", (0, (1, 1))),
+    "other": ("D", (0, (2, 2))),
+}
+_VARIANTS = "D<>P*d8"
+_PHASES = {
+    "transfer": ("#FFFFFF", ""),
+    "calibrate": ("#FFFFFF", "///"),
+    "solve": ("#555555", ""),
+    "propagate": ("#BBBBBB", ".."),
+}
+_COLUMNS = 3
+_DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
+
+
+def draw(found: Aggregate, spec: Spec, folder: Path, name: str) -> list[Path]:
+    """Draw the plots that a table asks for and for which there are data.
+
+    Returns:
+        The files written, NAME-PLOT.svg and .png, in the order of `spec.plots`.
+    """
+    paths = []
+    for kind in spec.plots:
+        gather, panel = KINDS[kind]
+        panels = gather(found, spec)
+        if panels:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = [folder / f"{name}-{kind}.{suffix}" for suffix in FORMATS]
+            _save(panels, panel, files)
+            paths += files
+    return paths
+
+
+def digest_of(path: Path) -> bytes | None:
+    """The digest of the data that a plot was drawn from; None if the file carries none."""
+    match = _DIGEST.search(path.read_bytes())
+    return match[1] if match else None
+
+
+def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    data = json.dumps([panel.__name__, panels], sort_keys=True)
+    mark = f"alps_exp data {hashlib.sha256(data.encode()).hexdigest()}"
+    with matplotlib.rc_context({"svg.hashsalt": "alps_exp", "font.size": 9, "hatch.linewidth": 0.6}):
+        size = (0.4 + 3.4 * columns + (1.2 if columns == 1 else 0), 0.8 + 2.7 * rows)
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        handles: dict = {}
+        for axis, content in zip(axes.flat, panels, strict=False):
+            panel(axis, content, handles)
+            axis.set_title(content["title"], fontsize=9)
+            axis.grid(alpha=0.3, which="major")
+            axis.set_axisbelow(True)
+        room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
+            columnspacing=1.2, ncols=max(1, min(len(handles), int(size[0] / room))),
+        )  # fmt: skip
+        figure.draw_without_rendering()  # places everything; once is enough for all formats
+        figure.set_layout_engine("none")
+        for file in files:
+            kept = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+            figure.savefig(file, dpi=130, metadata=kept | {"Description": mark})
+        pyplot.close(figure)
+
+
+def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, list[Group]]]:
+    """What is drawn alike: a method, with its settings where these vary. Its label and look, and its groups; settings
+    of one method have its colour and markers of their own."""
+    variants: dict[str, dict[tuple, int]] = {}
+    for group in found.groups:
+        method = variants.setdefault(group.key[2], {})
+        method.setdefault(group.key[3:], len(method))
+    members: dict[tuple, list[Group]] = {}
+    for group in groups:
+        if group.records and group.key[1] != "0":
+            members.setdefault(group.key[2:], []).append(group)
+    for key in sorted(members, key=lambda key: (method_order(key[0]), variants[key[0]][key[1:]])):
+        names = (name.rpartition(".")[2] for name in found.settings)
+        label = " ".join([key[0], *(f"{n}={word}" for n, word in zip(names, key[1:], strict=True) if word)])
+        yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
+
+
+def _statistic(group: Group, metric: str) -> tuple[float, float] | None:
+    """Mean and deviation (0 of a single seed) of what is finite and positive, as a logarithmic axis needs it."""
+    values = [found[metric].value for record in group.records if metric in (found := measures(record))]
+    mean, std = mean_and_std(values) if values else (math.nan, None)
+    return (mean, std or 0.0) if math.isfinite(mean) and mean > 0 else None
+
+
+def _titles(found: Aggregate) -> Callable[[str, str], str]:
+    several = len({group.key[0] for group in found.groups}) > 1
+
+    def title(model: str, rest: str) -> str:
+        return f"{model}, {rest}" if several else rest
+
+    return title
+
+
+def _models(found: Aggregate) -> dict[str, list[Group]]:
+    models: dict[str, list[Group]] = {}
+    for group in found.groups:
+        models.setdefault(group.key[0], []).append(group)
+    return models
+
+
+def _cells(found: Aggregate) -> dict[tuple[str, str], list[Group]]:
+    """Groups by model and sparsity, without the dense model."""
+    cells: dict[tuple[str, str], list[Group]] = {}
+    for group in found.groups:
+        if group.key[1] != "0":
+            cells.setdefault(group.key[:2], []).append(group)
+    return cells
+
+
+def _perplexity(found: Aggregate, spec: Spec) -> list[dict]:
+    panels, title = [], _titles(found)
+    metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
+    for model, groups in _models(found).items():
+        for metric in metrics:
+            series = []
+            for look, members in _series(found, groups):
+                points = [(group.key[1], *figures) for group in members if (figures := _statistic(group, metric))]
+                if points:
+                    series.append(look | {"points": points})
+            patterns = {point[0] for item in series for point in item["points"]}
+            dense = [group for group in groups if group.key[1] == "0" and group.records]
+            level = _statistic(dense[0], metric) if dense else None
+            if len(patterns) > 1:
+                panels.append(
+                    {
+                        "title": title(model, metric),
+                        "patterns": sorted(patterns, key=sparsity_order),
+                        "dense": level and level[0],
+                        "series": series,
+                    }
+                )
+    return panels
+
+
+def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
+    """Levels on a line, N:M apart on their right; the band and the bars are one standard deviation over seeds."""
+    levels = [float(name) for name in panel["patterns"] if ":" not in name]
+    apart = [name for name in panel["patterns"] if ":" in name]
+    step = 0.1 if len(levels) < 2 else (levels[-1] - levels[0]) / 3.5
+    places = {name: (levels[-1] if levels else 0) + step * (index + 1) for index, name in enumerate(apart)}
+    for index, item in enumerate(panel["series"]):
+        colour, marker, style = _look(item)
+        line = [(float(name), mean, std) for name, mean, std in item["points"] if ":" not in name]
+        (handle,) = axis.plot(
+            [x for x, _, _ in line],
+            [y for _, y, _ in line],
+            color=colour, marker=marker, linestyle=style, linewidth=1.4, markersize=5,
+        )  # fmt: skip
+        handles.setdefault(item["label"], handle)
+        axis.fill_between(
+            [x for x, _, _ in line],
+            [max(y - std, y / 100) for _, y, std in line],
+            [y + std for _, y, std in line],
+            color=colour, alpha=0.2, linewidth=0,
+        )  # fmt: skip
+        shift = step * 0.1 * (index - (len(panel["series"]) - 1) / 2)
+        marks = [(places[name] + shift, mean, std) for name, mean, std in item["points"] if ":" in name]
+        axis.errorbar(
+            [x for x, _, _ in marks],
+            [y for _, y, _ in marks],
+            yerr=[std for _, _, std in marks],
+            color=colour, marker=marker, linestyle="none", markersize=5, capsize=2, elinewidth=1,
+        )  # fmt: skip
+    if panel["dense"]:
+        handles.setdefault("dense", axis.axhline(panel["dense"], color="#555555", linewidth=1, linestyle=(0, (6, 3))))
+    if levels and apart:
+        axis.axvline(levels[-1] + step / 2, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log")
+    low, high = axis.get_ylim()
+    if high < 100 * low:
+        _plain_ticks(axis.yaxis)
+    axis.set_xticks([*levels, *places.values()], [f"{level:g}" for level in levels] + apart)
+
+
+def _losses(found: Aggregate, spec: Spec) -> list[dict]:
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items():
+        series = []
+        for look, members in _series(found, groups):
+            for kind in ("relative_loss", "held_out_loss"):
+                blocks: dict[int, list[float]] = {}
+                for record in members[0].records:
+                    for row in record.get("layers") or []:
+                        if row.get(kind) is not None and math.isfinite(float(row[kind])):
+                            blocks.setdefault(row["block"], []).append(float(row[kind]))
+                points = [(block, mean_and_std(blocks[block])[0]) for block in sorted(blocks)]
+                if points:
+                    series.append(look | {"kind": kind, "points": points})
+        if any(len(item["points"]) > 1 for item in series):
+            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+    return panels
+
+
+def _draw_losses(axis, panel: dict, handles: dict) -> None:
+    """Mean relative loss of each block's layers; the thin lines with crosses are those on held-out windows."""
+    for item in panel["series"]:
+        colour, marker, style = _look(item)
+        held_out = item["kind"] == "held_out_loss"
+        blocks, values = zip(*item["points"], strict=True)
+        (handle,) = axis.plot(
+            blocks, values, color=colour, linestyle=style, linewidth=0.7 if held_out else 1.4,
+            marker="x" if held_out else marker, markersize=4, markevery=max(1, len(blocks) // 8),
+        )  # fmt: skip
+        if not held_out:
+            handles.setdefault(item["label"], handle)
+    if any(item["kind"] == "held_out_loss" for item in panel["series"]) and "held out" not in handles:
+        (handles["held out"],) = axis.plot([], [], color="#666666", linewidth=0.7, marker="x", markersize=4)
+    axis.set(xlabel="block", ylabel="mean relative loss", yscale="log")
+    _plain_ticks(axis.yaxis)
+
+
+def _seconds(found: Aggregate, spec: Spec) -> list[dict]:
+    panels, title = [], _titles(found)
+    metrics = [name for name in shown_metrics(found.frame, None) if name.startswith("relative loss")]
+    if not found.seconds or not metrics:
+        return []
+    for (model, sparsity), groups in _cells(found).items():
+        points = []
+        for look, members in _series(found, groups):
+            time, loss = _statistic(members[0], "seconds"), _statistic(members[0], metrics[0])
+            if time and loss:
+                points.append(look | {"seconds": time, "loss": loss})
+        if len(points) > 1:
+            panels.append({"title": title(model, f"sparsity {sparsity}"), "loss": metrics[0], "points": points})
+    return panels
+
+
+def _draw_seconds(axis, panel: dict, handles: dict) -> None:
+    """Loss against time, one standard deviation over seeds as bars; the front: what no other point beats in both."""
+    for point in panel["points"]:
+        colour, marker, _ = _look(point)
+        (time, time_std), (loss, loss_std) = point["seconds"], point["loss"]
+        handle = axis.errorbar(
+            [time], [loss], xerr=[min(time_std, 0.9 * time)], yerr=[min(loss_std, 0.9 * loss)],
+            color=colour, marker=marker, markersize=7, linestyle="none", capsize=2, elinewidth=1, zorder=3,
+        )  # fmt: skip
+        handles.setdefault(point["label"], handle)
+    front, lowest = [], math.inf
+    for time, loss in sorted((point["seconds"][0], point["loss"][0]) for point in panel["points"]):
+        if loss < lowest:
+            front.append((time, loss))
+            lowest = loss
+    (handles["Pareto front"],) = axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=2)
+    axis.set(xlabel="seconds", ylabel=panel["loss"].partition(" of ")[0], xscale="log", yscale="log")
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
+
+
+def _phases(found: Aggregate, spec: Spec) -> list[dict]:
+    panels, title = [], _titles(found)
+    if not found.seconds:
+        return []
+    for (model, sparsity), groups in _cells(found).items():
+        bars = []
+        for look, members in _series(found, groups):
+            phases = [record["phases"] for record in members[0].records]
+            means = {
+                phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in PHASES
+            }
+            if any(means.values()):
+                bars.append(look | {"seconds": means})
+        if bars:
+            panels.append({"title": title(model, f"sparsity {sparsity}"), "bars": bars})
+    return panels
+
+
+def _draw_phases(axis, panel: dict, handles: dict) -> None:
+    names = [bar["label"] for bar in panel["bars"]]
+    left = [0.0] * len(names)
+    for phase, (colour, hatch) in _PHASES.items():
+        widths = [bar["seconds"][phase] for bar in panel["bars"]]
+        bars = axis.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor="#333333", linewidth=0.6)
+        handles.setdefault(phase, bars)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="seconds")
+
+
+def _plain_ticks(axis) -> None:
+    """Ticks written out, also where a logarithmic axis spans less than a decade."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    for steps in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6), (1, 2, 5), (1, 3), (1,)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 6:
+            break
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(3))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _look(item: Mapping) -> tuple:
+    """Colour, marker and line style."""
+    colour, marker, style = COLOURS.get(item["method"], _OTHER), *_SIGNS.get(item["method"], _SIGNS["other"])
+    if item["variant"]:
+        styles = [style for _, style in _SIGNS.values()]
+        marker = _VARIANTS[(item["variant"] - 1) % len(_VARIANTS)]
+        style = styles[item["variant"] % len(styles)]
+    return colour, marker, style
+
+
+KINDS = {
+    "perplexity": (_perplexity, _draw_perplexity),
+    "losses": (_losses, _draw_losses),
+    "seconds": (_seconds, _draw_seconds),
+    "phases": (_phases, _draw_phases),
+}
