@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "LayerProblem",
+    "LayerSolver",
     "Pattern",
     "Solution",
     "Solver",
@@ -18,6 +19,7 @@ __all__ = [
     "load_packed",
     "prune_layer",
     "prune_model",
+    "require",
 ]
 
 # In a checkout (and an editable install) conf/, sweeps/ and baselines/ lie beside this package; in a wheel they lie
@@ -30,25 +32,27 @@ if not os.path.isdir(os.path.join(_FOLDER, "conf")):
 # As typing's, which takes a while to import: an interrupt shall meet `streams.settle` as early as it can.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .api import prune_layer, prune_model
+    from .api import load_packed, prune_layer, prune_model
+    from .base.checks import require
     from .base.errors import UserError
-    from .checkpoints.packed import load_packed
     from .layer.problem import LayerProblem, Statistics
-    from .layer.solver import Solution, Solver
-    from .patterns.pattern import NM, Pattern, Unstructured
+    from .layer.solver import LayerSolver, Solution, Solver
+    from .patterns import NM, Pattern, Unstructured
 
 _HOMES = {
     "prune_layer": "api",
     "prune_model": "api",
-    "load_packed": "packed",
+    "load_packed": "api",
+    "require": "base.checks",
+    "UserError": "base.errors",
     "NM": "patterns",
     "Pattern": "patterns",
     "Unstructured": "patterns",
-    "UserError": "errors",
-    "LayerProblem": "problem",
-    "Statistics": "problem",
-    "Solution": "solver",
-    "Solver": "solver",
+    "LayerProblem": "layer.problem",
+    "Statistics": "layer.problem",
+    "LayerSolver": "layer.solver",
+    "Solution": "layer.solver",
+    "Solver": "layer.solver",
 }
 
 

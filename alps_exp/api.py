@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from .layer.problem import LayerProblem
 from .layer.registry import solver as named_solver
 from .layer.solver import Solution, Solver
 from .methods.refit import refitted
-from .patterns.pattern import Pattern, parse_sparsity
+from .patterns import Pattern, parse_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,3 +197,24 @@ def prune_model(
             model.to(home)
     record.phases |= peak_memory(place)
     return record.to_dict()
+
+
+def load_packed(folder: str | Path):
+    """The dense `transformers` model of a folder that `save=packed` wrote, in its own dtype, in evaluation mode.
+
+    Args:
+        folder: `results/runs/…/model`.
+
+    Raises:
+        UserError: not a packed folder, or one that is damaged.
+    """
+    from .checkpoints.packed import FILE, is_packed
+    from .model.loading import load_model
+
+    path = Path(folder).expanduser()
+    if not is_packed(path):
+        raise UserError(
+            f"{folder} has no {FILE}: give a folder that save=packed wrote; a dense one is loaded by "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    return load_model({"name": "local", "path": str(path)})

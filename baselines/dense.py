@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.layer.solver import Solution, Solver
-from alps_exp.patterns.pattern import Pattern
+from alps_exp.layer.solver import LayerSolver, Solution
+from alps_exp.patterns import Pattern
 
 
 @dataclass(frozen=True)
-class Dense(Solver):
+class Dense(LayerSolver):
     """Returns the weight as it is, whatever the pattern."""
 
     statistics: ClassVar[Statistics] = Statistics.NONE
     selection: ClassVar[str] = "none"
     prunes: ClassVar[bool] = False
 
-    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         return Solution(weight=problem.weight, support=torch.ones_like(problem.weight, dtype=torch.bool))

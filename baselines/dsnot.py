@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from alps_exp.base.checks import one_of, require
+from alps_exp.base.clock import Stopwatch
 from alps_exp.base.errors import UserError
 from alps_exp.baselines.sparsegpt import reversed_cholesky
 from alps_exp.baselines.wanda import wanda_score
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.layer.solver import Solution, Solver, Stopwatch
-from alps_exp.patterns.pattern import Pattern
+from alps_exp.layer.solver import Solution, Solver
+from alps_exp.patterns import Pattern
 
 STARTS = ("wanda", "magnitude", "sparsegpt")
 
@@ -80,7 +81,7 @@ class DSnoT(Solver):
     def statistics(self) -> Statistics:
         return Statistics.ALL if self.start == "sparsegpt" else Statistics.MOMENTS
 
-    def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         watch = Stopwatch(problems[0].weight.device)
         seconds, importance = {}, None
         if self.start == "sparsegpt":
@@ -90,8 +91,6 @@ class DSnoT(Solver):
             seconds["factorisation"] = watch.lap("factorisation") / len(problems)
         solutions = []
         for problem, pattern in zip(problems, patterns, strict=True):
-            problem.require(Statistics.MOMENTS)
-            pattern.check(problem.weight.shape, problem.name)
             support, swaps = self._refine(problem, pattern, self._start_score(problem, importance))
             most = int(swaps.max())
             solutions.append(

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from alps_exp.base.clock import Stopwatch
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.layer.solver import Solution, Solver, Stopwatch
-from alps_exp.patterns.pattern import Pattern
+from alps_exp.layer.solver import LayerSolver, Solution
+from alps_exp.patterns import Pattern
 
 
 @dataclass(frozen=True)
-class Magnitude(Solver):
+class Magnitude(LayerSolver):
     """Needs no data. Kept weights keep their values."""
 
     statistics: ClassVar[Statistics] = Statistics.NONE
     selection: ClassVar[str] = "layer"
 
-    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         watch = Stopwatch(problem.weight.device)
-        pattern.check(problem.weight.shape, problem.name)
         support = pattern.keep(problem.weight.abs(), "layer")
         weight = problem.weight.masked_fill(~support, 0)
         watch.lap("selection")

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from alps_exp.base.checks import require
+from alps_exp.base.clock import Stopwatch
 from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.layer.solver import Solution, Solver, Stopwatch
+from alps_exp.layer.solver import Solution, Solver
 from alps_exp.numerics.kernels import kernels_for
 from alps_exp.numerics.triangular import triangular_inverse
-from alps_exp.patterns.pattern import Pattern
+from alps_exp.patterns import Pattern
 
 # Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
 _STEP = 16
@@ -67,10 +68,8 @@ class SparseGPT(Solver):
         # Cholesky and triangular inverse, n³/3 each; then every pair of columns meets once in every row.
         return 2 / 3 * width**3 + rows * width**2
 
-    def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         watch = Stopwatch(problems[0].weight.device)
-        for problem, pattern in zip(problems, patterns, strict=True):
-            pattern.check(problem.weight.shape, problem.name)
         factor = inverse_factor(problems[0], self.damping)
         seconds = {"factorisation": watch.lap("factorisation") / len(problems)}
         solutions = [None] * len(problems)
@@ -184,7 +183,6 @@ def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
-    problem.require(Statistics.GRAM)
     hessian = (problem.gram + problem.gram.T) / 2
     diagonal = hessian.diagonal()
     diagonal += damping * problem.diagonal.mean()

@@ -11,22 +11,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from alps_exp.base.clock import Stopwatch
 from alps_exp.layer.problem import LayerProblem, Statistics, power_of_two
-from alps_exp.layer.solver import Solution, Solver, Stopwatch
-from alps_exp.patterns.pattern import Pattern
+from alps_exp.layer.solver import LayerSolver, Solution
+from alps_exp.patterns import Pattern
 
 
 @dataclass(frozen=True)
-class Wanda(Solver):
+class Wanda(LayerSolver):
     """One pass, no weight update, no hyperparameters."""
 
     statistics: ClassVar[Statistics] = Statistics.DIAGONAL
     selection: ClassVar[str] = "row"
 
-    def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         watch = Stopwatch(problem.weight.device)
-        problem.require(Statistics.DIAGONAL)
-        pattern.check(problem.weight.shape, problem.name)
         support = pattern.keep(wanda_score(problem), "row")
         weight = problem.weight.masked_fill(~support, 0)
         watch.lap("selection")

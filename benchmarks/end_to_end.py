@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alps_exp.allocation.selection import Selection
 from alps_exp.layer.registry import solver
 from alps_exp.model.blocks import BlockModel
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
 from alps_exp.pruning.team import Team
 

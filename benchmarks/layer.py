@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.registry import solver
-from alps_exp.layer.solver import full_precision
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.numerics.precision import full_precision
+from alps_exp.patterns import parse_sparsity
 
 # Linear layers of a decoder block, (out, in, layers that share the input).
 BLOCKS = {

@@ -35,7 +35,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alps_exp.checkpoints.packed import pack, read_folder, unpack
-from alps_exp.patterns.pattern import NM
+from alps_exp.patterns import NM
 
 SHAPES = "5120x5120,20480x5120,5120x20480"
 BACKENDS = {"cusparselt": False, "cutlass": True}  # value of torch's switch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.patterns.pattern import NM, Pattern
+from alps_exp.patterns import NM, Pattern
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("0.29", "0.5", "0.7", "0.9", "2:4", "4:8", "1:4", "2:3")

@@ -14,9 +14,10 @@ from torch import Tensor
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.methods.alps import SCHEDULES, _paper_rho, fit_on_support
-from alps_exp.numerics.resolvent import ScaledGram
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.layer.scaled import ScaledGram
+from alps_exp.methods.alps import SCHEDULES, _paper_rho
+from alps_exp.numerics.fit import fit_on_support
+from alps_exp.patterns import parse_sparsity
 
 # λ₂ over the mean diagonal, in the solver and in the references.
 DAMPING = 0.01

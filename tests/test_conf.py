@@ -9,10 +9,10 @@ import pytest
 import tiny_models
 import yaml
 
+from alps_exp.base.resources import resource_root
 from alps_exp.cli import overrides
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import tasks
-from alps_exp.layer.registry import resource_root
 from alps_exp.model import loading
 from alps_exp.runs import run
 

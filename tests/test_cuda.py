@@ -18,7 +18,7 @@ from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.layer.registry import solver
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
 from alps_exp.pruning.store import ProgressStore
 

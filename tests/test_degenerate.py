@@ -22,7 +22,7 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.patterns.pattern import NM, parse_sparsity
+from alps_exp.patterns import NM, parse_sparsity
 
 PATTERNS = ("0.5", "0.9", "2:4", "4:8", "1:4")
 METHODS = [name for name in registry.methods() if registry.solver(name).prunes]
@@ -249,7 +249,7 @@ def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny
 
     @dataclasses.dataclass(frozen=True)
     class Enlarging(type(registry.solver("magnitude"))):
-        def solve(self, problem, pattern):
+        def _solve(self, problem, pattern):
             solution = super().solve(problem, pattern)
             return dataclasses.replace(solution, weight=solution.weight * 1e9)
 

@@ -11,7 +11,7 @@ from helpers import assert_exact, planted
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 
 
 def start_scores(problem: LayerProblem, start: str, row: int) -> list[float]:

@@ -13,7 +13,7 @@ from helpers import assert_exact
 
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 
 LAYERS = ("block00_k_proj", "block12_down_proj", "block20_gate_proj")
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8", "1:4")

@@ -12,7 +12,7 @@ from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.numerics.kernels import kernels_for
 from alps_exp.numerics.precision import Multiplier, fast_products
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 cuda = torch.cuda.is_available()

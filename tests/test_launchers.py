@@ -27,7 +27,7 @@ from alps_exp.baselines.magnitude import Magnitude
 
 @dataclass(frozen=True)
 class Deadly(Magnitude):
-    def solve(self, problem, pattern):
+    def _solve(self, problem, pattern):
         os.kill(os.getpid(), signal.SIGKILL)
 """
 

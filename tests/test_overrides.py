@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli import overrides
-from alps_exp.cli.overrides import compose, pattern_of, prepare
-from alps_exp.patterns.pattern import NM, Unstructured
+from alps_exp.cli.overrides import compose, prepare
+from alps_exp.patterns import NM, Unstructured
+from alps_exp.patterns.written import pattern_of
 from alps_exp.runs import naming
 
 SMALL = ["model=opt-125m", "data=wikitext2"]

@@ -16,7 +16,7 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.checkpoints import packed
 from alps_exp.cli.overrides import compose
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 from alps_exp.runs import run
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

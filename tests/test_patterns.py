@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alps_exp.base.errors import UserError
-from alps_exp.patterns.pattern import NM, Unstructured, parse_sparsity
+from alps_exp.patterns import NM, Unstructured, parse_sparsity, written
 
 levels = st.integers(1, 999).map(lambda thousandths: f"0.{thousandths:03d}")
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 120))
@@ -112,11 +114,30 @@ def test_a_transposed_score_is_selected_in_row_major_order():
     assert straight.view(-1).tolist() == [True] * 12 + [False] * 12
 
 
-def test_level_replaces_the_pattern_sparsity():
-    score = torch.rand(8, 40, generator=torch.Generator().manual_seed(0))
-    assert int(Unstructured(0.9).keep(score, level=0.25).sum()) == 240
-    assert (NM(1, 4).keep(score, level=0.5).view(-1, 4).sum(1) == 2).all()
-    assert Unstructured(0.9).keep(score, level=0.0).all()
+def test_written_patterns_are_read_back_and_sorted():
+    texts = ["0.5", "0.65", "0.7", "2:4", "4:8", "1:4"]
+    for text in texts:
+        pattern = parse_sparsity(text)
+        assert pattern.written == text and written.of_slug(pattern.slug) == text
+        assert written.pattern_of(written.node_of(pattern)) == pattern
+    assert sorted([*texts, "0", "row@0.3"], key=written.order) == [
+        "0",
+        "0.5",
+        "0.65",
+        "0.7",
+        "2:4",
+        "1:4",
+        "4:8",
+        "row@0.3",
+    ]
+    assert written.of_slug("x9") is None and written.of_slug("u7") is None
+
+
+def test_what_is_written_needs_no_torch():
+    code = (
+        "import sys; from alps_exp.patterns import parse_sparsity; parse_sparsity('2:4'); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_the_score_is_not_changed():

@@ -7,9 +7,10 @@ import pytest
 
 from alps_exp import baselines
 from alps_exp.base.errors import UserError
+from alps_exp.base.files import write_json
 from alps_exp.runs import environment
 from alps_exp.runs import record as records
-from alps_exp.runs.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of, write_json
+from alps_exp.runs.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of
 
 
 def row(**changes) -> LayerRow:

@@ -18,10 +18,10 @@ from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.layer.solver import Solution, Solver
+from alps_exp.layer.solver import LayerSolver, Solution
 from alps_exp.methods import refit
 from alps_exp.methods.refit import refitted
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 from alps_exp.runs import run as runs
 
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "alps")
@@ -29,13 +29,13 @@ BOTH = ("pcg", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
-class Given(Solver):
+class Given(LayerSolver):
     """A method whose answer is known."""
 
     weight: torch.Tensor
     support: torch.Tensor
 
-    def solve(self, problem, pattern):
+    def _solve(self, problem, pattern):
         return Solution(self.weight, self.support, status="exact")
 
 

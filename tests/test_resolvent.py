@@ -7,8 +7,9 @@ from helpers import planted
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.numerics.resolvent import Resolvent, ScaledGram, inverse
-from alps_exp.patterns.pattern import Unstructured, parse_sparsity
+from alps_exp.layer.scaled import ScaledGram
+from alps_exp.numerics.resolvent import Resolvent, inverse
+from alps_exp.patterns import Unstructured, parse_sparsity
 
 
 def gram(width: int = 48) -> torch.Tensor:

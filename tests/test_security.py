@@ -17,9 +17,9 @@ import yaml
 from alps_exp.base import redaction
 from alps_exp.base.errors import UserError
 from alps_exp.base.redaction import RedactingFormatter, redacted
+from alps_exp.base.resources import resource_root
 from alps_exp.cli import command
 from alps_exp.cli.overrides import compose
-from alps_exp.layer.registry import resource_root
 from alps_exp.model import loading
 from alps_exp.runs import naming, run
 from alps_exp.runs.loggers import log_record

@@ -2,7 +2,7 @@ import pytest
 
 from alps_exp.allocation.selection import Selection
 from alps_exp.base.errors import UserError
-from alps_exp.patterns.pattern import NM, Unstructured
+from alps_exp.patterns import NM, Unstructured
 
 SHAPES = {
     f"model.layers.{block}.{layer}": shape

@@ -13,7 +13,7 @@ from helpers import PATTERNS, assert_exact, planted
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 
 METHODS = registry.methods()
 PRUNING = [name for name in METHODS if registry.solver(name).prunes]

@@ -13,7 +13,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.baselines.sparsegpt import inverse_factor
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 
 
 def reference(problem: LayerProblem, written: str, damping: float, block_size: int) -> np.ndarray:

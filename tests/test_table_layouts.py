@@ -10,8 +10,8 @@ import yaml
 from table_records import METRIC, cells, failed, laid_out, record, several, task
 
 from alps_exp.base.errors import UserError
+from alps_exp.base.resources import resource_root
 from alps_exp.cli import overrides
-from alps_exp.layer.registry import resource_root
 from alps_exp.tables import figures, layout, make, plots, render
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from alps_exp.calibration.capture import Accumulator
 from alps_exp.cli.overrides import compose
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.methods.alps import Alps
-from alps_exp.patterns.pattern import parse_sparsity
+from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.store import HeldError
 from alps_exp.pruning.team import Team
 from alps_exp.runs import run as runs

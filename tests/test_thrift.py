@@ -152,7 +152,7 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
         store.open()
         from alps_exp.allocation.selection import Selection
         from alps_exp.layer.registry import solver
-        from alps_exp.patterns.pattern import parse_sparsity
+        from alps_exp.patterns import parse_sparsity
 
         network = load(tiny_llama)
         patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
@@ -178,7 +178,7 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
     """Memory is too short for more than one held-out window, whose batches are told from others by their number."""
     from alps_exp.allocation.selection import Selection
     from alps_exp.layer.registry import solver
-    from alps_exp.patterns.pattern import parse_sparsity
+    from alps_exp.patterns import parse_sparsity
 
     held_out = tokens(5)
 
@@ -216,7 +216,7 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
 def test_held_out_windows_give_way_when_only_they_do_not_fit(tiny_llama, monkeypatch):
     from alps_exp.allocation.selection import Selection
     from alps_exp.layer.registry import solver
-    from alps_exp.patterns.pattern import parse_sparsity
+    from alps_exp.patterns import parse_sparsity
 
     network = load(tiny_llama)
     patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ..base.errors import UserError, nearest
-from ..patterns.pattern import Pattern, parse_sparsity
+from ..patterns import Pattern, parse_sparsity
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def pack_folder(folder: Path) -> dict:
     """
     from safetensors.torch import load_file, save_file
 
-    from ..runs.record import write_json
+    from ..base.files import write_json
 
     dense = sorted(weight_files(folder)[1]) if has_weights(folder) and not has_bin(folder) else []
     if not dense:
@@ -285,23 +285,3 @@ def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
     if strange := [name for name in files if not re.fullmatch(r"packed-\d+-of-\d+\.safetensors", name)]:
         raise UserError(f"{folder / FILE} names the file {strange[0]!r}, which is no part of a packed model")
     return files, entries
-
-
-def load_packed(folder: str | Path):
-    """The dense `transformers` model of a folder that `save=packed` wrote, in its own dtype, in evaluation mode.
-
-    Args:
-        folder: `results/runs/…/model`.
-
-    Raises:
-        UserError: not a packed folder, or one that is damaged.
-    """
-    from ..model.loading import load_model
-
-    path = Path(folder).expanduser()
-    if not is_packed(path):
-        raise UserError(
-            f"{folder} has no {FILE}: give a folder that save=packed wrote; a dense one is loaded by "
-            "AutoModelForCausalLM.from_pretrained"
-        )
-    return load_model({"name": "local", "path": str(path)})

@@ -12,8 +12,9 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
+from ..base.files import write_json
 from ..pruning.store import HeldError, is_held, locked
-from ..runs.record import FILE, find, write_json
+from ..runs.record import FILE, find
 from .cell import Outcome, SweepJob, describe_error, mark
 
 _PATIENCE = 2.0  # seconds between two looks at runs that other processes hold

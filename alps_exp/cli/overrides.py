@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,41 +22,13 @@ from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..base.errors import UserError, nearest
+from ..base.errors import UserError
+from ..patterns import Pattern, parse_sparsity
+from ..patterns.written import inconsistent, node_of, read
 from ..runs import naming
-
-if TYPE_CHECKING:  # patterns needs torch, whose import takes longer than everything else here
-    from ..patterns.pattern import Pattern
 
 # Hydra 1.3 falls back to the behaviour of 1.1 unless told; 1.4 warns when told.
 _BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
-
-_KINDS = {"unstructured": ("level",), "nm": ("kept", "width")}
-
-
-def pattern_of(node: Mapping) -> Pattern:
-    """The pattern that a composed `sparsity` node describes.
-
-    Raises:
-        UserError: unknown kind, missing or foreign keys, or values that no pattern allows.
-    """
-    from ..patterns.pattern import NM, Unstructured
-
-    fields = {str(key): value for key, value in node.items()}
-    kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise UserError(f"sparsity.kind={kind} is not allowed; {nearest(str(kind), _KINDS)}")
-    if foreign := set(fields) - set(_KINDS[kind]):
-        raise _inconsistent(f"sparsity={kind}", f"sparsity.{min(foreign)}={fields[min(foreign)]}")
-    for name in _KINDS[kind]:
-        if name not in fields:
-            raise UserError(f"sparsity={kind} needs sparsity.{name}")
-    if kind == "unstructured":
-        return Unstructured(fields["level"])
-    for name, value in fields.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"sparsity.{name}={value!r} is not allowed: give a whole number")
-    return NM(fields["kept"], fields["width"])
 
 
 def prepare(words: Sequence[str]) -> list[str]:
@@ -71,7 +43,7 @@ def prepare(words: Sequence[str]) -> list[str]:
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
         if values and override.key_or_group.startswith("sparsity."):
-            raise _inconsistent(values[0].input_line, override.input_line)
+            raise inconsistent(values[0].input_line, override.input_line)
     return [_quoted(override) if override in values else _open(override) for override in overrides]
 
 
@@ -301,7 +273,7 @@ def _is_layer_sparsity(override: Override) -> bool:
 def _names_values(override: Override) -> bool:
     if override.key_or_group != "sparsity" or override.is_delete():
         return False
-    return any(_node(value) is not None for value in _values(override))
+    return any(_pattern(value) is not None for value in _values(override))
 
 
 def _values(override: Override) -> list[Any]:
@@ -319,39 +291,23 @@ def _values(override: Override) -> list[Any]:
 def _quoted(override: Override) -> str:
     names = []
     for value in _values(override):
-        node = _node(value)
-        name = str(value)
-        if node is not None:
-            name = repr(node["level"]) if "level" in node else f"{node['kept']}:{node['width']}"
-            ConfigStore.instance().store(name, node, group="sparsity", provider="alps_exp")
+        pattern = _pattern(value)
+        name = str(value) if pattern is None else pattern.written
+        if pattern is not None:
+            ConfigStore.instance().store(name, node_of(pattern), group="sparsity", provider="alps_exp")
         names.append(f"'{name}'")
     return f"{override.get_key_element()}={','.join(names)}"
 
 
-def _node(value: Any) -> dict[str, Any] | None:
-    """The `sparsity` node that a value stands for; None if the value is the name of a choice, or no value at all."""
-    if match := re.fullmatch(r"\s*(\d+):(\d+)\s*", value) if isinstance(value, str) else None:
-        kept, width = int(match[1]), int(match[2])
-        if 0 < kept < width:
-            return {"kind": "nm", "kept": kept, "width": width}
-    elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
+def _pattern(value: Any) -> Pattern | None:
+    """The pattern that a value stands for; None if the value is the name of a choice, or no value at all."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    else:
+    pattern = read(str(value).strip())
+    if pattern is None:
         try:
-            # Ten digits: a range such as range(0.5,0.8,step=0.1) otherwise yields names like 0.7000000000000001.
-            level = round(float(value), 10)
+            float(value)
         except ValueError:
             return None
-        if 0 < level < 1:
-            return {"kind": "unstructured", "level": level}
-    from ..patterns.pattern import parse_sparsity
-
-    parse_sparsity(value)  # raises, saying what is allowed
-    raise AssertionError(f"sparsity {value!r} is neither refused nor understood")
-
-
-def _inconsistent(first: str, second: str) -> UserError:
-    return UserError(
-        f"{first} and {second} are inconsistent: give one of them, a value (sparsity=0.6, sparsity=2:4) or a kind with "
-        "its own keys (sparsity=unstructured sparsity.level=0.6, sparsity=nm sparsity.kept=2 sparsity.width=4)"
-    )
+        parse_sparsity(value)  # raises: no number beyond 1 is a sparsity
+    return pattern

@@ -217,7 +217,7 @@ def _table_node(runs: Sequence[Cell]) -> dict | None:
 
 def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> None:
     """Note beside the runs which of them a sweep's file asks for."""
-    from ..runs.record import write_json
+    from ..base.files import write_json
 
     content = {"sweep": name, "words": list(given), "runs": [cell.directory.name for cell in runs]}
     if (node := _table_node(runs)) is not None:

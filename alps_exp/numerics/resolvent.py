@@ -15,41 +15,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..base.clock import Stopwatch
 from ..base.errors import UserError
-from ..layer.problem import LayerProblem, Statistics
-from ..layer.solver import Stopwatch
 from .kernels import kernels_for
 from .precision import fast_products, low_precision
 from .triangular import lower_gram, triangular_inverse
 
 NODES = 4
 _SPAN = 15.0
-
-
-class ScaledGram:
-    """H = E(G + λ₂I)E with unit diagonal, E = diag(G + λ₂I)^-½.
-
-    Args:
-        problem: any of the layers that share the Gram matrix.
-        damping: λ₂ over mean(diag G).
-    """
-
-    def __init__(self, problem: LayerProblem, damping: float) -> None:
-        problem.require(Statistics.GRAM)
-        self.dead = problem.dead
-        ridge = damping * float(problem.diagonal.mean())
-        diagonal = (problem.diagonal + ridge).masked_fill(self.dead, 1.0)
-        self._e = diagonal.rsqrt()
-        self.gram = problem.gram * self._e * self._e[:, None]
-        self.gram.diagonal().fill_(1.0)
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """E⁻¹W, without the dead inputs."""
-        return (weight / self._e).masked_fill(self.dead, 0)
-
-    def unscale(self, weight: Tensor) -> Tensor:
-        """The inverse of `scale`; dead inputs stay zero."""
-        return (weight * self._e).masked_fill(self.dead, 0)
 
 
 class Resolvent:

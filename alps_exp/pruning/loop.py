@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..allocation.selection import Selection
+from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.progress import Progress
 from ..calibration.capture import Accumulator, Collector
 from ..calibration.ladder import Thrift, naming_the_step
 from ..calibration.sharing import Group, StatisticsCache
 from ..layer.problem import LayerProblem, Statistics
-from ..layer.solver import Solver, Stopwatch, full_precision
+from ..layer.solver import Solver
 from ..model.blocks import BlockModel, block_linears, blocks_of, count, find_blocks
 from ..model.hidden import HiddenStates
-from ..patterns.pattern import Pattern
+from ..numerics.precision import full_precision
+from ..patterns import Pattern
 from ..runs.record import LayerRow, PruneResult
 from .solve import out_major, solve_layers
 from .store import FinishedBlock, ProgressStore

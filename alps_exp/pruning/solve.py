@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..layer.problem import LayerProblem
-from ..layer.solver import Solution, Stopwatch, full_precision
-from ..patterns.pattern import Pattern
+from ..layer.solver import Solution
+from ..numerics.precision import full_precision
+from ..patterns import Pattern
 from ..runs.record import LayerRow
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import UserError
-from ..runs.record import LayerRow, write_json
+from ..base.files import write_json
+from ..runs.record import LayerRow
 
 FOLDER = ".progress"
 

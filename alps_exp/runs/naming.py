@@ -26,7 +26,7 @@ def config_hash(cfg: Mapping) -> str:
 
     For a method that prunes nothing, these are all keys but those that an evaluation depends on.
     """
-    kept = {key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED}
+    kept = _without_paths({key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED})
     content = kept if prunes(cfg) else _evaluated(kept)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -93,6 +93,15 @@ def _level(value):
         return value
 
 
+def _without_paths(content: dict) -> dict:
+    """Without the paths of classes: a method that moves to another module stays the same method."""
+    return {
+        key: _without_paths(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key != "_target_"
+    }
+
+
 def prunes(cfg: Mapping) -> bool:
     """Whether the configuration's method changes any weight."""
     from ..layer.registry import build
@@ -127,7 +136,7 @@ def run_name(cfg: DictConfig) -> str:
 
     <model>-<method>-<hash> where the method prunes nothing.
     """
-    from ..cli.overrides import pattern_of
+    from ..patterns.written import pattern_of
 
     words = f"{model_name(cfg)}-{cfg.method.name}"
     if prunes(cfg):

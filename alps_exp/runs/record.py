@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.files import write_json
 from ..base.redaction import redacted
 
 SCHEMA = 1
@@ -250,20 +250,6 @@ def set_aside(directory: Path) -> Path | None:
     aside = next(path for path in (directory / name for name in names) if not os.path.lexists(path))
     file.rename(aside)
     return aside
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value):

@@ -16,19 +16,20 @@ from transformers.utils import logging as transformers_logging
 
 from ..allocation.selection import Selection
 from ..base.checks import one_of, parse_device, require
+from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
 from ..calibration import sharing
 from ..checkpoints.hub import first_line
-from ..cli.overrides import pattern_of
 from ..data import texts, windows
 from ..evaluation import perplexity, protocol
 from ..layer.registry import build
-from ..layer.solver import Solver, Stopwatch
+from ..layer.solver import Solver
 from ..methods.refit import REFITS, refitted
 from ..model import loading
 from ..model.hidden import PLACES
-from ..patterns.pattern import Pattern
+from ..patterns import Pattern
+from ..patterns.written import pattern_of
 from ..pruning.loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
 from ..pruning.store import ProgressStore, locked
 from . import resume

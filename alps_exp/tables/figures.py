@@ -16,6 +16,7 @@ from importlib.resources import files
 import pandas as pd
 
 from ..base.errors import UserError
+from ..patterns import written
 from ..runs.naming import NOT_HASHED
 
 AXES = ("model", "sparsity", "method")
@@ -87,7 +88,7 @@ class Aggregate:
 
 def is_dense(record: Mapping) -> bool:
     """Whether nothing was pruned."""
-    return record["sparsity"] == "0"
+    return written.is_dense(record["sparsity"])
 
 
 def measures(record: Mapping) -> dict[str, Measure]:
@@ -363,7 +364,7 @@ def _as_published(config: Mapping, metric: str) -> bool:
 def order(key: Sequence[str]) -> tuple:
     """Sorts model, sparsity, method and settings as tables list them."""
     model, sparsity, method, *rest = key
-    return natural(model), sparsity_order(sparsity), method_order(method), [natural(value) for value in rest]
+    return natural(model), written.order(sparsity), method_order(method), [natural(value) for value in rest]
 
 
 def _order(record: Mapping) -> tuple:
@@ -376,21 +377,13 @@ def method_order(name: str) -> tuple:
     return (METHODS.index(name) if name in METHODS else len(METHODS), name)
 
 
-def sparsity_order(text: str) -> tuple:
-    """Dense, levels from low to high, then N:M."""
-    if ":" in text:
-        kept, width = map(int, text.split(":"))
-        return 1, width, -kept
-    return 0, float(text), 0
-
-
 def natural(text: str) -> list[tuple]:
     """Sorts opt-2.7b before opt-13b."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(1, float(part), "") if index % 2 else (0, 0.0, part) for index, part in enumerate(parts)]
 
 
-_RUN = re.compile(r"(?P<words>.+)-(?P<sparsity>u[\d.]+|\d+of\d+)-s\d+-[0-9a-f]{8}")
+_RUN = re.compile(r"(?P<words>.+)-(?P<slug>[^-]+)-s\d+-[0-9a-f]{8}")
 _DENSE = re.compile(r"(?P<model>.+)-dense(-[^-]+-s\d+)?-[0-9a-f]{8}")
 
 
@@ -399,7 +392,8 @@ def _coordinates(run: str, models: Iterable[str]) -> tuple[str, str, str] | None
     if match := _DENSE.fullmatch(run):
         return match["model"], "0", "dense"
     if match := _RUN.fullmatch(run):
-        sparsity = match["sparsity"].removeprefix("u").replace("of", ":")
+        if (sparsity := written.of_slug(match["slug"])) is None:
+            return None
         for model in sorted(models, key=len, reverse=True):
             if match["words"].startswith(f"{model}-"):
                 return model, sparsity, match["words"].removeprefix(f"{model}-")

@@ -15,7 +15,8 @@ import pandas as pd
 import yaml
 
 from ..base.errors import UserError, nearest
-from .figures import AXES, Aggregate, method_order, natural, sparsity_order
+from ..patterns import written
+from .figures import AXES, Aggregate, method_order, natural
 from .footnotes import footnotes
 
 PLOTS = ("perplexity", "losses", "seconds", "phases")
@@ -221,7 +222,7 @@ def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], col
     for row in frame.to_dict("records"):
         names = metrics if row["metric"] is None or row["metric"] != row["metric"] else [row["metric"]]
         places = [{axis: row[axis] for axis in axes}]
-        if row["sparsity"] == "0":
+        if written.is_dense(row["sparsity"]):
             for axis in columns:
                 if axis == "sparsity" or (axis in axes and not row[axis]):
                     places = [at | {axis: value} for at in places for value in values[axis] or [row[axis]]]
@@ -230,7 +231,7 @@ def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], col
 
 
 def _sorted(keys: Iterable[tuple], axes: Sequence[str], metrics: Sequence[str]) -> list[tuple]:
-    orders = {"sparsity": sparsity_order, "method": method_order, "metric": metrics.index}
+    orders = {"sparsity": written.order, "method": method_order, "metric": metrics.index}
     return sorted(keys, key=lambda key: [orders.get(axis, natural)(word) for axis, word in zip(axes, key, strict=True)])
 
 

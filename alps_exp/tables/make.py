@@ -194,7 +194,3 @@ def _keep(name: str, runs: Path) -> int:
 def _refuse(error: UserError) -> int:
     print(f"alps_exp: {error}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

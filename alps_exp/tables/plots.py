@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .figures import PHASES, Aggregate, Group, mean_and_std, measures, method_order, sparsity_order
+from ..patterns import Unstructured, written
+from .figures import PHASES, Aggregate, Group, mean_and_std, measures, method_order
 from .layout import Spec, shown_metrics
 
 FORMATS = ("svg", "png")
@@ -169,13 +170,13 @@ def _perplexity(found: Aggregate, spec: Spec) -> list[dict]:
                 if points:
                     series.append(look | {"points": points})
             patterns = {point[0] for item in series for point in item["points"]}
-            dense = [group for group in groups if group.key[1] == "0" and group.records]
+            dense = [group for group in groups if written.is_dense(group.key[1]) and group.records]
             level = _statistic(dense[0], metric) if dense else None
             if len(patterns) > 1:
                 panels.append(
                     {
                         "title": title(model, metric),
-                        "patterns": sorted(patterns, key=sparsity_order),
+                        "patterns": sorted(patterns, key=written.order),
                         "dense": level and level[0],
                         "series": series,
                     }
@@ -183,15 +184,21 @@ def _perplexity(found: Aggregate, spec: Spec) -> list[dict]:
     return panels
 
 
+def _level(name: str) -> float | None:
+    """The place of an unstructured pattern on the axis of levels; None for the others, which stand apart."""
+    pattern = written.read(name)
+    return pattern.sparsity if isinstance(pattern, Unstructured) else None
+
+
 def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
     """Levels on a line, N:M apart on their right; the band and the bars are one standard deviation over seeds."""
-    levels = [float(name) for name in panel["patterns"] if ":" not in name]
-    apart = [name for name in panel["patterns"] if ":" in name]
+    levels = [level for name in panel["patterns"] if (level := _level(name)) is not None]
+    apart = [name for name in panel["patterns"] if _level(name) is None]
     step = 0.1 if len(levels) < 2 else (levels[-1] - levels[0]) / 3.5
     places = {name: (levels[-1] if levels else 0) + step * (index + 1) for index, name in enumerate(apart)}
     for index, item in enumerate(panel["series"]):
         colour, marker, style = _look(item)
-        line = [(float(name), mean, std) for name, mean, std in item["points"] if ":" not in name]
+        line = [(x, mean, std) for name, mean, std in item["points"] if (x := _level(name)) is not None]
         (handle,) = axis.plot(
             [x for x, _, _ in line],
             [y for _, y, _ in line],
@@ -205,7 +212,7 @@ def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
             color=colour, alpha=0.2, linewidth=0,
         )  # fmt: skip
         shift = step * 0.1 * (index - (len(panel["series"]) - 1) / 2)
-        marks = [(places[name] + shift, mean, std) for name, mean, std in item["points"] if ":" in name]
+        marks = [(places[name] + shift, mean, std) for name, mean, std in item["points"] if _level(name) is None]
         axis.errorbar(
             [x for x, _, _ in marks],
             [y for _, y, _ in marks],

@@ -1,0 +1,1 @@
+"""Which layers are pruned, and how sparse."""

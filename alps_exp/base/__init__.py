@@ -1,0 +1,1 @@
+"""What every room may use: errors, checks, files, clocks, progress, devices. Nothing of pruning."""

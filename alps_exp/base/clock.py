@@ -1,0 +1,28 @@
+"""Wall time by phase."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Wall time by phase, waiting for the device where its work is asynchronous."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> float:
+        """Add the time since the last lap to `phase` and return it."""
+        now = self._now()
+        elapsed, self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+        return elapsed

@@ -1,0 +1,47 @@
+"""Where the project's own yaml files and methods lie, and the classes that yaml files name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import UserError, nearest
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def resource_root() -> Path:
+    """The folder that holds conf/, sweeps/ and baselines/: the package itself in a wheel, its parent in a checkout."""
+    return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+
+
+def class_of(node: Mapping, what: str) -> type:
+    """The class that a node's `_target_` names.
+
+    Args:
+        node: of a yaml file or a composed configuration.
+        what: how to speak of it, as in "method alps".
+
+    Raises:
+        UserError: it cannot be imported, or is no dataclass.
+    """
+    named = str(node.get("_target_"))
+    module, _, attribute = named.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{what}: cannot import {named} ({error})") from None
+    if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
+        raise UserError(f"{what}: {named} is not a class of hyperparameters: name a dataclass in _target_")
+    return target
+
+
+def check_fields(target: type, names: Mapping, what: str) -> None:
+    """Raise UserError for the first name that is no field of the dataclass."""
+    known = {field.name for field in dataclasses.fields(target)}
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) if known else "it has none"
+            raise UserError(f"{what} has no hyperparameter {name!r}; {hint}")

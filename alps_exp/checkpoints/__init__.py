@@ -1,0 +1,1 @@
+"""Files that hold weights: on the hub, in folders, quantised for llama.cpp, packed."""

@@ -1,0 +1,1 @@
+"""Perplexity, tasks of lm-eval, and samples."""

@@ -1,0 +1,8 @@
+"""python -m alps_exp.evaluation: write tasks' rows and YAML files to a folder (`task_data`)."""
+
+import sys
+
+from .task_data import main
+
+if __name__ == "__main__":
+    sys.exit(main())

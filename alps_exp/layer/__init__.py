@@ -1,0 +1,1 @@
+"""One layer to prune, as numbers, and what a solver is."""

@@ -1,0 +1,1 @@
+"""ALPS, and what any method can be given: a refit."""

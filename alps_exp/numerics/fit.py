@@ -1,0 +1,57 @@
+"""The best weights on a fixed support, by conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def fit_on_support(
+    multiply: Callable[[Tensor], Tensor],
+    dense: Tensor,
+    support: Tensor,
+    start: Tensor,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, int]:
+    """Conjugate gradients on a fixed support: min tr((W - Ŵ) H (W - Ŵ)ᵀ) over Ŵ zero outside `support`.
+
+    All rows at once, each with its own step sizes. No preconditioner: H is meant to have a unit diagonal, for which
+    Jacobi's is the identity.
+
+    Args:
+        multiply: A (out, in) ↦ AH with H symmetric positive definite, in float32's precision: TF32 was seen to make the
+            iteration diverge where one direction dominates H (inputs far off zero).
+        dense: (out, in) W.
+        support: (out, in) bool.
+        start: (out, in), zero outside the support.
+        iterations: at most this many products with H after the first.
+        tolerance: stop once an iteration lowers the objective by less than this fraction of it.
+
+    Returns:
+        Ŵ and the number of iterations made.
+    """
+    weight = start
+    delta = dense - weight
+    gradient = multiply(delta)
+    objective = (delta * gradient).sum()
+    residual = gradient.mul_(support)
+    direction = residual
+    energy = residual.square().sum(1)
+    for step in range(iterations):
+        product = multiply(direction).mul_(support)
+        curvature = (direction * product).sum(1)
+        alpha = torch.where(curvature > 0, energy / curvature, 0.0)
+        weight = torch.addcmul(weight, alpha[:, None], direction)
+        decrease = (alpha * energy).sum()
+        objective = objective - decrease
+        if not bool(decrease > tolerance * objective):
+            return weight, step + 1
+        residual = torch.addcmul(residual, alpha[:, None], product, value=-1)
+        fresh = residual.square().sum(1)
+        beta = torch.where(energy > 0, fresh / energy, 0.0)
+        direction = torch.addcmul(residual, beta[:, None], direction)
+        energy = fresh
+    return weight, iterations

@@ -1,0 +1,8 @@
+"""Which supports are allowed, and how they are written. Nothing here needs torch before a mask is asked for."""
+
+from .nm import NM
+from .pattern import Pattern, Scope
+from .unstructured import Unstructured
+from .written import parse_sparsity
+
+__all__ = ["NM", "Pattern", "Scope", "Unstructured", "parse_sparsity"]

@@ -1,0 +1,79 @@
+"""Supports of the successive iterates of one layer, which need not have exactly the pattern's count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .pattern import Pattern
+
+
+class Tracker:
+    """Selects the supports of a layer's successive iterates.
+
+    Attributes:
+        group: (N, M) where the rule is no more than the N largest of every M consecutive entries, the first among
+            equals, so that a caller may apply it in a pass of its own.
+    """
+
+    def __init__(self, pattern: Pattern, group: tuple[int, int] | None = None) -> None:
+        self._pattern = pattern
+        self.group = group
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Mask of the entries to keep, of the pattern's count or nearly so."""
+        return self._pattern.keep(score)
+
+    def stride(self, score: Tensor) -> int | None:
+        """Where the rule may be a threshold from a sample: every how many entries one is taken; otherwise None."""
+        return None
+
+
+class ThresholdTracker(Tracker):
+    """Selects about the right number of largest entries of a slowly changing score, by a quantile of a fixed sample.
+
+    The sampling error is corrected from call to call by the number that the last threshold kept, all on the device, so
+    that after a few calls the counts are off by a few entries only. That matters: iterating with 0.8 % more entries
+    than the result may have was seen to cost 13 % in loss.
+    """
+
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__(pattern)
+        self._drift: Tensor | None = None
+
+    def stride(self, score: Tensor) -> int | None:
+        size, wanted = score.numel(), 1 << 18 if score.is_cuda else 1 << 14
+        if size < 4 * wanted or not 0 < self._count(size) < size:
+            return None
+        # An odd stride, or the sample would hold a few columns only where the width is a power of two.
+        return size // wanted | 1
+
+    def __call__(self, score: Tensor) -> Tensor:
+        stride = self.stride(score)
+        if stride is None:
+            return self._pattern.keep(score)
+        mask = score >= self.threshold(score.reshape(-1)[::stride])
+        self.observe(mask.count_nonzero(), score.numel(), stride)
+        return mask
+
+    def threshold(self, sample: Tensor) -> Tensor:
+        """0-dim: scores from here on are to be kept. To be followed by `observe`.
+
+        Args:
+            sample: every `stride`-th score.
+        """
+        if self._drift is None:
+            self._drift = torch.zeros((), dtype=torch.float64, device=sample.device)
+        rank = (self._pattern.sparsity * len(sample) + self._drift).clamp_(0, len(sample) - 1)
+        # The rank stays on a GPU, which sorts as fast as it selects; a CPU has nothing to wait for and selects faster.
+        return sample.sort().values[rank.long()] if sample.is_cuda else sample.kthvalue(int(rank) + 1).values
+
+    def observe(self, kept: Tensor, size: int, stride: int) -> None:
+        """Learn how many of `size` scores the last threshold kept (0-dim)."""
+        self._drift += (kept - self._count(size)) / stride
+
+    def _count(self, size: int) -> int:
+        return round((1 - self._pattern.sparsity) * size)

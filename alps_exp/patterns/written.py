@@ -1,0 +1,124 @@
+"""Patterns as users write them: the one place where their text is read. Needs no torch.
+
+    0.7         Unstructured(0.7)
+    2:4         NM(2, 4)
+
+Every yaml of conf/sparsity names a class, and each class reads its own form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import yaml
+
+from ..base.errors import UserError, nearest
+from ..base.resources import class_of, resource_root
+from .pattern import Pattern
+
+DENSE = "0"  # what records and tables write where nothing is pruned
+
+
+@cache
+def kinds() -> dict[str, type[Pattern]]:
+    """The class of each yaml in conf/sparsity, by the yaml's name, in the order of tables."""
+    found = {}
+    for path in (resource_root() / "conf" / "sparsity").glob("*.yaml"):
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[path.stem] = class_of(node, f"sparsity={path.stem}")
+    return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
+
+
+def read(text: str) -> Pattern | None:
+    """The pattern that a text means; None where no kind of pattern has that form.
+
+    Raises:
+        UserError: the form of a pattern with numbers that are not allowed.
+    """
+    return next((pattern for kind in kinds().values() if (pattern := kind.parse(text)) is not None), None)
+
+
+def parse_sparsity(value: float | str | Pattern) -> Pattern:
+    """The pattern that a user wrote: 0.7, "0.7", "2:4".
+
+    Raises:
+        UserError: neither a fraction strictly between 0 and 1 nor N:M with 0 < N < M.
+    """
+    if isinstance(value, Pattern):
+        return value
+    text = str(value).strip()
+    if not isinstance(value, bool) and (pattern := read(text)) is not None:
+        return pattern
+    hint = ' (a plain 2:4 in YAML is read as 124: quote it, "2:4")' if text.isdigit() else ""
+    raise UserError(
+        f"sparsity {value!r} is not allowed{hint}: give a fraction of zeros above 0 and below 1 (0.7), "
+        'or a pattern N:M such as "2:4"; method=dense is the run without pruning'
+    )
+
+
+def node_of(pattern: Pattern) -> dict:
+    """The `sparsity` node of a configuration that stands for a pattern."""
+    return {"kind": pattern.kind, **dataclasses.asdict(pattern)}
+
+
+def pattern_of(node: Mapping) -> Pattern:
+    """The pattern that a composed `sparsity` node describes.
+
+    Raises:
+        UserError: unknown kind, missing or foreign keys, or values that no pattern allows.
+    """
+    fields = {str(key): value for key, value in node.items() if key != "_target_"}
+    kind = fields.pop("kind", None)
+    target = class_of(node, f"sparsity={kind}") if node.get("_target_") else kinds().get(kind)
+    if target is None:
+        raise UserError(f"sparsity.kind={kind} is not allowed; {nearest(str(kind), kinds())}")
+    known = [field.name for field in dataclasses.fields(target)]
+    if foreign := set(fields) - set(known):
+        raise inconsistent(f"sparsity={kind}", f"sparsity.{min(foreign)}={fields[min(foreign)]}")
+    for name in known:
+        if name not in fields:
+            raise UserError(f"sparsity={kind} needs sparsity.{name}")
+    return target(**fields)
+
+
+def inconsistent(first: str, second: str) -> UserError:
+    """The error for a sparsity that is given twice in different terms."""
+    return UserError(
+        f"{first} and {second} are inconsistent: give one of them, a value (sparsity=0.6, sparsity=2:4) or a kind with "
+        "its own keys (sparsity=unstructured sparsity.level=0.6, sparsity=nm sparsity.kept=2 sparsity.width=4)"
+    )
+
+
+def is_dense(text: str) -> bool:
+    """Whether a record's sparsity says that nothing was pruned."""
+    return text == DENSE
+
+
+def order(text: str) -> tuple:
+    """Sort key of a written pattern: dense, then by kind and zeros, then what no kind of pattern reads."""
+    if is_dense(text):
+        return (-1,)
+    try:
+        pattern = read(text)
+    except UserError:
+        pattern = None
+    return pattern.order if pattern is not None else (99, text)
+
+
+def of_slug(slug: str, candidates: Iterable[str] = ()) -> str | None:
+    """The text whose pattern has this slug (a directory's name holds it); None where that is not clear.
+
+    Args:
+        slug: as `Pattern.slug` gives it.
+        candidates: texts that it may be of, beside the plain forms of 0.7 and 2:4.
+    """
+    for text in (*candidates, slug.removeprefix("u"), slug.replace("of", ":")):
+        try:
+            pattern = read(text)
+        except UserError:
+            continue
+        if pattern is not None and pattern.slug == slug:
+            return pattern.written
+    return None

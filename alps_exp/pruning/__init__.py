@@ -1,0 +1,1 @@
+"""The block loop, its stages, and what it keeps on the disk."""
