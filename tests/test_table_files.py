@@ -16,7 +16,8 @@ import pytest
 from table_records import METRIC, laid_out, record, save, several, task
 
 from alps_exp.base.errors import UserError
-from alps_exp.tables import archive, figures, layout, make, plots, render
+from alps_exp.layer import registry
+from alps_exp.tables import archive, figures, layout, looks, make, plots, render
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,20 +130,20 @@ class TestFiles:
         assert plots.draw(found, layout.Spec(), tmp_path / "none", "a") == [] and not (tmp_path / "none").exists()
 
     def test_methods_keep_their_looks_apart(self):
-        looks = [plots._look({"method": method, "variant": 0}) for method in plots.COLOURS]
-        for signs in zip(*looks, strict=True):
-            assert len(set(map(str, signs))) == len(plots.COLOURS)
-        assert set(plots.COLOURS) | {"dense"} == set(figures.METHODS)
+        drawn = [method for method in looks.methods() if method != "dense"]
+        for signs in zip(*map(looks.look, drawn), strict=True):
+            assert len(set(map(str, signs))) == len(drawn)
+        assert {"dense", *drawn} == set(registry.methods())
         variants = {str(plots._look({"method": "alps", "variant": index})) for index in range(6)}
-        assert len(variants) == 6 and all(plots.COLOURS["alps"] in look for look in variants)
+        assert len(variants) == 6 and all("#0072B2" in look for look in variants)
 
     def test_settings_of_one_method_are_drawn_apart(self):
         records = [record(sparsity=sparsity) for sparsity in ("0.5", "0.7") for _ in range(2)]
         for number, item in enumerate(records):
             item["config"]["method"]["rho"] = number % 2
         (panel,) = plots.KINDS["perplexity"][0](figures.aggregate(records), layout.Spec())
-        looks = [(item["label"], item["variant"], len(item["points"])) for item in panel["series"]]
-        assert looks == [("alps rho=0", 0, 2), ("alps rho=1", 1, 2)]
+        found = [(item["label"], item["variant"], len(item["points"])) for item in panel["series"]]
+        assert found == [("alps rho=0", 0, 2), ("alps rho=1", 1, 2)]
 
 
 class TestSweeps:

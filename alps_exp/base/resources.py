@@ -25,9 +25,11 @@ def class_of(node: Mapping, what: str) -> type:
         what: how to speak of it, as in "method alps".
 
     Raises:
-        UserError: it cannot be imported, or is no dataclass.
+        UserError: there is none, it cannot be imported, or it is no dataclass.
     """
-    named = str(node.get("_target_"))
+    if not node.get("_target_"):
+        raise UserError(f"{what} names no class: its yaml needs _target_: MODULE.CLASS")
+    named = str(node["_target_"])
     module, _, attribute = named.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)

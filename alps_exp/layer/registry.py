@@ -52,9 +52,7 @@ def solver(method: str | Solver, **hyperparameters) -> Solver:
 
 def build(node: Mapping) -> Solver:
     """The solver that a composed `method` node describes (`_target_`, `name`, one key per hyperparameter)."""
-    if "_target_" not in node:
-        raise UserError(f"method {node.get('name')} names no class: its yaml needs _target_: MODULE.CLASS")
-    fields = {key: value for key, value in node.items() if key not in ("_target_", "name")}
+    fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     what = f"method {node.get('name')}"
     target = class_of(node, what)
     check_fields(target, fields, what)

@@ -26,7 +26,7 @@ def config_hash(cfg: Mapping) -> str:
 
     For a method that prunes nothing, these are all keys but those that an evaluation depends on.
     """
-    kept = _without_paths({key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED})
+    kept = _that_decides({key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED})
     content = kept if prunes(cfg) else _evaluated(kept)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -93,12 +93,13 @@ def _level(value):
         return value
 
 
-def _without_paths(content: dict) -> dict:
-    """Without the paths of classes: a method that moves to another module stays the same method."""
+def _that_decides(content: dict) -> dict:
+    """Without the keys that begin with an underscore: the path of a class, and how tables show a method. A method that
+    moves to another module stays the same method."""
     return {
-        key: _without_paths(value) if isinstance(value, dict) else value
+        key: _that_decides(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if key != "_target_"
+        if not str(key).startswith("_")
     }
 
 

@@ -102,7 +102,8 @@ def _team_lock(directory: Path) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise HeldError(
-                        f"processes of an earlier attempt are still at work in {directory} (alps_exp.runs.worker): end them"
+                        f"processes of an earlier attempt are still at work in {directory} (alps_exp.runs.worker): "
+                        "end them"
                     ) from None
                 time.sleep(0.1)
             except OSError:  # a file system without locks

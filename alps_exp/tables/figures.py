@@ -18,9 +18,9 @@ import pandas as pd
 from ..base.errors import UserError
 from ..patterns import written
 from ..runs.naming import NOT_HASHED
+from . import looks
 
 AXES = ("model", "sparsity", "method")
-METHODS = ("dense", "magnitude", "wanda", "dsnot", "sparsegpt", "alps-paper", "alps-simple", "alps")
 PHASES = ("transfer", "calibrate", "solve", "propagate")
 UNKNOWN = "unknown"
 
@@ -188,7 +188,7 @@ def _settings(record: Mapping) -> dict[str, str]:
     if is_dense(record):
         config = {key: value for key, value in config.items() if key in _EVALUATED}
     flat = _flat({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
-    return {key: value for key, value in flat.items() if key not in ("model.name", "method.name", "method._target_")}
+    return {key: value for key, value in flat.items() if key not in ("model.name", "method.name") and "._" not in key}
 
 
 def _flat(node: Mapping, prefix: str = "") -> dict[str, str]:
@@ -364,17 +364,12 @@ def _as_published(config: Mapping, metric: str) -> bool:
 def order(key: Sequence[str]) -> tuple:
     """Sorts model, sparsity, method and settings as tables list them."""
     model, sparsity, method, *rest = key
-    return natural(model), written.order(sparsity), method_order(method), [natural(value) for value in rest]
+    return natural(model), written.order(sparsity), looks.method_order(method), [natural(value) for value in rest]
 
 
 def _order(record: Mapping) -> tuple:
     key = (record["model"], record["sparsity"], record["method"])
     return order(key), record["seed"], record.get("config_hash", ""), str(record.get("run")), record.get("started", "")
-
-
-def method_order(name: str) -> tuple:
-    """Dense, the methods from the simplest to ALPS, then others by name."""
-    return (METHODS.index(name) if name in METHODS else len(METHODS), name)
 
 
 def natural(text: str) -> list[tuple]:
@@ -397,7 +392,7 @@ def _coordinates(run: str, models: Iterable[str]) -> tuple[str, str, str] | None
         for model in sorted(models, key=len, reverse=True):
             if match["words"].startswith(f"{model}-"):
                 return model, sparsity, match["words"].removeprefix(f"{model}-")
-        for method in sorted(METHODS, key=len, reverse=True):
+        for method in sorted(looks.methods(), key=len, reverse=True):
             if match["words"].endswith(f"-{method}"):
                 return match["words"].removesuffix(f"-{method}"), sparsity, method
     return None

@@ -16,7 +16,8 @@ import yaml
 
 from ..base.errors import UserError, nearest
 from ..patterns import written
-from .figures import AXES, Aggregate, method_order, natural
+from . import looks
+from .figures import AXES, Aggregate, natural
 from .footnotes import footnotes
 
 PLOTS = ("perplexity", "losses", "seconds", "phases")
@@ -231,7 +232,7 @@ def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], col
 
 
 def _sorted(keys: Iterable[tuple], axes: Sequence[str], metrics: Sequence[str]) -> list[tuple]:
-    orders = {"sparsity": written.order, "method": method_order, "metric": metrics.index}
+    orders = {"sparsity": written.order, "method": looks.method_order, "metric": metrics.index}
     return sorted(keys, key=lambda key: [orders.get(axis, natural)(word) for axis, word in zip(axes, key, strict=True)])
 
 

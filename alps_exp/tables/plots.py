@@ -14,33 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..patterns import Unstructured, written
-from .figures import PHASES, Aggregate, Group, mean_and_std, measures, method_order
+from . import looks
+from .figures import PHASES, Aggregate, Group, mean_and_std, measures
 from .layout import Spec, shown_metrics
 
 FORMATS = ("svg", "png")
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the same for a method everywhere. Printed in grey,
-# markers and line styles tell them apart.
-COLOURS = {
-    "alps": "#0072B2",
-    "alps-simple": "#56B4E9",
-    "alps-paper": "#E69F00",
-    "sparsegpt": "#D55E00",
-    "wanda": "#009E73",
-    "dsnot": "#CC79A7",
-    "magnitude": "#000000",
-}
-_OTHER = "#888888"
-_SIGNS = {
-    "alps": ("o", "-"),
-    "alps-simple": ("h", (0, (8, 1))),
-    "alps-paper": ("p", (0, (6, 1, 1, 1))),
-    "sparsegpt": ("s", (0, (5, 2))),
-    "wanda": ("^", (0, (3, 1, 1, 1))),
-    "dsnot": ("v", (0, (3, 1, 1, 1, 1, 1))),
-    "magnitude": ("X", (0, (1, 1))),
-    "other": ("D", (0, (2, 2))),
-}
 _VARIANTS = "D<>P*d8"
 _PHASES = {
     "transfer": ("#FFFFFF", ""),
@@ -121,7 +100,7 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
     for group in groups:
         if group.records and group.key[1] != "0":
             members.setdefault(group.key[2:], []).append(group)
-    for key in sorted(members, key=lambda key: (method_order(key[0]), variants[key[0]][key[1:]])):
+    for key in sorted(members, key=lambda key: (looks.method_order(key[0]), variants[key[0]][key[1:]])):
         names = (name.rpartition(".")[2] for name in found.settings)
         label = " ".join([key[0], *(f"{n}={word}" for n, word in zip(names, key[1:], strict=True) if word)])
         yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
@@ -352,9 +331,9 @@ def _plain_ticks(axis) -> None:
 
 def _look(item: Mapping) -> tuple:
     """Colour, marker and line style."""
-    colour, marker, style = COLOURS.get(item["method"], _OTHER), *_SIGNS.get(item["method"], _SIGNS["other"])
+    colour, marker, style = looks.look(item["method"])
     if item["variant"]:
-        styles = [style for _, style in _SIGNS.values()]
+        styles = looks.line_styles()
         marker = _VARIANTS[(item["variant"] - 1) % len(_VARIANTS)]
         style = styles[item["variant"] % len(styles)]
     return colour, marker, style
