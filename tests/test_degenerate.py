@@ -250,7 +250,7 @@ def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny
     @dataclasses.dataclass(frozen=True)
     class Enlarging(type(registry.solver("magnitude"))):
         def _solve(self, problem, pattern):
-            solution = super().solve(problem, pattern)
+            solution = super()._solve(problem, pattern)
             return dataclasses.replace(solution, weight=solution.weight * 1e9)
 
     with pytest.raises(UserError, match=r"q_proj: Enlarging gave [1-9]\d+ NaN or infinite weights; use dtype=float32"):

@@ -107,4 +107,4 @@ def test_the_constraints_cover_every_dependency_and_name_no_host():
 
 def test_the_script_and_the_module_are_the_same_program():
     assert PROJECT["project"]["scripts"] == {"alps-exp": "alps_exp.__main__:main"}
-    assert "from .cli import main" in (ROOT / "alps_exp" / "__main__.py").read_text(encoding="utf-8")
+    assert "from .cli.command import main" in (ROOT / "alps_exp" / "__main__.py").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import perplexity
 from alps_exp.runs import run as runs
 from alps_exp.runs import saving
 from alps_exp.runs.workspace import Workspace
@@ -225,7 +226,7 @@ def test_lack_of_device_memory_outside_the_blocks_is_one_line(settings, tmp_path
     def failing(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory (not really)\nand much more")
 
-    monkeypatch.setattr(runs.evaluate, "perplexity", failing)
+    monkeypatch.setattr(perplexity, "perplexity", failing)
     with pytest.raises(UserError, match=r"device's memory does not suffice .* goes on from the last") as error:
         execute(settings, tmp_path, "method=magnitude")
     assert "\n" not in str(error.value)

@@ -11,6 +11,7 @@ import yaml
 from helpers import PATTERNS, assert_exact, planted
 
 from alps_exp.base.errors import UserError
+from alps_exp.base.resources import resource_root
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.patterns import parse_sparsity
@@ -150,10 +151,11 @@ def test_a_pattern_that_does_not_fit_is_refused(method):
 
 @each_method
 def test_yaml_mirrors_the_class(method):
-    text = (registry.resource_root() / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8")
+    text = (resource_root() / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8")
     node = yaml.safe_load(text)
     module, _, name = node.pop("_target_").rpartition(".")
     assert node.pop("name") == method
+    assert set(node.pop("_look_")) <= {"order", "colour", "marker", "line"}
     target = getattr(importlib.import_module(module), name)
     default = dataclasses.asdict(target())
     assert node.keys() == default.keys()

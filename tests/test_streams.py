@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, process, records
 
-PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation.task_data")
+PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation")
 SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
 
 

@@ -22,12 +22,15 @@ DENSE = "0"  # what records and tables write where nothing is pruned
 
 
 @cache
+def _nodes() -> dict[str, dict]:
+    files = (resource_root() / "conf" / "sparsity").glob("*.yaml")
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+
+
+@cache
 def kinds() -> dict[str, type[Pattern]]:
     """The class of each yaml in conf/sparsity, by the yaml's name, in the order of tables."""
-    found = {}
-    for path in (resource_root() / "conf" / "sparsity").glob("*.yaml"):
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[path.stem] = class_of(node, f"sparsity={path.stem}")
+    found = {name: class_of(node, f"sparsity={name}") for name, node in _nodes().items()}
     return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
 
 
@@ -60,7 +63,7 @@ def parse_sparsity(value: float | str | Pattern) -> Pattern:
 
 def node_of(pattern: Pattern) -> dict:
     """The `sparsity` node of a configuration that stands for a pattern."""
-    return {"kind": pattern.kind, **dataclasses.asdict(pattern)}
+    return {"kind": pattern.kind, "_target_": _nodes()[pattern.kind]["_target_"], **dataclasses.asdict(pattern)}
 
 
 def pattern_of(node: Mapping) -> Pattern:

@@ -106,7 +106,7 @@ def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
     """Dotted key → value as JSON, without the keys that change no result."""
     flat = {}
     for key, value in cfg.items():
-        if not prefix and key in NOT_HASHED:
+        if (not prefix and key in NOT_HASHED) or str(key).startswith("_"):
             continue
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{key}.")
