@@ -1,5 +1,9 @@
 """python -m alps_exp.evaluation: write tasks' rows and YAML files to a folder (`task_data`)."""
 
+from ..base.terminal import settle
+
+settle()  # before the imports that take seconds
+
 import sys
 
 from .task_data import main

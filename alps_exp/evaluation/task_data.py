@@ -10,11 +10,6 @@ file replaces the data source only, and lm-eval's own command line takes the sam
 
 from __future__ import annotations
 
-from ..base import terminal
-
-if __name__ == "__main__":  # before the imports that take seconds
-    terminal.settle()
-
 import argparse
 import hashlib
 import importlib.metadata

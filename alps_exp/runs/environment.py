@@ -16,11 +16,11 @@ import torch
 
 from .. import __version__, baselines
 
-# Modules that show, plan and arrange results without taking part in making them.
-_ARRANGING = (
-    *("__main__", "cli", "demo", "explain", "gpus", "job", "launching", "loggers", "plan", "progress", "sweep"),
-    *("archive", "footnotes", "frames", "layout", "plots", "render", "streams", "tables"),
-)
+_PACKAGE = Path(__file__).parents[1]
+# Rooms and modules of the package that show, plan and arrange results without taking part in making them; and, of a
+# wheel, the folders that a checkout has beside the package.
+_ARRANGING = ("cli/", "tables/", "__main__.py", "demo.py", "base/gpus.py", "base/progress.py", "base/terminal.py")
+_ARRANGING += ("runs/loggers.py", "baselines/", "conf/", "sweeps/")
 
 
 def environment(device: torch.device) -> dict:
@@ -46,24 +46,24 @@ def environment(device: torch.device) -> dict:
 @cache
 def code_version() -> str:
     """Version and a digest (12 hex digits) of the sources that decide about weights and evaluations."""
-    return f"{__version__} ({code_digest([Path(__file__).parent, *map(Path, baselines.__path__)])[:12]})"
+    return f"{__version__} ({code_digest([_PACKAGE, *map(Path, baselines.__path__)])[:12]})"
 
 
 def code_digest(folders: Iterable[Path]) -> str:
-    """sha256 (hex) of the paths and contents of all Python files in the folders and below, but for the modules of the
-    folders themselves that make no results."""
+    """sha256 (hex) of the paths and contents of all Python files in the folders and below, but for those of the package
+    that make no results."""
     digest = hashlib.sha256()
     for folder in folders:
         names = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
         for name, file in sorted(names.items()):
-            if name.removesuffix(".py") not in _ARRANGING:
+            if not name.startswith(_ARRANGING):
                 digest.update(f"{name}\n{file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from, with "-dirty" when it has uncommitted changes."""
-    root = Path(__file__).parent.parent
+    root = _PACKAGE.parent
     if not (root / ".git").exists():
         return None
 

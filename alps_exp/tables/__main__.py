@@ -1,5 +1,9 @@
 """python -m alps_exp.tables"""
 
+from ..base.terminal import settle
+
+settle()  # before the imports that take seconds
+
 import sys
 
 from .make import main

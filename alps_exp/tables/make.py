@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from ..base import terminal
-
-if __name__ == "__main__":  # before the imports that take seconds
-    terminal.settle()
-
 import argparse
 import shutil
 import sys
