@@ -155,7 +155,7 @@ def test_yaml_mirrors_the_class(method):
     node = yaml.safe_load(text)
     module, _, name = node.pop("_target_").rpartition(".")
     assert node.pop("name") == method
-    assert set(node.pop("_look_")) <= {"order", "colour", "marker", "line"}
+    assert set(node.pop("_look_", {})) <= {"order", "colour", "marker", "line"}
     target = getattr(importlib.import_module(module), name)
     default = dataclasses.asdict(target())
     assert node.keys() == default.keys()

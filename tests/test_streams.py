@@ -86,7 +86,7 @@ def test_a_complete_run_is_complete_wherever_its_lines_go(tmp_path, tiny):
 @pytest.mark.parametrize("module", [*PROGRAMS, "alps_exp.demo"])
 def test_an_interrupt_while_it_starts_is_one_line(tmp_path, module):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONVERBOSE": "1"}
-    for begun in ("argparse", "omegaconf" if "data" not in module else "yaml"):
+    for begun in ("argparse", "omegaconf" if "evaluation" not in module else "yaml"):
         command = [sys.executable, "-m", module, "method=alsp"]
         started = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         for line in started.stderr:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from alps_exp.base.errors import UserError
 from alps_exp.cli import command, launchers, overrides, sweep
 from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import perplexity
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
@@ -364,7 +365,7 @@ def test_a_record_that_cannot_be_read_is_kept_aside_and_its_run_made(words, caps
 
 
 def test_an_infinite_perplexity_is_a_result(words, capsys, monkeypatch):
-    monkeypatch.setattr(runs.evaluate, "perplexity", lambda *_: float("inf"))
+    monkeypatch.setattr(perplexity, "perplexity", lambda *_: float("inf"))
     assert call([*words, "sparsity=0.5"]) == 0
     captured = capsys.readouterr()
     assert "perplexity inf" in captured.out and "2 run now" in captured.out and not captured.err.count("did not")

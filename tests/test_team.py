@@ -197,8 +197,8 @@ def test_processes_end_with_a_parent_that_is_killed_while_they_are_starting(sett
     """At any moment: they have not imported anything yet, or are at it."""
     cfg = json.dumps(OmegaConf.to_container(compose(settings), resolve=True) | {"devices": 2})
     script = (
-        "import json, sys; from pathlib import Path; import torch; from alps_exp import launch\n"
-        "launch.prune_together(json.loads(sys.argv[2]), 'a', Path(sys.argv[1]), torch.device('cpu'))"
+        "import json, sys; from pathlib import Path; import torch; from alps_exp.runs import together\n"
+        "together.prune_together(json.loads(sys.argv[2]), 'a', Path(sys.argv[1]), torch.device('cpu'))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), cfg], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
