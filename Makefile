@@ -34,6 +34,7 @@ crash: setup ## Kill runs of a tiny model at random moments and see that each go
 lint: setup ## Check style
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache
 
 docs: setup ## Build the pages of docs/ as a site in build/docs, refusing broken links
 	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet --config-file docs/mkdocs/mkdocs.yml

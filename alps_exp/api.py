@@ -129,7 +129,8 @@ def prune_model(
     from .allocation.selection import Selection
     from .model.blocks import BlockModel, refuse_scattered
     from .model.loading import context_length
-    from .pruning.loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
+    from .pruning.job import PROPAGATE, PruneJob
+    from .pruning.loop import linear_shapes, other_names, prune_blocks
     from .runs.environment import environment, peak_memory
     from .runs.record import RunRecord
 

@@ -27,7 +27,8 @@ from alps_exp.allocation.selection import Selection
 from alps_exp.layer.registry import solver
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
-from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.loop import linear_shapes, prune_blocks
 from alps_exp.pruning.team import Team
 
 

@@ -29,10 +29,12 @@ from alps_exp.checkpoints.checkpoint import INDEX
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.layer.registry import solver
 from alps_exp.model import loading as models
-from alps_exp.model.blocks import BlockModel, find_blocks
+from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import PLACES
+from alps_exp.model.structure import find_blocks
 from alps_exp.patterns import parse_sparsity
-from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.loop import linear_shapes, prune_blocks
 from alps_exp.pruning.store import ProgressStore
 from alps_exp.runs.environment import peak_memory
 

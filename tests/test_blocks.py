@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.evaluation.perplexity import perplexity
-from alps_exp.model.blocks import BlockModel, block_linears, find_blocks
+from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
+from alps_exp.model.structure import block_linears, find_blocks
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 CPU = torch.device("cpu")

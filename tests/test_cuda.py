@@ -19,7 +19,8 @@ from alps_exp.layer.registry import solver
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
-from alps_exp.pruning.loop import PruneJob, linear_shapes, prune_blocks
+from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.loop import linear_shapes, prune_blocks
 from alps_exp.pruning.store import ProgressStore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

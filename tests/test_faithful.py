@@ -12,8 +12,9 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.model import faithful, loading
-from alps_exp.model.blocks import BlockModel, find_blocks
+from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
+from alps_exp.model.structure import find_blocks
 
 CPU = torch.device("cpu")
 _COMMON = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

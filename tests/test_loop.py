@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
-from alps_exp.model.blocks import BlockModel, block_linears, find_blocks
+from alps_exp.model.blocks import BlockModel
 from alps_exp.model.source import StreamedBlocks
+from alps_exp.model.structure import block_linears, find_blocks
 from alps_exp.pruning.solve import out_major
 from alps_exp.runs import run as runs
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alps_exp.base.errors import UserError
+from alps_exp.pruning.rows import LayerRow
 from alps_exp.pruning.store import FinishedBlock, ProgressStore, locked
-from alps_exp.runs.record import LayerRow
 
 IDENTITY = {"configuration": "abc", "code": "1"}
 

@@ -8,9 +8,10 @@ import pytest
 from alps_exp import baselines
 from alps_exp.base.errors import UserError
 from alps_exp.base.files import write_json
+from alps_exp.pruning.rows import LayerRow, PruneResult
 from alps_exp.runs import environment
 from alps_exp.runs import record as records
-from alps_exp.runs.record import LayerRow, PruneResult, RunRecord, summarise, warnings_of
+from alps_exp.runs.record import RunRecord, summarise, warnings_of
 
 
 def row(**changes) -> LayerRow:

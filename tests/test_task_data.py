@@ -18,6 +18,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.checkpoints import hub
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import task_data
+from alps_exp.evaluation.__main__ import main
 from alps_exp.runs import run as runs
 
 
@@ -149,16 +150,16 @@ def test_broken_files(settings, tmp_path):
 
 
 def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
-    assert task_data.main([str(tmp_path), "arc_easy", "mmlu_anatomy@5", "--source", str(source)]) == 0
+    assert main([str(tmp_path), "arc_easy", "mmlu_anatomy@5", "--source", str(source)]) == 0
     assert "30 rows of test" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "mmlu_anatomy/dev.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and {row["subject"] for row in rows} == {"anatomy"}
     node = yaml.safe_load((tmp_path / "arc_easy.yaml").read_text())
     assert node["task"] == "arc_easy" and node["dataset_path"] == "json" and node["training_split"] is None
     again = tmp_path / "again"
-    assert task_data.main([str(again), "arc_easy", "--source", str(tmp_path)]) == 0
+    assert main([str(again), "arc_easy", "--source", str(tmp_path)]) == 0
     assert (again / "arc_easy/test.jsonl").read_text() == (tmp_path / "arc_easy/test.jsonl").read_text()
-    assert task_data.main([str(again), "piqa", "--source", str(tmp_path)]) == 2
+    assert main([str(again), "piqa", "--source", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

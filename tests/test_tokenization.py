@@ -10,9 +10,8 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
-from alps_exp.data import tokenization
 from alps_exp.evaluation.perplexity import prompt_ids
-from alps_exp.model import loading
+from alps_exp.model import loading, tokenization
 from alps_exp.runs import run as runs
 from alps_exp.runs.workspace import Workspace
 

@@ -17,8 +17,8 @@ from ..layer.problem import Statistics
 from ..layer.registry import build
 from ..methods.refit import refitted
 from ..model import loading
-from ..model.blocks import blocks_of, count, find_blocks
 from ..model.hidden import choose_place
+from ..model.structure import blocks_of, count, find_blocks
 from ..pruning.loop import linear_shapes
 from ..runs.naming import run_name
 from ..runs.run import DTYPES, dtype_of, selection_of, validate

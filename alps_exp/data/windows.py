@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from ..base.checks import one_of, require
 from ..base.errors import UserError, nearest
 from ..base.resources import resource_root
+from ..model.tokenization import describe_bos, refuse_unknown
 from .texts import Text, calibration_text, evaluation_text
-from .tokenization import describe_bos, refuse_unknown
 
 SAMPLINGS = ("auto", "documents", "concatenated")
 EVALUATION_SAMPLINGS = ("consecutive", "documents")

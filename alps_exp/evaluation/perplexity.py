@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig
 from ..base.errors import UserError
 from ..base.progress import Progress
 from ..data.texts import refuse_surrogates
-from ..data.tokenization import refuse_unknown, special_tokens, vocabulary_of
 from ..model.blocks import BlockModel
 from ..model.hidden import HiddenStates
 from ..model.loading import context_length
+from ..model.tokenization import refuse_unknown, special_tokens, vocabulary_of
 
 # At most this many logits at once (256 MB in float32): a window of a large vocabulary would take gigabytes.
 _LOGITS = 2**26

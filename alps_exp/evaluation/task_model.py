@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from ..data.tokenization import describe_bos
+from ..model.tokenization import describe_bos
 
 
 class TaskModel(HFLM):

@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from ..base.checks import one_of, require
 from ..base.errors import UserError
-from ..data.tokenization import refuse_unknown, special_tokens, vocabulary_of
 from ..model import loading
 from ..model.blocks import BlockModel
+from ..model.tokenization import refuse_unknown, special_tokens, vocabulary_of
 from .perplexity import whole_model
 from .task_data import stamps
 from .task_names import Request, calling_lm_eval, load, request

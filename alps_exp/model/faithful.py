@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..base.errors import UserError
 from ..checkpoints.hub import first_line
-from .blocks import BlockModel, Call, block_lists, count, hidden_of
+from .blocks import BlockModel, Call, hidden_of
+from .structure import block_lists, count
 
 # One window is compared, cut to this length and to so many logits: less work than the forward of a usual window.
 _LENGTH, _LOGITS = 512, 2**25

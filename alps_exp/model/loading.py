@@ -52,10 +52,10 @@ from ..checkpoints.checkpoint import (
     refuse_names,
 )
 from ..checkpoints.gguf_files import converted_folder
-from ..data import tokenization
-from ..runs.naming import local_model
-from .blocks import find_blocks
+from ..checkpoints.location import local_model
+from . import tokenization
 from .source import StreamedBlocks, open_streamed
+from .structure import find_blocks
 
 _REMEDY = "give a folder with model=local model.path=DIR"
 

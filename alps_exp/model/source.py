@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base.errors import UserError
 from ..checkpoints.checkpoint import Checkpoint, assign, model_keys, tied_names
-from .blocks import find_blocks
+from .structure import find_blocks
 
 
 class StreamedBlocks:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .pattern import Pattern
+
+class Keeps(Protocol):
+    """What is tracked of a pattern."""
+
+    @property
+    def sparsity(self) -> float: ...
+
+    def keep(self, score: Tensor) -> Tensor: ...
 
 
 class Tracker:
@@ -19,7 +25,7 @@ class Tracker:
             equals, so that a caller may apply it in a pass of its own.
     """
 
-    def __init__(self, pattern: Pattern, group: tuple[int, int] | None = None) -> None:
+    def __init__(self, pattern: Keeps, group: tuple[int, int] | None = None) -> None:
         self._pattern = pattern
         self.group = group
 
@@ -40,7 +46,7 @@ class ThresholdTracker(Tracker):
     than the result may have was seen to cost 13 % in loss.
     """
 
-    def __init__(self, pattern: Pattern) -> None:
+    def __init__(self, pattern: Keeps) -> None:
         super().__init__(pattern)
         self._drift: Tensor | None = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -19,49 +18,15 @@ from ..calibration.capture import Accumulator, Collector
 from ..calibration.ladder import Thrift, naming_the_step
 from ..calibration.sharing import Group, StatisticsCache
 from ..layer.problem import LayerProblem, Statistics
-from ..layer.solver import Solver
-from ..model.blocks import BlockModel, block_linears, blocks_of, count, find_blocks
+from ..model.blocks import BlockModel
 from ..model.hidden import HiddenStates
+from ..model.structure import block_linears, blocks_of, count, find_blocks
 from ..numerics.precision import full_precision
-from ..patterns import Pattern
-from ..runs.record import LayerRow, PruneResult
+from .job import PruneJob
+from .rows import LayerRow, PruneResult
 from .solve import out_major, solve_layers
 from .store import FinishedBlock, ProgressStore
 from .team import Team
-
-PROPAGATE = ("pruned", "dense")
-
-
-@dataclass(frozen=True)
-class PruneJob:
-    """What the loop is asked to do.
-
-    Attributes:
-        solver: the method.
-        patterns: layer name → pattern, for every layer to prune.
-        selection: where the patterns came from; it tells which weights were excluded on purpose.
-        tokens: (windows, seqlen) calibration windows.
-        batch_size: windows per forward.
-        propagate: "pruned" feeds each block what the pruned blocks before it produce, "dense" what the dense ones did.
-        losses: measure every layer's relative loss, which takes the Gram matrix whatever the method needs.
-        held_out: (windows, seqlen) other windows, on which every layer's loss is measured too.
-        quiet: no progress.
-    """
-
-    solver: Solver
-    patterns: Mapping[str, Pattern]
-    selection: Selection
-    tokens: Tensor
-    batch_size: int = 1
-    propagate: str = "pruned"
-    losses: bool = True
-    held_out: Tensor | None = None
-    quiet: bool = False
-
-    @property
-    def statistics(self) -> Statistics:
-        """What the loop collects."""
-        return self.solver.statistics | (Statistics.GRAM if self.losses else Statistics.NONE)
 
 
 def linear_shapes(model: nn.Module, selection: Selection) -> dict[str, tuple[int, int]]:

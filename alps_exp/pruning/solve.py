@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,8 @@ from ..layer.problem import LayerProblem
 from ..layer.solver import Solution
 from ..numerics.precision import full_precision
 from ..patterns import Pattern
-from ..runs.record import LayerRow
-
-if TYPE_CHECKING:
-    from .loop import PruneJob
+from .job import PruneJob
+from .rows import LayerRow
 
 
 def out_major(module: nn.Module) -> Tensor:

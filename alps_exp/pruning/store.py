@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import UserError
-from ..base.files import write_json
-from ..runs.record import LayerRow
+from ..base.files import checksum, sync_folder, write_json
+from .rows import LayerRow
 
 FOLDER = ".progress"
 
@@ -204,21 +204,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(file: Path) -> str:
-    """sha256 of a file, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _seal(body: Mapping) -> str:

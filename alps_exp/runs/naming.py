@@ -11,6 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..checkpoints.location import local_model
+
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
 # cache when, change neither weights nor evaluations.
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
@@ -62,13 +64,6 @@ def canonical(cfg: Mapping) -> dict:
     if isinstance(layers["sparsity"], Mapping):
         layers["sparsity"] = {name: _level(value) for name, value in layers["sparsity"].items()}
     return content
-
-
-def local_model(node: Mapping) -> bool:
-    """Whether a model node's path names something on this machine, rather than on the hub: "name" or "owner/name"."""
-    path = str(node.get("path") or "")
-    meant = path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
-    return bool(path) and (node.get("name") == "local" or meant or Path(path).expanduser().exists())
 
 
 def _absolute(path) -> str | None:

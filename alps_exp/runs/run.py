@@ -19,7 +19,6 @@ from ..base.checks import one_of, parse_device, require
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
-from ..calibration import sharing
 from ..checkpoints.hub import first_line
 from ..data import texts, windows
 from ..evaluation import perplexity, protocol
@@ -30,9 +29,10 @@ from ..model import loading
 from ..model.hidden import PLACES
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
-from ..pruning.loop import PROPAGATE, PruneJob, linear_shapes, other_names, prune_blocks
+from ..pruning.job import PROPAGATE, PruneJob
+from ..pruning.loop import linear_shapes, other_names, prune_blocks
 from ..pruning.store import ProgressStore, locked
-from . import resume
+from . import resume, sharing
 from . import together as launch
 from .environment import environment, peak_memory
 from .inputs import inputs_of
@@ -234,7 +234,7 @@ def _execute(
     tokens = store = cache = None
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
-    prepared = protocol.prepare(cfg, workspace)
+    prepared = workspace.prepared(cfg)
     if cfg["save"]:
         rehearse(loading.load_config(cfg["model"]), workspace.tokenizer(cfg), record.model)
     together, peak = solver.prunes and cfg["devices"] > 1, None

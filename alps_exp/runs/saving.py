@@ -31,8 +31,9 @@ from ..checkpoints.hub import first_line
 from ..checkpoints.packed import pack_folder, packed_entries, packed_size, read_tensors
 from ..model import loading
 from ..model.blocks import BlockModel
+from ..pruning.rows import LayerRow
 from ..pruning.store import ProgressStore, write_tensors
-from .record import LayerRow, RunRecord
+from .record import RunRecord
 
 
 def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store: ProgressStore | None = None) -> Path:

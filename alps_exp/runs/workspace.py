@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..base.memory import free_host
-from ..data import tokenization, windows
+from ..data import windows
 from ..evaluation import perplexity, protocol
-from ..model import loading
-from ..model.blocks import BlockModel, find_blocks
+from ..model import loading, tokenization
+from ..model.blocks import BlockModel
+from ..model.structure import find_blocks
 
 
 class Workspace:
@@ -75,6 +76,20 @@ class Workspace:
                 vocabulary=_vocabulary(cfg),
             )
         return self._texts[key]
+
+    def prepared(self, cfg: Mapping) -> protocol.Prepared:
+        """The texts and tasks that a configuration's evaluation reads.
+
+        Raises:
+            UserError: see `windows.evaluation_tokens` and `tasks.prepare`.
+        """
+        texts = [(name, *self.evaluation(cfg, name)) for name in cfg["eval"]["datasets"]]
+        passes = ()
+        if cfg["eval"]["tasks"]:
+            from ..evaluation import tasks
+
+            passes = tasks.prepare(cfg)
+        return protocol.Prepared(texts, passes)
 
     def network(self, cfg: Mapping, dtype: torch.dtype | str) -> torch.nn.Module:
         """The dense model on the host, in evaluation mode."""

@@ -1,0 +1,135 @@
+"""Where a model's decoder blocks are, and the linear layers in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..base.errors import UserError
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's list of decoder blocks and its dotted name.
+
+    Of the lists of blocks (`block_lists`) it is the largest that belongs to the text model, whose configuration tells
+    it from a vision or audio tower's.
+
+    Raises:
+        UserError: there is none that contains linear layers, or the model carries adapters.
+    """
+    _refuse_adapters(model)
+    text = _text_config(model)
+    found = block_lists(model)
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no decoder blocks (no ModuleList of equal modules with linear layers): "
+            "give a decoder-only language model that AutoModelForCausalLM loads"
+        )
+    return max(found.items(), key=lambda item: (_belongs(model, item[0], text), count(item[1].parameters())))
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """All `ModuleList`s with linear layers by name, of like modules or of as many as the text model has layers."""
+    layers = getattr(_text_config(model), "num_hidden_layers", None)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and (len({type(block) for block in module}) == 1 or len(module) == layers)
+        and any(is_linear(layer) for layer in module.modules())
+    }
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """How many weights these parameters have together."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _text_config(model: nn.Module):
+    config = getattr(model, "config", None)
+    with suppress(AttributeError, ValueError):  # no configuration of transformers, or one of several text models
+        return config.get_text_config(decoder=True)
+    return config
+
+
+def _belongs(model: nn.Module, name: str, text) -> bool:
+    """Whether the model around a list of blocks has the text model's configuration."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return type(config) is type(text)
+    return True
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(
+                f"{name or 'the model'} is an adapter of peft ({type(module).__name__}), whose matrices are no layers "
+                "to prune: merge it first (model = model.merge_and_unload()), or save the merged model and give that"
+            )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer in one of the two layouts that transformers uses."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool] = lambda name: False) -> dict:
+    """The block's linear layers by full name.
+
+    Args:
+        block: a decoder block.
+        prefix: its full name.
+        excluded: names that the user asked not to prune, for which nothing is refused.
+
+    Raises:
+        UserError: the block holds weights that act as linear layers but cannot be pruned as such (fused expert
+            weights, quantised weights).
+    """
+    linears, fused = {}, {}
+    whole = count(block.parameters())
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        if is_linear(module):
+            if not module.weight.is_floating_point() and not excluded(name):
+                raise UserError(
+                    f"{name} holds quantised weights ({module.weight.dtype}): load an unquantised checkpoint, "
+                    "or exclude it (layers.exclude=[...])"
+                )
+            linears[name] = module
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if _is_large(parameter, whole) and not excluded(f"{name}.{own}") and not excluded(name):
+                fused[f"{name}.{own}"] = tuple(parameter.shape)
+    for name, shape in fused.items():
+        globs = ",".join(f"'*{'.'.join(other.rsplit('.', 2)[1:])}'" for other in fused)
+        raise UserError(
+            f"{name} is a fused weight of shape {shape}, not a linear layer, and cannot be pruned: leave such weights "
+            f"dense by layers.exclude=[{globs}]"
+        )
+    return linears
+
+
+def _is_large(parameter: Tensor, whole: int) -> bool:
+    """Whether a parameter outside the linear layers must not be passed over in silence.
+
+    Vectors, short convolutions, decay matrices of state-space layers and small tables may; matrices, and stacks of
+    them, that hold a hundredth of the block's weights may not.
+    """
+    size = parameter.numel()
+    return size > 16 * max(parameter.shape, default=1) and 100 * size >= whole
+
+
+def blocks_of(names: Iterable[str], prefix: str) -> list[int]:
+    """Indices of the blocks that these layers belong to, in order.
+
+    Args:
+        names: of layers.
+        prefix: name of the list of blocks.
+    """
+    return sorted({int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in names})

@@ -1,0 +1,47 @@
+"""What the block loop is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..allocation.selection import Selection
+from ..layer.problem import Statistics
+from ..layer.solver import Solver
+from ..patterns import Pattern
+
+PROPAGATE = ("pruned", "dense")
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """What the loop is asked to do.
+
+    Attributes:
+        solver: the method.
+        patterns: layer name → pattern, for every layer to prune.
+        selection: where the patterns came from; it tells which weights were excluded on purpose.
+        tokens: (windows, seqlen) calibration windows.
+        batch_size: windows per forward.
+        propagate: "pruned" feeds each block what the pruned blocks before it produce, "dense" what the dense ones did.
+        losses: measure every layer's relative loss, which takes the Gram matrix whatever the method needs.
+        held_out: (windows, seqlen) other windows, on which every layer's loss is measured too.
+        quiet: no progress.
+    """
+
+    solver: Solver
+    patterns: Mapping[str, Pattern]
+    selection: Selection
+    tokens: Tensor
+    batch_size: int = 1
+    propagate: str = "pruned"
+    losses: bool = True
+    held_out: Tensor | None = None
+    quiet: bool = False
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the loop collects."""
+        return self.solver.statistics | (Statistics.GRAM if self.losses else Statistics.NONE)

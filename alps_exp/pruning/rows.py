@@ -1,0 +1,69 @@
+"""What the block loop has to say: a row per pruned layer, and the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One pruned layer.
+
+    Attributes:
+        name: full name in the model.
+        block: index of its decoder block.
+        shape: (out, in).
+        pattern: what was asked, "0.7" or "2:4".
+        selection: the set of weights among which the method compared scores.
+        sparsity_target: fraction of zeros asked for.
+        sparsity: fraction of zeros in the written weight.
+        relative_loss: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of the written weight, None when not measured.
+        held_out_loss: the same on tokens that were not calibrated on (data.holdout).
+        status: the solver's, "exact", "converged" or "max_iterations".
+        iterations: of the solver.
+        seconds: wall time of the solver; layers solved together share their time equally.
+        seconds_by_phase: the same by the solver's phases, as far as it reports them.
+        tokens: calibration tokens that the layer saw.
+        dead_inputs: inputs that were zero on all of them.
+        stats: what else the solver reports.
+    """
+
+    name: str
+    block: int
+    shape: list[int]
+    pattern: str
+    selection: str
+    sparsity_target: float
+    sparsity: float
+    relative_loss: float | None
+    status: str
+    iterations: int
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    tokens: int | None
+    dead_inputs: int
+    stats: dict
+    held_out_loss: float | None = None
+
+
+@dataclass
+class PruneResult:
+    """What the loop did.
+
+    Attributes:
+        layers: one row per pruned layer, in the model's order.
+        seconds: wall time of calibrate, solve, propagate, and transfer (blocks to the device and back).
+        block_seconds: wall time of each block, all phases.
+        notes: what was done for want of device memory.
+        hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
+        cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
+        block_weights: all parameters of the decoder blocks, pruned or not.
+    """
+
+    layers: list[LayerRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hidden_states: str | None = None
+    cached_blocks: list[int] = field(default_factory=list)
+    block_weights: int = 0
