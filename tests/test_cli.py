@@ -231,7 +231,7 @@ def test_all_forms_of_sparsity_in_one_sweep(tmp_path, tiny):
 def test_a_failing_run_does_not_stop_a_sweep(here, capsys, tiny, monkeypatch):
     started = []
 
-    def fail(cfg, directory, *sharing):
+    def fail(cfg, directory, *sharing, **_):
         started.append(cfg.method.name)
         if cfg.method.name == "wanda":
             raise UserError("the text is too short")
@@ -262,7 +262,7 @@ def test_a_failing_run_does_not_stop_a_sweep(here, capsys, tiny, monkeypatch):
 
 
 def test_an_interrupt_ends_in_one_line(here, capsys, tiny, monkeypatch):
-    def interrupt(cfg, directory):
+    def interrupt(cfg, directory, *_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", interrupt)
