@@ -60,17 +60,27 @@ def solver(method: str | Solver, **hyperparameters) -> Solver:
 
 def build(node: Mapping) -> Solver:
     """The solver that a composed `method` node describes (`_target_`, `name`, one key per hyperparameter)."""
-    if "_target_" not in node:
-        raise UserError(f"method {node.get('name')} names no class: its yaml needs _target_: MODULE.CLASS")
     fields = {key: value for key, value in node.items() if key not in ("_target_", "name")}
-    module, _, attribute = str(node["_target_"]).rpartition(".")
+    method, path = f"method {node.get('name')}", node.get("_target_")
+    if not isinstance(path, str):
+        raise UserError(f"{method} names no class: its yaml needs _target_: MODULE.CLASS")
+    module, _, attribute = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"method {node.get('name')}: cannot import {node['_target_']} ({error})") from None
+    except Exception as error:  # whatever a module of the user's raises
+        raise UserError(f"{method}: cannot import {path} ({type(error).__name__}: {error})") from None
+    if not isinstance(target, type) or not issubclass(target, Solver) or target is Solver:
+        raise UserError(f"{method}: {path} is no method: name a class that derives from alps_exp.solver.Solver")
     known = {field.name for field in dataclasses.fields(target)}
     for name in fields:
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
-            raise UserError(f"method {node.get('name')} has no hyperparameter {name!r}; {hint}")
+            raise UserError(f"{method} has no hyperparameter {name!r}; {hint}")
+    required = {field.name for field in dataclasses.fields(target) if _is_required(field)}
+    if lacking := sorted(required - set(fields)):
+        raise UserError(f"{method} needs {lacking[0]}: add it to its file, or give method.{lacking[0]}=VALUE")
     return target(**fields)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
