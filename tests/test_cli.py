@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +82,12 @@ MISTAKES = [
     (["-m", "sparsity=0.5,1.5"], ["sparsity 1.5 is not allowed"]),
     (["-m", "seed=interval(0,1)"], ["interval"]),
     (["-m", "model=opt-125m", "hydra.job.name=a,b"], ["hydra.job.name"]),
+    (["hydra.job.chdir=true"], ["hydra.job.chdir=true is not allowed", "leave it out"]),
+    (["-m", "hydra.job.chdir=true", "seed=0,1"], ["hydra.job.chdir=true is not allowed"]),
+    (["hydra.job.env_copy=[NO_SUCH_VARIABLE]"], ["NO_SUCH_VARIABLE, which is not set"]),
+    (["--config-dir", "a" * 300], ["no such folder"]),
+    (["sparsity=1e-12"], ["sparsity=1e-12 is not allowed", "ten digits"]),
+    (["-m", "sparsity=0.5,0.99999999999"], ["0.99999999999 is not allowed"]),
 ]
 
 
@@ -118,6 +127,20 @@ def test_a_mistake_costs_one_line_and_status_2(here, capsys, words, parts):
         (["layers.exclude=[model.decoder.layers.0]"], "matches no layer"),
         (["layers.sparsity=0.5"], "layers.sparsity=0.5"),
         (["sparsity=2:5"], "not a multiple of 5"),
+        (["seed=18446744073709551616"], "up to 9223372036854775807"),
+        (["nsamples=99999999999999999999"], "up to 9223372036854775807"),
+        (["hydra.run.dir=x/${nothing}", "hydra.sweep.dir=x/${nothing}"], "'nothing' not found"),
+        (["hydra.run.dir=${oc.env:NO_SUCH}", "hydra.sweep.dir=${oc.env:NO_SUCH}"], "NO_SUCH"),
+        (["data.path=" + "a" * 300], "File name too long"),
+        (["model.path=" + "a" * 300], "File name too long"),
+        (["model.path=~nobody-at-all/x"], "no such user"),
+        (["data.path=~nobody-at-all/x"], "cannot be read"),
+        (["resume=~nobody-at-all/x"], "no such user"),
+        (["data.path=/"], "is not a file"),
+        (["method._target_=alps_exp.no.Such"], "cannot import alps_exp.no.Such"),
+        (["method._target_=os.path.join"], "os.path.join is no method"),
+        (["method._target_=alps_exp.solver.Solver"], "is no method"),
+        (["method._target_=null"], "names no class"),
     ],
 )
 def test_a_wrong_value_is_refused_before_a_model_is_loaded(here, capsys, tiny, words, part, monkeypatch):
@@ -135,6 +158,100 @@ def test_a_directory_that_cannot_be_made_is_one_line(here, capsys, tiny):
     assert "hydra.run.dir=DIR" in one_line(capsys)
     assert call("-m", *tiny, "method=magnitude,wanda", "hydra.sweep.dir=file/runs") == 2
     assert "hydra.sweep.dir=DIR" in one_line(capsys)
+
+
+def test_files_that_cannot_be_read_are_told_before_the_run(here, capsys, tiny, tiny_opt, monkeypatch):
+    model = Path(shutil.copytree(tiny_opt, here / "model"))
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("nowhere")
+    assert call(*tiny, f"model.path={model}") == 2
+    assert "links to nowhere, which is not there" in one_line(capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "config.json")
+    assert call(*tiny) == 2
+    assert "this user has no permission" in one_line(capsys)
+
+
+def test_a_folder_that_is_gone_is_one_line(here, capsys, tiny):
+    (here / "gone").mkdir()
+    os.chdir(here / "gone")
+    (here / "gone").rmdir()
+    assert call(*tiny) == 2
+    assert "the current folder has been removed" in one_line(capsys)
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    """A folder of configuration files of the user's, with signs in its name."""
+    folder = tmp_path / "it's 50% mine"
+    for name, text in {
+        "experiment/foo": "# @package _global_\ndefaults:\n  - override /method: wanda\nnsamples: 1\n",
+        "experiment/bare": "nsamples: 1\n",
+        "experiment/typo": "# @package _global_\nnsample: 1\n",
+        "experiment/deep": "# @package _global_\neval:\n  widows: 1\n",
+        "experiment/texts": "# @package _global_\ndefaults:\n  - override /data: wikitext2\n",
+        "method/untargeted": "name: untargeted\n",
+        "root": "defaults:\n  - config\n  - _self_\nnsamples: 1\n",
+        "short": "nsamples: 1\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_groups_and_roots_of_the_users_own(tmp_path, capsys, monkeypatch, tiny, mine):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tiny.remove("nsamples=2")
+    assert call("--config-dir", str(mine), "+experiment=foo", *tiny, "hydra.run.dir=one") == 0
+    assert call("--config-dir", str(mine), "-m", "+experiment=foo", *tiny, "seed=0,1") == 0
+    assert call("--config-dir", str(mine), "--config-name", "root", *tiny, "method=wanda", "hydra.run.dir=two") == 0
+    found = [json.loads(Path(name, "record.json").read_text()) for name in ("one", "two")] + records(Path())
+    assert {(record["config"]["nsamples"], record["method"]) for record in found} == {(1, "wanda")}
+    assert len(found) == 4 and Path("two", "alps_exp.log").is_file()
+    capsys.readouterr()
+    assert call("--config-dir", str(mine), "+experiment=texts", "data.path=x", "--cfg", "job", "-p", "data") == 0
+    assert "name: wikitext2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["+experiment=bare"], "begin it with # @package _global_"),
+        (["+experiment=typo"], "unknown key 'nsample' in a configuration file; did you mean nsamples"),
+        (["+experiment=deep"], "unknown key 'eval.widows' in a configuration file; did you mean windows"),
+        (["+experiment=fo"], "unknown experiment 'fo'; did you mean foo?"),
+        (["method=untargeted"], "method untargeted names no class"),
+        (["--config-name", "short"], "has no batch_size: begin its defaults with - config"),
+        (["--config-name", "short", "seed=1"], "begins its defaults with - config"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_files_of_the_users_own_that_do_nothing_are_refused(here, capsys, mine, words, part):
+    assert call("--config-dir", str(mine), *words) == 2
+    assert part in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"a: [1, 2\n", "line 2, cannot be read as yaml"),
+        (b"name: x\nname: x: y\n", "line 2, cannot be read as yaml"),
+        (b"name: \xff\n", "in UTF-8"),
+        (b"- a\n", "holds no keys"),
+    ],
+    ids=["cut", "colons", "latin", "list"],
+)
+def test_a_broken_file_is_named(here, capsys, mine, content, part):
+    (mine / "method" / "own.yaml").write_bytes(content)
+    assert call("--config-dir", str(mine), "method=own") == 2
+    line = one_line(capsys)
+    assert part in line and str(mine / "method" / "own.yaml") in line
+
+
+def test_a_file_that_the_projects_own_would_hide_is_refused(here, capsys, mine):
+    (mine / "method" / "alps.yaml").write_text("name: alps\n")
+    assert call("--config-dir", str(mine)) == 2
+    assert "method/alps.yaml is the name of a file of this project" in one_line(capsys)
 
 
 def test_the_demo_model_takes_no_other_path(here, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
+import shlex
 
 import hydra
 import pytest
@@ -100,6 +102,84 @@ def test_a_range_ends_before_its_end():
 def test_what_is_not_sparsity_is_left_alone():
     words = ["method=alps", "seed=1,2", "hydra.run.dir=x", "layers.exclude=[a,b]", "~logger", "sparsity=nm"]
     assert prepare(words) == words
+
+
+NAMES = ["~/x", "/home/jürgen", "日本", "x(1)", "x(1,2)", "x#y", "epoch=3-step=1000", "a b", "it's", 'say "x"', "{1}"]
+NAMES += [
+    "[list]",
+    "[a#b]",
+    "brace{1}",
+    "true",
+    "1.0",
+    "007",
+    "1e5",
+    "50%",
+    "a$b",
+    "back\\slash",
+    "end#\\",
+    "a&b;c|d!e",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[f"name{number}" for number in range(len(NAMES))])
+def test_names_are_taken_as_they_are_written(name):
+    keys = ("model.path", "data.path", "eval.path", "logger.group")
+    cfg = compose(["logger=wandb", *(f"{key}={name}" for key in keys)])
+    assert [OmegaConf.select(cfg, key) for key in keys] == [name] * 4
+    jobs = jobs_of([*SMALL, f"model.path={name},other"])
+    with overrides.initialized():
+        assert [overrides.compose_prepared(job).model.path for job in jobs] == [name, "other"]
+
+
+def test_names_within_dictionaries_and_lists_are_taken_as_they_are_written():
+    cfg = compose(
+        [*SMALL, "eval.path={wikitext2:/home/jürgen/x#1.txt,ptb:~/b.txt}", "logger=wandb", "logger.tags=[größe,b]"]
+    )
+    assert cfg.eval.path == {"wikitext2": "/home/jürgen/x#1.txt", "ptb": "~/b.txt"}
+    assert cfg.logger.tags == ["größe", "b"]
+
+
+@pytest.mark.parametrize("word", ["model.path=a,b", "eval.prompt=Hello, you", "eval.prompt=Hello (you), 'friend'"])
+def test_the_form_that_a_message_prints_works(word):
+    with pytest.raises(UserError, match=r"names several values|cannot read") as error:
+        compose([*SMALL, word])
+    key, _, text = word.partition("=")
+    (printed,) = re.findall(r"written ('.*')|text it is ('.*')", str(error.value))
+    assert OmegaConf.select(compose([*SMALL, *shlex.split("".join(printed))]), key) == text
+
+
+def test_a_reference_in_a_name_is_escaped_as_the_message_says():
+    with pytest.raises(UserError, match=r"model\.path: .*'x' not found; .* is written \\\$\{"):
+        compose(["model.path=inter${x}"])
+    assert compose(["model.path=inter\\${x}"]).model.path == "inter${x}"
+
+
+def test_the_tilde_of_a_runs_folder_is_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert prepare(["hydra.run.dir=~/x", "hydra.sweep.dir=~"]) == [
+        "hydra.run.dir=/home/me/x",
+        "hydra.sweep.dir=/home/me",
+    ]
+
+
+def test_a_text_without_a_choice_of_data_is_a_local_one():
+    assert compose(["data.path=FILE"]).data == compose(["data=local", "data.path=FILE"]).data
+    assert compose(["data=c4", "data.path=FILE"]).data.name == "c4"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["save=packed", "save.format=dense"],
+        ["save.format=dense", "save.format=packed"],
+        ["save=false", "save.format=packed"],
+    ],
+    ids=" ".join,
+)
+def test_contradictory_forms_of_saving_are_refused(words):
+    with pytest.raises(UserError, match=r"inconsistent: give one of them"):
+        compose([*SMALL, *words])
+    assert compose([*SMALL, "save=packed", "save.format=packed"]).save == "packed"
 
 
 def test_a_path_without_a_model_is_a_local_one():

@@ -182,6 +182,70 @@ def test_a_configuration_with_a_key_is_refused_before_anything_is_written(
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"+hydra.job.env_set.WANDB_API_KEY={KEY}",
+        f"++hydra.job.env_set.AWS_SECRET_ACCESS_KEY={KEY}",
+        "hydra.job.env_copy=[HF_TOKEN]",
+        "hydra.job.env_copy=[MY_PROXY]",
+        "+hydra.job.env_set.OTHER=${oc.env:HF_TOKEN}",
+        f"hydra.run.dir=results/hf_{KEY}",
+        "hydra.run.dir=runs/<KEY>",
+        "hydra.job.name=<KEY>",
+        "hydra.sweep.dir=<KEY>",
+        "hydra.sweep.subdir=x<KEY>",
+        "hydra.run.dir=runs/${oc.env:HF_TOKEN}",
+        "logger.group=${oc.env:HF_TOKEN}",
+        "layers.sparsity={<KEY>:0.5}",
+        "~data=<KEY>",
+        "model.path=https://user:password@host/model",
+        f"eval.prompt=https://{KEY}@host/",
+        'hydra/launcher=slurm hydra.launcher.setup=["export WANDB_API_KEY=abcdefgh"]',
+        "hydra/launcher=ray +hydra.launcher.ray.init.runtime_env.env_vars.HF_TOKEN=abcdefgh",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("several", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+def test_a_key_anywhere_is_refused_before_anything_is_written(word, several, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    monkeypatch.setenv("MY_PROXY", "http://me:mine@proxy:80")
+    given = word.replace("<KEY>", KEY).split(" ", 1 if "launcher" in word else 0)
+    assert call(*several, *words, *given) == command.USER_ERROR
+    printed = capfd.readouterr()
+    assert "holds a key" in printed.err and KEY not in printed.err + printed.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("several", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_key_in_a_file_of_the_users_is_refused(several, words, tmp_path, monkeypatch, capfd):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine" / "sweeps").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    content = {"hydra": {"job": {"env_set": {"WANDB_API_KEY": KEY}}, "sweeper": {"params": {"seed": "0,1"}}}}
+    (tmp_path / "mine" / "sweeps" / "own.yaml").write_text("# @package _global_\n" + yaml.safe_dump(content))
+    assert call(*several, "--config-dir", str(tmp_path / "mine"), "+sweeps=own", *words) == command.USER_ERROR
+    printed = capfd.readouterr()
+    assert "env_set.WANDB_API_KEY holds a key" in printed.err and KEY not in printed.err + printed.out
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+hydra.job.env_set.OMP_NUM_THREADS=1",
+        "model.revision=" + KEY,
+        "eval.prompt=${oc.env:HOME}",
+        "eval.prompt=my token is my castle",
+        'hydra/launcher=slurm hydra.launcher.setup=["export HF_TOKEN=$TOKEN","module load cuda"]',
+    ],
+    ids=str,
+)
+def test_what_is_no_key_is_let_pass(word):
+    compose(["model=opt-125m", *word.split(" ", 1 if "launcher" in word else 0)])
+
+
 def test_a_key_in_python_is_refused_before_the_record(words, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", KEY)
     with pytest.raises(UserError, match=r"eval\.prompt holds a key"):
@@ -227,6 +291,7 @@ def test_redaction_leaves_ordinary_words_alone(monkeypatch):
         monkeypatch.setenv(name, "short")
     assert redacted("a short text") == "a short text"
     monkeypatch.setenv("HF_TOKEN", "hf_" + KEY)
+    assert redacted(f"at https://me:mine@host/x?hf_a{KEY}") == "at https://<key>@host/x?<key>"
     line = logging.LogRecord("x", logging.INFO, "f", 1, "token hf_%s", (KEY,), None)
     assert RedactingFormatter("%(message)s").format(line) == "token <HF_TOKEN>"
     redaction.refuse_keys({"eval": {"sample_tokens": 3, "prompt": "a token"}, "token": None, "list": ["x"]})

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from . import gpus
 from .errors import UserError, nearest
 
+LARGEST = 2**63 - 1  # of the integers that torch and the tables take
+
 
 def require(key: str, value, kind: type, low: float, high: float, open_low: bool = False) -> None:
     """Raise UserError unless `value` is an int (or, for kind=float, a number) within [low, high] ((low, high])."""
+    if kind is int:
+        high = min(high, LARGEST)
     number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if number and (low < value if open_low else low <= value) and value <= high:
         return
-    what = "a whole number" if kind is int else "a number"
-    raise UserError(
-        f"{key}={value!r} is not allowed: give {what} {'above' if open_low else 'from'} {low:g}"
-        + (f" up to {high:g}" if high != float("inf") else "")
-    )
+    what, low_end = "a whole number" if kind is int else "a number", "above" if open_low else "from"
+    bounded = high not in (float("inf"), LARGEST) or (number and value > high)
+    end = f" up to {high if kind is int else format(high, 'g')}" if bounded else ""
+    raise UserError(f"{key}={value!r} is not allowed: give {what} {low_end} {low:g}{end}")
 
 
 def one_of(key: str, value, allowed: Iterable) -> None:
@@ -27,6 +32,30 @@ def one_of(key: str, value, allowed: Iterable) -> None:
     allowed = tuple(allowed)
     if not any(type(value) is type(known) and value == known for known in allowed):
         raise UserError(f"{key}={value!r} is not allowed; {nearest(str(value), map(str, allowed))}")
+
+
+def local_path(key: str, value) -> Path:
+    """The path that a key names, whose end need not exist.
+
+    Raises:
+        UserError: no file can be of that name, or this user may not read it.
+    """
+    given = f"{key}={value}"
+    try:
+        path = Path(str(value)).expanduser()
+    except RuntimeError:
+        raise UserError(f"{given}: no such user; give the whole path") from None
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(f"{given} links to {os.readlink(path)}, which is not there: give another path") from None
+        return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"{given} cannot be read ({getattr(error, 'strerror', error)}): give another path") from None
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise UserError(f"{given} cannot be read: this user has no permission")
+    return path
 
 
 def parse_device(name: str) -> torch.device:

@@ -12,32 +12,73 @@ from .errors import UserError
 
 VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST = 8  # a shorter value is no key, and would be found in ordinary words
-_KEY_NAME = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+_SHORTEST_OF_OTHERS = 16  # of variables that only their name makes a key
+_NAMES = r"(?:api_?key|access_?key|secret_?key|token|secret|passw(?:or)?d)"
+_KEY_NAME = re.compile(rf"(^|[_-]){_NAMES}$", re.IGNORECASE)
+# Tokens of the hub, W&B and GitHub by their form, and user and password in an address.
+_KEY = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bwandb_v\d_\w{20,}|\b(?:gh[pousr]|github_pat)_\w{30,}"
+    r"|(?<=://)(?:[^\s/@:]*:[^\s/@]+|[^\s/@]{20,})(?=@)"
+)
+# HF_TOKEN=value and "api_key": "value" within a longer text, such as a line of shell; not HF_TOKEN=$VARIABLE.
+_ASSIGNED = re.compile(rf"{_NAMES}(?:=|[\"']\s*:\s*)[\"']?(?![$<])[^\s\"']{{{_SHORTEST},}}", re.IGNORECASE)
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
 
 
 def redacted(text: str) -> str:
-    """The text with the values of the environment's keys replaced by the variables' names."""
-    for name in VARIABLES:
-        value = os.environ.get(name, "")
-        if len(value) >= _SHORTEST:
+    """The text with the values of the environment's keys replaced by the variables' names, and other keys left out."""
+    for name, value in os.environ.items():
+        shortest = _SHORTEST if name in VARIABLES else _SHORTEST_OF_OTHERS
+        if len(value) >= shortest and _KEY_NAME.search(name):
             text = text.replace(value, f"<{name}>")
-    return text
+    return _KEY.sub("<key>", text)
 
 
 def refuse_keys(cfg: Mapping) -> None:
-    """Raise UserError if a configuration carries a key: it is copied to the run's directory, the record and W&B."""
+    """Raise UserError if a configuration carries a key: it is copied to the run's directory, the record and W&B.
+
+    Args:
+        cfg: a configuration, also of Hydra; references in it may be unresolved.
+    """
     for path, value in _leaves(cfg, ""):
-        named = _KEY_NAME.search(path.rpartition(".")[2]) and value is not None
-        if named or (isinstance(value, str) and redacted(value) != value):
-            raise UserError(
-                f"{path} holds a key, which the run would write into its record: leave it out, and set "
-                f"{' or '.join(VARIABLES[:2])} in the environment, or log in (wandb login, hf auth login)"
-            )
+        if _holds_key(path, value):
+            raise _refused(path)
+
+
+def refuse_keys_in(words: Sequence[str]) -> None:
+    """Raise UserError if overrides carry a key, which Hydra and a sweep's list of runs would keep as they are given."""
+    for word in words:
+        path, _, value = word.lstrip("+~").partition("=")
+        if _holds_key(path, value) or _holds_key("", path):
+            raise _refused(redacted(path))
+
+
+def _refused(path: str) -> UserError:
+    return UserError(
+        f"{path} holds a key, which the run would write into its record: leave it out, and set "
+        f"{' or '.join(VARIABLES[:2])} in the environment, or log in (wandb login, hf auth login)"
+    )
+
+
+def _holds_key(path: str, value) -> bool:
+    if not isinstance(value, str):
+        return value is not None and not isinstance(value, bool) and _is_key_name(path)
+    if value in ("", "null", "???"):
+        return False
+    if any(_KEY_NAME.search(name) for name in _FROM_ENVIRONMENT.findall(value)):
+        return True
+    plain = _FROM_ENVIRONMENT.sub(lambda match: os.environ.get(match[1], ""), value)
+    return _is_key_name(path) or redacted(plain) != plain or _ASSIGNED.search(value) is not None
+
+
+def _is_key_name(path: str) -> bool:
+    return _KEY_NAME.search(path.rpartition(".")[2]) is not None
 
 
 def _leaves(value, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for key in value:
+            yield path, str(key)
             yield from _leaves(value[key], f"{path}.{key}" if path else str(key))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:

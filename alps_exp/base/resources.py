@@ -27,14 +27,14 @@ def class_of(node: Mapping, what: str) -> type:
     Raises:
         UserError: there is none, it cannot be imported, or it is no dataclass.
     """
-    if not node.get("_target_"):
+    named = node.get("_target_")
+    if not isinstance(named, str):
         raise UserError(f"{what} names no class: its yaml needs _target_: MODULE.CLASS")
-    named = str(node["_target_"])
     module, _, attribute = named.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what}: cannot import {named} ({error})") from None
+    except Exception as error:  # whatever a module of the user's raises
+        raise UserError(f"{what}: cannot import {named} ({type(error).__name__}: {error})") from None
     if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
         raise UserError(f"{what}: {named} is not a class of hyperparameters: name a dataclass in _target_")
     return target

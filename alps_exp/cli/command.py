@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,7 +63,11 @@ def command(words: list[str]) -> int:
         print(f"alps_exp {__version__}")
         return 0
     name, given = args.config_name or "config", args.overrides
-    with overrides.initialized():
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder has been removed: change to another one") from None
+    with overrides.initialized(_config_dir(args.config_dir)):
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
             _prepare_completion()
@@ -71,9 +76,7 @@ def command(words: list[str]) -> int:
             except ValueError as error:
                 raise UserError(f'{error}; as in: eval "$(alps-exp -sc install=bash)"') from error
             return 0
-        args.overrides = overrides.prepared(args.overrides)
-        if args.config_dir:
-            args.overrides.insert(0, _search_path(args.config_dir))
+        args.overrides = overrides.prepared(args.overrides, name)
         if args.multirun:
             return _sweep(app, name, given, args.overrides)
         if args.hydra_help:
@@ -108,11 +111,18 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParse
     return args, parser
 
 
-def _search_path(folder: str) -> str:
-    path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
-        raise UserError(f"--config-dir {folder}: there is no such folder")
-    return f"hydra.searchpath=['file://{path}']"
+def _config_dir(given: str | None) -> Path | None:
+    if given is None:
+        return None
+    folder = Path(os.path.expanduser(given)).absolute()
+    if not os.path.isdir(folder):
+        raise UserError(f"--config-dir {given}: there is no such folder")
+    own = files("alps_exp.conf")
+    for group in own.iterdir():  # Hydra would read the project's file instead
+        for name in [f"{group.name}/{file.name}" for file in group.iterdir()] if group.is_dir() else [group.name]:
+            if name.endswith(".yaml") and (folder / name).exists():
+                raise UserError(f"--config-dir {given}: {name} is the name of a file of this project: rename it")
+    return folder
 
 
 def _prepare_completion() -> None:
@@ -184,6 +194,7 @@ def _validate(cfg: DictConfig) -> None:
     from ..runs import run
 
     run.validate(overrides.without_hydra(cfg))
+    overrides.check_places(cfg)
 
 
 def _refuse_other(cfg: DictConfig) -> None:

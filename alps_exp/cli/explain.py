@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +18,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml.error import MarkedYAMLError
 
 from ..base.errors import UserError, nearest
+from .names import NAMES, pasteable
 
 _EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_local": "submitit"}
 _EXTRAS |= {"hydra/launcher/submitit_slurm": "submitit", "hydra/launcher/ray": "ray", "hydra/launcher/ray_aws": "ray"}
@@ -32,10 +35,16 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
         return _broken_yaml(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_choice(str(error.missing_cfg_file), error.options or [])
+    if broken := broken_file():
+        return broken
+    if isinstance(error, KeyError) and not isinstance(error, OmegaConfBaseException):
+        return f"hydra.job.env_copy names {error.args[0]}, which is not set in the environment: set it, or leave it out"
     text = str(error)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
         key, _, value = match[1].replace("'", "").partition("=")
-        return f"{key}={value} names several values: add -m to run each of them (a list is written {key}=[a,b])"
+        text = key in (*NAMES, "eval.prompt")
+        one = f"one with a comma is written {pasteable(key, value)}" if text else f"a list is written {key}=[a,b]"
+        return f"{key}={value} names several values: add -m to run each of them ({one})"
     if match := re.search(r"Could not override '(.*?)'", text):
         return unknown_key(match[1], words, config_name)
     if match := re.search(r"An item is already at '(.*?)'", text):
@@ -49,9 +58,11 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
 
 def _unreadable(error: OverrideParseException) -> str:
     reason = re.sub(r"^Error parsing override '.*'\s*", "", str(error).split("See https://")[0].strip())
+    key, equals, value = str(error.override).partition("=")
+    hint = f"; as a text it is {pasteable(key, value)}" if equals and value[:1] not in ("[", "{") else ""
     return (
         f"cannot read {str(error.override)!r} ({' '.join(reason.split())}): write key=value; quote lists and "
-        "dictionaries for the shell, as in 'key=[a,b]'"
+        "dictionaries for the shell, as in 'key=[a,b]'" + hint
     )
 
 
@@ -59,6 +70,25 @@ def _broken_yaml(error: MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
     return f"{place}, cannot be read as yaml ({error.problem or error.context}): mend it"
+
+
+def broken_file() -> str | None:
+    """What is wrong with a file below the folders that the user has named, if anything is."""
+    for source in GlobalHydra.instance().config_loader().get_sources():
+        if source.scheme() != "file":
+            continue
+        folder = Path(source.path)
+        for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
+            try:
+                with file.open(encoding="utf-8") as stream:
+                    content = yaml.safe_load(stream)
+            except MarkedYAMLError as error:
+                return _broken_yaml(error)
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                return f"{file} cannot be read ({_first_line(error)}): give a YAML file in UTF-8"
+            if content is not None and not isinstance(content, dict):
+                return f"{file} holds no keys: write it as key: value, line by line"
+    return None
 
 
 def _unknown_choice(path: str, options: Sequence[str]) -> str:
@@ -98,7 +128,8 @@ def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
         )
     if path[0] in names:
         return f"unknown key {key!r}: {known}{path[0]} is a value and has no keys of its own"
-    return f"unknown key {key!r}; {nearest(known + path[0], [known + name for name in names])}"
+    own = f" (and configuration {config_name!r} begins its defaults with - config)" if config_name != "config" else ""
+    return f"unknown key {key!r}; {nearest(known + path[0], [known + name for name in names])}{own}"
 
 
 def _without_keys(words: Sequence[str], config_name: str) -> DictConfig:
@@ -134,7 +165,8 @@ def _of_omegaconf(error: OmegaConfBaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     where = f"{error.full_key}: " if error.full_key else ""
-    return where + _first_line(error)
+    hint = "; a ${ that belongs to a name is written \\${" if isinstance(error, InterpolationResolutionError) else ""
+    return where + _first_line(error) + hint
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,37 +8,51 @@ with the values quoted: `sparsity='0.7','2:4'`. Launchers ship the ConfigStore t
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
+from hydra.conf import HydraConf
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString, RangeSweep
+from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString, RangeSweep
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..base.errors import UserError
+from ..base.errors import UserError, nearest
+from ..base.redaction import refuse_keys, refuse_keys_in
 from ..patterns import Pattern, parse_sparsity
 from ..patterns.written import inconsistent, node_of, read
 from ..runs import naming
+from .names import NAMES
 
 # Hydra 1.3 falls back to the behaviour of 1.1 unless told; 1.4 warns when told.
 _BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 
+# Parts of Hydra's own configuration that this project chooses otherwise. They replace Hydra's defaults instead of being
+# named by conf/config.yaml, so that a root file of one's own can begin with `- config`.
+_HYDRA = {"help": "alps_exp", "job_logging": "file", "hydra_logging": "quiet"}
 
-def prepare(words: Sequence[str]) -> list[str]:
-    """The overrides as Hydra can take them: values of `sparsity` registered as choices and quoted.
+
+def prepare(words: Sequence[str], config_name: str = "config") -> list[str]:
+    """The overrides as Hydra can take them: names quoted, values of `sparsity` registered as choices and quoted.
 
     Raises:
         UserError: a sparsity that is not allowed, or one given twice in different terms.
         OverrideParseException: not in Hydra's syntax.
     """
-    words = _with_local_model(_with_saving_by_format([_with_plain_keys(word) for word in words]))
+    words = [_readable(_with_plain_keys(word)) for word in words]
+    words = _with_local_choices(_with_saving_by_format(words), config_name)
     overrides = OverridesParser.create().parse_overrides(words)
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
@@ -47,9 +61,10 @@ def prepare(words: Sequence[str]) -> list[str]:
     return [_quoted(override) if override in values else _open(override) for override in overrides]
 
 
-def prepared(words: Sequence[str]) -> list[str]:
-    """`prepare`, with Hydra's errors in the project's form. Needs Hydra to be `initialized`."""
-    words = _explained(prepare, list(words))
+def prepared(words: Sequence[str], config_name: str = "config") -> list[str]:
+    """`prepare`, with Hydra's errors in the project's form, and no keys. Needs Hydra to be `initialized`."""
+    refuse_keys_in(words)
+    words = _explained(prepare, list(words), config_name)
     _refuse_lists_and_deletions(words)
     return words
 
@@ -67,6 +82,7 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
     app: Any = GlobalHydra.instance().hydra
     cfg = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
     _refuse_ignored_sweep(cfg)
+    refuse_keys(OmegaConf.to_container(cfg, resolve=False))
     sweeper = cfg.hydra.sweeper
     if not str(sweeper._target_).endswith(".BasicSweeper"):
         return words, []
@@ -77,7 +93,7 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
         words = _merged(prepare([f"sparsity={text}"]), words)
     parser = OverridesParser.create(app.config_loader)
     shared, choices = [], {}
-    for override in parser.parse_overrides([f"{key}={value}" for key, value in parameters.items()] + words):
+    for override in parser.parse_overrides([_readable(f"{key}={value}") for key, value in parameters.items()] + words):
         key = override.get_key_element()
         if override.is_hydra_override():
             shared.append(str(override.input_line))
@@ -115,16 +131,29 @@ def _merged(from_file: list[str], words: list[str]) -> list[str]:
 
 
 @contextmanager
-def initialized() -> Iterator[None]:
-    """Hydra set up for this project's configuration; another use of Hydra around it is put aside meanwhile."""
+def initialized(folder: Path | None = None) -> Iterator[None]:
+    """Hydra set up for this project's configuration; another use of Hydra around it is put aside meanwhile.
+
+    Args:
+        folder: of configuration files beside the project's own.
+    """
     naming.register()
     _register_sweeps()
-    instance = GlobalHydra.instance()
+    instance, store = GlobalHydra.instance(), ConfigStore.instance()
     outer, instance.hydra = instance.hydra, None
+    theirs = store.repo["hydra"]["config.yaml"]
+    defaults = [{key: _HYDRA.get(key, value) for key, value in part.items()} for part in HydraConf().defaults]
+    store.store("config", HydraConf(defaults=defaults), group="hydra", provider="hydra")
     try:
         hydra.initialize_config_module("alps_exp.conf", job_name="alps_exp", **_BEHAVIOUR)
+        if folder is not None:
+            loader: Any = GlobalHydra.instance().config_loader()
+            path = loader.get_search_path()
+            path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
+            loader.repository.initialize_sources(path)
         yield
     finally:
+        store.repo["hydra"]["config.yaml"] = theirs
         GlobalHydra.instance().hydra = outer
 
 
@@ -135,7 +164,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> DictC
         UserError: whatever the command line would refuse while composing.
     """
     with initialized():
-        return compose_prepared(prepared(overrides), config_name)
+        return compose_prepared(prepared(overrides, config_name), config_name)
 
 
 def compose_prepared(
@@ -160,14 +189,35 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
+def check_places(cfg: DictConfig) -> None:
+    """Raise UserError where Hydra's own node, which names the folders to write to, has references that lead nowhere."""
+
+    def resolved(words: list[str]) -> None:
+        for key in ("run", "sweep", "job"):
+            OmegaConf.to_container(cfg.hydra[key], resolve=True)
+
+    _explained(resolved, [])
+
+
 def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bool) -> DictConfig:
-    cfg = hydra.compose(config_name, overrides=words, return_hydra_config=with_hydra)
+    cfg = hydra.compose(config_name, overrides=words, return_hydra_config=True)
     _refuse_ignored_sweep(cfg)
+    refuse_keys(OmegaConf.to_container(cfg, resolve=False))
     _refuse_additions(words, config_name)
+    chdir = cfg.hydra.job.chdir
+    if not with_hydra:
+        with open_dict(cfg):
+            del cfg["hydra"]
     if not complete:
         return cfg
+    if chdir:
+        raise UserError(
+            "hydra.job.chdir=true is not allowed: relative paths are those of the folder where the command is given, "
+            "and a run writes to its own directory anyway (hydra.run.dir=DIR); leave it out"
+        )
     if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
         raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
+    _refuse_foreign_keys(cfg, words, config_name)
     for group in ("model", "data", "method", "sparsity", "eval", "logger"):
         if not isinstance(cfg.get(group), DictConfig):
             raise UserError(f"{group} is not set: choose one, as in {group}=NAME (--help lists them)")
@@ -176,6 +226,31 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
         if key != "hydra" and OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True)
     return cfg
+
+
+@cache
+def _known() -> dict[str, set[str]]:
+    """The keys of the root, under "", and those of the groups whose choices all have the same."""
+    conf = files("alps_exp.conf")
+    found = {"": yaml.safe_load(conf.joinpath("config.yaml").read_text(encoding="utf-8"))}
+    for group, name in {"model": "local", "data": "local", "eval": "perplexity"}.items():
+        found[group] = yaml.safe_load(conf.joinpath(group, f"{name}.yaml").read_text(encoding="utf-8"))
+    groups = {key for part in found[""]["defaults"] if isinstance(part, dict) for key in part}
+    return {group: set(node) - {"defaults"} for group, node in found.items()} | {"": {*found[""], *groups, "table"}}
+
+
+def _refuse_foreign_keys(cfg: DictConfig, words: list[str], config_name: str) -> None:
+    """Keys that a file of the user's sets and nothing reads, and those that a root file of the user's leaves out."""
+    for group, known in _known().items():
+        node = cfg.get(group) if group else cfg
+        for key in sorted(map(str, set(node) - known)) if isinstance(node, DictConfig) else ():
+            path = f"{group}.{key}" if group else key
+            if not group and any(word.lstrip("+").startswith(f"{key}=") for word in words):
+                raise UserError(f"{key}: its file sets nothing that a run reads: begin it with # @package _global_")
+            raise UserError(f"unknown key {path!r} in a configuration file; {nearest(key, known)}")
+    lacking = sorted(_known()[""] - {"hydra", "defaults", "table"} - set(cfg))
+    if lacking and config_name != "config":
+        raise UserError(f"configuration {config_name!r} has no {lacking[0]}: begin its defaults with - config")
 
 
 def _refuse_additions(words: list[str], config_name: str) -> None:
@@ -211,15 +286,15 @@ def _refuse_lists_and_deletions(words: list[str]) -> None:
 
 
 def _explained(function, words: list[str], *rest):
-    from .explain import explain
+    from .explain import broken_file, explain
 
     try:
         return function(words, *rest)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(broken_file() or str(error)) from error
     except Exception as error:
         # Whatever fails here follows from what was given: nothing has been run yet.
-        raise UserError(explain(error, words)) from error
+        raise UserError(explain(error, words, *rest[:1])) from error
 
 
 def _register_sweeps() -> None:
@@ -246,17 +321,103 @@ def _with_plain_keys(word: str) -> str:
 
 def _with_saving_by_format(words: list[str]) -> list[str]:
     """save.format=packed is save=packed; a save=true beside it says nothing more."""
-    if not any(word.startswith("save.format=") for word in words):
+    given = [(key.lstrip("+"), value, word) for word in words for key, _, value in [word.partition("=")]]
+    forms = [(value, word) for key, value, word in given if key == "save.format"]
+    if not forms:
         return words
-    if "save=false" in words:
-        raise UserError("save=false and save.format are inconsistent: give one of them, as in save=packed")
-    return [re.sub(r"^save\.format=", "save=", word) for word in words if word != "save=true"]
+    form, first = forms[0]
+    for key, value, word in given:
+        if (key == "save" and value not in (form, "true")) or (key == "save.format" and value != form):
+            raise UserError(f"{word} and {first} are inconsistent: give one of them, as in save=packed")
+    return [word for key, _, word in given if key not in ("save", "save.format")] + [f"save={form}"]
 
 
-def _with_local_model(words: list[str]) -> list[str]:
-    """A model.path without a choice of model means model=local: the default model takes no path."""
+def _with_local_choices(words: list[str], config_name: str) -> list[str]:
+    """A model.path without a choice of model means model=local, since the default model takes no path; so do texts.
+
+    A choice that a file of the user's makes stays.
+    """
     keys = [word.partition("=")[0].lstrip("+") for word in words]
-    return ["model=local", *words] if "model.path" in keys and "model" not in keys else words
+    for group in ("data", "model"):
+        if f"{group}.path" in keys and group not in keys and not _is_chosen(group, words, config_name):
+            words = [f"{group}=local", *words]
+    return words
+
+
+def _is_chosen(group: str, words: list[str], config_name: str) -> bool:
+    added = [word for word in words if re.match(r"\+[\w/-]+=", word)]
+    if not added and config_name == "config":
+        return False
+    app: Any = GlobalHydra.instance().hydra
+    mine = app.compose_config(config_name, added, run_mode=RunMode.MULTIRUN).hydra
+    default = app.compose_config("config", [], run_mode=RunMode.MULTIRUN).hydra
+    return mine.runtime.choices[group] != default.runtime.choices[group] or group in (mine.sweeper.get("params") or {})
+
+
+def _readable(word: str) -> str:
+    """The word with names quoted that Hydra's grammar would not read, or not as they are written."""
+    head, equals, value = word.partition("=")
+    key = head.lstrip("+")
+    if not equals or word.startswith("~"):
+        return word
+    if key in ("hydra.run.dir", "hydra.sweep.dir") and value.startswith("~"):  # Hydra would make a folder called ~
+        value = os.path.expanduser(value)
+        word = f"{head}={value}"
+    override, parts = _parsed(f"{key}={value}"), _split(value)
+    whole = override is not None and (key not in NAMES or (override.is_sweep_override() and len(parts) == 1))
+    return word if whole else f"{head}={','.join(_readable_part(key, part) for part in parts)}"
+
+
+def _readable_part(key: str, text: str) -> str:
+    override = _parsed(f"x={text}")
+    if override is not None:
+        kinds = (int, float, list) if key == "eval.path" else (int, float, list, dict)
+        kept = isinstance(override._value, bool) and key == "resume"
+        return quote(text) if key in NAMES and isinstance(override._value, kinds) and not kept else text
+    for opening, closing in ["{}"] if key == "eval.path" else [] if key in NAMES else ["[]", "{}"]:
+        if text.startswith(opening) and text.endswith(closing):
+            items = ",".join(_readable_item(part) for part in _split(text[1:-1]))
+            if _parsed(f"x={opening}{items}{closing}") is not None:
+                return f"{opening}{items}{closing}"
+    # Brackets and quotes outside of names are rather a list or a text that was cut.
+    return quote(text) if key in NAMES or not re.search(r"[][{}()\"']", text) else text
+
+
+def _readable_item(text: str) -> str:
+    """One of a list's items or a dictionary's pairs."""
+    if _parsed(f"x=[{text}]") is not None or _parsed(f"x={{{text}}}") is not None:
+        return text
+    name, colon, value = text.partition(":")
+    return f"{name}:{quote(value.strip())}" if colon and _parsed(f"x={{{name}:1}}") is not None else quote(text.strip())
+
+
+def quote(text: str) -> str:
+    """A text in the quotes of Hydra's grammar."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _parsed(word: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _split(text: str) -> list[str]:
+    """The parts of a text between the commas that lie outside of brackets and quotes."""
+    parts, depth, quoted = [""], 0, ""
+    for sign in text:
+        if quoted:
+            quoted = "" if sign == quoted and not parts[-1].endswith("\\") else quoted
+        elif sign in "'\"" and (not parts[-1].strip() or parts[-1][-1] in "[{(:"):
+            quoted = sign
+        elif sign == "," and depth == 0:
+            parts.append("")
+            continue
+        else:
+            depth = max(0, depth + (sign in "([{") - (sign in ")]}"))
+        parts[-1] += sign
+    return parts
 
 
 def _open(override: Override) -> str:

@@ -60,6 +60,7 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     for number, cfg in enumerate(found):
         with _naming_the_run(jobs, number):
             run.validate(overrides.without_hydra(cfg))
+            overrides.check_places(cfg)
     kept: dict[str, Cell] = {}
     for cfg, line in zip(found, jobs, strict=True):
         name = naming.run_name(cfg)

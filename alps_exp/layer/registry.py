@@ -55,5 +55,14 @@ def build(node: Mapping) -> Solver:
     fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     what = f"method {node.get('name')}"
     target = class_of(node, what)
+    if not issubclass(target, Solver):
+        raise UserError(f"{what}: {node['_target_']} is no method: name a class that derives from alps_exp.Solver")
     check_fields(target, fields, what)
+    required = {field.name for field in dataclasses.fields(target) if _is_required(field)}
+    if lacking := sorted(required - set(fields)):
+        raise UserError(f"{what} needs {lacking[0]}: add it to its file, or give method.{lacking[0]}=VALUE")
     return target(**fields)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

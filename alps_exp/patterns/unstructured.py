@@ -39,9 +39,14 @@ class Unstructured(Pattern):
     def parse(cls, text: str) -> Unstructured | None:
         try:
             # Ten digits: a range such as range(0.5,0.8,step=0.1) otherwise yields 0.7000000000000001.
-            level = round(float(text), 10)
+            given = float(text)
         except ValueError:
             return None
+        level = round(given, 10) if math.isfinite(given) else given
+        if 0 < given < 1 and not 0 < level < 1:
+            raise UserError(
+                f"sparsity={text} is not allowed: give a fraction of at most ten digits above 0 and below 1"
+            )
         return cls(level) if level <= 1 else None  # a plain 2:4 in YAML is the number 124
 
     @property

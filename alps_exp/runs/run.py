@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..allocation.selection import Selection
-from ..base.checks import one_of, parse_device, require
+from ..base.checks import local_path, one_of, parse_device, require
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
@@ -60,6 +60,7 @@ def validate(cfg: Mapping) -> dict[str, Pattern]:
         UserError: the first mistake found.
     """
     refuse_keys(cfg)
+    _check_paths(cfg)
     solver = build(cfg["method"])
     selection_of(cfg), pattern_of(cfg["sparsity"])
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
@@ -141,6 +142,17 @@ def _check_tokenizer(cfg: Mapping, prunes: bool) -> None:
     if options["sample_tokens"]:
         config = loading.load_config(cfg["model"])
         perplexity.prompt_ids(tokenizer, options["prompt"], options["sample_tokens"], config)
+
+
+def _check_paths(cfg: Mapping) -> None:
+    """That the folders which a configuration names can be looked at, and the files of a local model be read."""
+    paths = {"model.path": cfg["model"].get("path"), "eval.task_source": cfg["eval"]["task_source"]}
+    paths |= {"resume": cfg["resume"]} if cfg["resume"] not in ("auto", False) else {}
+    found = {key: local_path(key, path) for key, path in paths.items() if path is not None}
+    if (folder := found.get("model.path")) and folder.is_dir():
+        for kind in ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model"):
+            for file in sorted(folder.glob(kind)):
+                local_path("model.path", file)
 
 
 def selection_of(cfg: Mapping) -> Selection:
