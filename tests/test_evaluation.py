@@ -16,7 +16,7 @@ from test_data import ids, parquet
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alps_exp import evaluate
+from alps_exp import evaluate, faithful
 from alps_exp import run as runs
 from alps_exp.blocks import BlockModel
 from alps_exp.errors import UserError
@@ -44,6 +44,7 @@ def test_perplexity_is_that_of_a_plain_loop(kind, positions, request, monkeypatc
     windows = torch.randint(3, tiny_models.VOCABULARY, (5, 48), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(evaluate, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
     model, shapes = BlockModel(network, torch.device("cpu")), []
+    faithful.ensure(model, windows)  # logits of its own
     head = model.head
     monkeypatch.setattr(model, "head", lambda *a: shapes.append(tuple(a[1].shape[:2])) or head(*a))
     value = evaluate.perplexity(model, windows, batch_size=2, quiet=True)
