@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
+from alps_exp.model import faithful
 from alps_exp.model.blocks import BlockModel
 from alps_exp.runs import run as runs
 from alps_exp.runs.workspace import Workspace
@@ -44,6 +45,7 @@ def test_perplexity_is_that_of_a_plain_loop(kind, positions, request, monkeypatc
     windows = torch.randint(3, tiny_models.VOCABULARY, (5, 48), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(perplexity, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
     model, shapes = BlockModel(network, torch.device("cpu")), []
+    faithful.ensure(model, windows)  # logits of its own
     head = model.head
     monkeypatch.setattr(model, "head", lambda *a: shapes.append(tuple(a[1].shape[:2])) or head(*a))
     value = perplexity.perplexity(model, windows, batch_size=2, quiet=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 # Keys whose values are names that somebody has given, of files, folders, branches and the like. They are taken as they
 # are written, also where Hydra would read a number or a list, or nothing at all.
 NAMES = ("model.path", "model.name", "model.revision", "model.gguf_file", "data.path", "data.eval_path", "data.column")
