@@ -158,10 +158,7 @@ def test_what_is_not_finite_reaches_it_as_a_number(tmp_path, monkeypatch):
     ("word", "told"),
     [
         ("logger.project=a/b", "cannot contain"),
-        ("logger.project=7", "logger.project=7 is not allowed"),
         ("logger.project=null", "logger.project=None"),
-        ("logger.entity=7", "logger.entity=7"),
-        ("logger.group=[a]", "logger.group="),
         ("logger.tags=abc", "logger.tags=abc"),
         ("logger.tags=['']", "Tag"),
         ("logger.tags=[3]", "tag"),

@@ -300,7 +300,7 @@ def test_forms_of_save(words, value):
 
 
 def test_save_is_checked():
-    with pytest.raises(UserError, match=r"save=false and save\.format are inconsistent"):
+    with pytest.raises(UserError, match=r"save=false and save\.format=packed are inconsistent"):
         compose(["save=false", "save.format=packed"])
     with pytest.raises(UserError, match=r"save='zip' is not allowed; known: False, True, dense, packed"):
         run.validate(compose(["save.format=zip"]))

@@ -17,15 +17,17 @@ def resource_root() -> Path:
     return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 
 
-def class_of(node: Mapping, what: str) -> type:
+def class_of(node: Mapping, what: str, base: type, noun: str) -> type:
     """The class that a node's `_target_` names.
 
     Args:
         node: of a yaml file or a composed configuration.
         what: how to speak of it, as in "method alps".
+        base: the class that it derives from.
+        noun: what such classes are, for the message.
 
     Raises:
-        UserError: there is none, it cannot be imported, or it is no dataclass.
+        UserError: there is none, it cannot be imported, or it derives from something else.
     """
     named = node.get("_target_")
     if not isinstance(named, str):
@@ -35,8 +37,8 @@ def class_of(node: Mapping, what: str) -> type:
         target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a module of the user's raises
         raise UserError(f"{what}: cannot import {named} ({type(error).__name__}: {error})") from None
-    if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
-        raise UserError(f"{what}: {named} is not a class of hyperparameters: name a dataclass in _target_")
+    if not isinstance(target, type) or not issubclass(target, base) or target is base:
+        raise UserError(f"{what}: {named} is no {noun}: name a class that derives from alps_exp.{base.__name__}")
     return target
 
 

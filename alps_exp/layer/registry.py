@@ -54,9 +54,7 @@ def build(node: Mapping) -> Solver:
     """The solver that a composed `method` node describes (`_target_`, `name`, one key per hyperparameter)."""
     fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     what = f"method {node.get('name')}"
-    target = class_of(node, what)
-    if not issubclass(target, Solver):
-        raise UserError(f"{what}: {node['_target_']} is no method: name a class that derives from alps_exp.Solver")
+    target = class_of(node, what, Solver, "method")
     check_fields(target, fields, what)
     required = {field.name for field in dataclasses.fields(target) if _is_required(field)}
     if lacking := sorted(required - set(fields)):

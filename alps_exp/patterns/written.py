@@ -30,7 +30,7 @@ def _nodes() -> dict[str, dict]:
 @cache
 def kinds() -> dict[str, type[Pattern]]:
     """The class of each yaml in conf/sparsity, by the yaml's name, in the order of tables."""
-    found = {name: class_of(node, f"sparsity={name}") for name, node in _nodes().items()}
+    found = {name: class_of(node, f"sparsity={name}", Pattern, "pattern") for name, node in _nodes().items()}
     return dict(sorted(found.items(), key=lambda item: (item[1].rank, item[0])))
 
 
@@ -49,7 +49,7 @@ def parse_sparsity(value: float | str | Pattern) -> Pattern:
     Raises:
         UserError: neither a fraction strictly between 0 and 1 nor N:M with 0 < N < M.
     """
-    if isinstance(value, Pattern):
+    if isinstance(value, Pattern, "pattern"):
         return value
     text = str(value).strip()
     if not isinstance(value, bool) and (pattern := read(text)) is not None:
@@ -74,7 +74,7 @@ def pattern_of(node: Mapping) -> Pattern:
     """
     fields = {str(key): value for key, value in node.items() if key != "_target_"}
     kind = fields.pop("kind", None)
-    target = class_of(node, f"sparsity={kind}") if node.get("_target_") else kinds().get(kind)
+    target = class_of(node, f"sparsity={kind}", Pattern, "pattern") if node.get("_target_") else kinds().get(kind)
     if target is None:
         raise UserError(f"sparsity.kind={kind} is not allowed; {nearest(str(kind), kinds())}")
     known = [field.name for field in dataclasses.fields(target)]
