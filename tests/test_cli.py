@@ -139,7 +139,7 @@ def test_a_mistake_costs_one_line_and_status_2(here, capsys, words, parts):
         (["data.path=/"], "is not a file"),
         (["method._target_=alps_exp.no.Such"], "cannot import alps_exp.no.Such"),
         (["method._target_=os.path.join"], "os.path.join is no method"),
-        (["method._target_=alps_exp.solver.Solver"], "is no method"),
+        (["method._target_=alps_exp.layer.solver.Solver"], "is no method"),
         (["method._target_=null"], "names no class"),
     ],
 )

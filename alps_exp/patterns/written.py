@@ -49,7 +49,7 @@ def parse_sparsity(value: float | str | Pattern) -> Pattern:
     Raises:
         UserError: neither a fraction strictly between 0 and 1 nor N:M with 0 < N < M.
     """
-    if isinstance(value, Pattern, "pattern"):
+    if isinstance(value, Pattern):
         return value
     text = str(value).strip()
     if not isinstance(value, bool) and (pattern := read(text)) is not None:
