@@ -144,6 +144,14 @@ def test_a_state_that_blocks_share_behind_the_arguments_is_found():
     assert_refused(network, r"model\.layers\.2 shares something with other blocks")
 
 
+def test_a_block_that_cannot_run_by_itself_is_named():
+    network = llama()
+    kept, blocks = [], network.model.layers
+    blocks[0].register_forward_hook(lambda block, args, output: kept.__setitem__(slice(None), [output]))
+    blocks[1].register_forward_pre_hook(lambda block, args: (kept.pop(), None)[1])
+    assert_refused(network, r"model\.layers\.1 of LlamaForCausalLM does not run by itself \(IndexError: pop from empty")
+
+
 def test_a_head_that_mixes_positions_is_found():
     network = llama()
     network.lm_head.register_forward_hook(lambda head, args, output: output.cumsum(1))

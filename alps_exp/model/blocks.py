@@ -252,7 +252,7 @@ class BlockModel:
         """
         try:
             output = self.model(tokens.to(self.device), use_cache=False)
-        except (UserError, _Stop, MemoryError, torch.OutOfMemoryError):
+        except (UserError, _Stop, MemoryError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # any that a model's code may raise, about values that stubs do not give
             raise UserError(

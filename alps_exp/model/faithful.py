@@ -71,7 +71,8 @@ def _compare(model: BlockModel, tokens: Tensor, blocks: int) -> None:
     if difference > _tolerance(model):
         raise UserError(
             f"block by block, the logits of {type(model.model).__name__} differ by {difference:.2g} of their spread "
-            f"from its own forward's ({passes.cause()}): choose another model"
+            f"from its own forward's ({passes.cause() or 'its head takes more than the last hidden states'}): choose "
+            "another model"
         )
 
 
@@ -147,8 +148,8 @@ class _Passes:
             with self._model.block(index, changing=False, ahead=index < self._blocks - 1) as block:
                 self._advance(index, block)
 
-    def cause(self) -> str:
-        """Where the loop first came to something else, in words."""
+    def cause(self) -> str | None:
+        """Where the loop first came to something else, in words; None where no block did."""
         tolerance = _tolerance(self._model)
         for index, (own, loop) in enumerate(zip(self._own, self._loop, strict=False)):
             name = self._model.name(index)
@@ -158,7 +159,7 @@ class _Passes:
                 return f"{name} does not receive what the block before it gives"
             if loop.left is not None and _difference(loop.left, own.left) > tolerance:
                 return f"{name} shares something with other blocks: a state, keys and values"
-        return "its head takes more than the last hidden states"
+        return None
 
     def _note(self, name: str, blocks: nn.ModuleList, *_) -> None:
         self._others[name] = blocks
@@ -200,12 +201,13 @@ class _Passes:
         self._loop.append(_Step(self.states[0][:, -1].clone()))
         try:
             self.states = [model.forward_block(index, block, hidden) for hidden in self.states]
-        except (UserError, MemoryError, torch.OutOfMemoryError):
+        except (UserError, MemoryError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # any that a model's code may raise
+            why = f"; {cause}" if (cause := self.cause()) else ""
             raise UserError(
                 f"{name} of {type(model.model).__name__} does not run by itself ({type(error).__name__}: "
-                f"{first_line(error)}; {self.cause()}): choose another model"
+                f"{first_line(error)}{why}): choose another model"
             ) from error
         self._loop[index].left = self.states[0][:, -1].clone()
 
