@@ -179,6 +179,19 @@ def test_a_folder_that_is_gone_is_one_line(here, capsys, tiny):
     assert "the current folder has been removed" in one_line(capsys)
 
 
+def test_a_folder_whose_name_hydra_cannot_take_is_refused(here, capsys, tiny, monkeypatch):
+    (here / "a${b}").mkdir()
+    monkeypatch.chdir(here / "a${b}")
+    assert call(*tiny) == 2
+    assert "start in another one" in one_line(capsys)
+
+
+def test_a_name_with_an_escaped_reference_runs(here, tiny, tiny_opt):
+    shutil.copytree(tiny_opt, here / "x${y}")
+    assert call(*tiny, "method=magnitude", r"model.path=x\${y}", "hydra.run.dir=run") == 0
+    assert json.loads((here / "run" / "record.json").read_text())["config"]["model"]["path"].endswith("x${y}")
+
+
 @pytest.fixture
 def mine(tmp_path) -> Path:
     """A folder of configuration files of the user's, with signs in its name."""

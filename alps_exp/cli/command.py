@@ -64,9 +64,11 @@ def command(words: list[str]) -> int:
         return 0
     name, given = args.config_name or "config", args.overrides
     try:
-        os.getcwd()
+        here = os.getcwd()
     except OSError:
         raise UserError("the current folder has been removed: change to another one") from None
+    if "${" in here:
+        raise UserError(f"the current folder is {here}, and Hydra reads a reference in its ${{: start in another one")
     with overrides.initialized(_config_dir(args.config_dir)):
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
