@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import tiny_models
 import torch
@@ -93,7 +94,8 @@ def measure(folder: Path, names: list[str] | None = None) -> Iterator[tuple[str,
     every |= {name: (_single, words) for name, words in SHARED.items()}
     for name in names or every:
         action, words = every[name]
-        with _inside(folder):
+        # Sums depend on the number of threads, also those of the processes that a run starts.
+        with _inside(folder), mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             runs = Path("runs", hashlib.sha256(name.encode()).hexdigest()[:8])
             yield name, action(words.split(), runs)
 
