@@ -8,6 +8,8 @@ import signal
 import crash
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> crash.Bench:

@@ -25,6 +25,8 @@ import os, signal
 from dataclasses import dataclass
 from alps_exp.baselines.magnitude import Magnitude
 
+pytestmark = pytest.mark.slow  # starts processes
+
 @dataclass(frozen=True)
 class Deadly(Magnitude):
     def _solve(self, problem, pattern):

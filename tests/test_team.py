@@ -25,6 +25,8 @@ from alps_exp.pruning.team import Team
 from alps_exp.runs import run as runs
 from alps_exp.runs import together as launch
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 @pytest.fixture
 def settings(tiny_llama: Path, text_file: Path) -> list[str]:
