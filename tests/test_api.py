@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 from alps_exp import prune_layer, prune_model
@@ -61,6 +62,16 @@ SIGNS = torch.ones(24).where(torch.arange(24) % 2 == 0, -1.0)
         ({"gram": GRAM.to(torch.complex64)}, "gram must hold real floating-point numbers, got torch.complex64"),
         ({"weight": torch.ones(4, 24, dtype=torch.complex64), "gram": GRAM}, "weight must hold real"),
         ({"weight": torch.ones(4, 24, dtype=torch.int64), "gram": GRAM}, "weight must hold real"),
+        (
+            {"weight": torch.ones(4, 24, device="meta"), "gram": GRAM},
+            "weight must be a dense tensor with values, got a meta",
+        ),
+        ({"gram": GRAM.to_sparse()}, "gram must be a dense tensor with values, got a torch.sparse_coo one"),
+        ({"gram": GRAM[0]}, r"gram must have shape \(24, 24\), got \(24,\)"),
+        (
+            {"inputs": X.to(torch.complex64)},
+            "inputs must be a dense tensor of real numbers, got a torch.strided torch.com",
+        ),
         (
             {"gram": GRAM, "var": -X.var(0), "mean": X.mean(0), "tokens": 200, "sequences": 1},
             "var has negative entries",
@@ -194,6 +205,13 @@ def test_a_compiled_model_is_the_one_behind_it(tiny_llama):
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), expected.parameters(), strict=True))
 
 
+def test_blocks_that_are_wrapped_by_a_compiler_are_refused(tiny_llama):
+    network = load(tiny_llama)
+    network.model.layers[1] = torch.compile(network.model.layers[1], backend="eager")
+    with pytest.raises(UserError, match=r"blocks of model\.layers are wrapped by torch\.compile.*block\.compile\(\)"):
+        wanda(network)
+
+
 def test_models_with_hooks_of_accelerate(tiny_llama, tmp_path):
     from accelerate import dispatch_model
 
@@ -236,3 +254,37 @@ def test_weights_that_layers_share_are_not_pruned_twice(tiny_llama, part):
     with pytest.raises(UserError, match=rf"layers\.0\.{name} shares its weight with model\.layers\.1\.{name}"):
         wanda(network)
     assert len(wanda(network, exclude=["mlp.*"])["layers"]) == 8
+
+
+@pytest.mark.parametrize("kind", ["parametrization", "weight_norm", "mask"])
+def test_weights_that_are_made_anew_in_every_forward_are_refused(tiny_llama, kind):
+    """What is written there would be gone after it."""
+    network = load(tiny_llama)
+    layer = network.model.layers[1].mlp.up_proj
+    if kind == "parametrization":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif kind == "weight_norm":
+        nn.utils.weight_norm(layer)
+    else:
+        prune.l1_unstructured(layer, "weight", 0.3)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.1\.mlp\.up_proj makes its weight anew .*make it permanent first"
+    ):
+        wanda(network)
+    assert network.model.layers[0].mlp.up_proj.weight.count_nonzero() == 160 * 64
+    assert len(wanda(network, exclude=["up_proj", "up_proj.*"])["layers"]) == 12
+
+
+@pytest.mark.parametrize("change", ["hook", "return_dict", "dtype"])
+def test_a_model_whose_own_forward_fails_or_is_random_is_told_so(tiny_llama, change):
+    network = load(tiny_llama)
+    message = "LlamaForCausalLM fails when it runs block by block .*where its own forward does not fail"
+    if change == "hook":
+        network.model.embed_tokens.register_forward_hook(lambda module, args, output: output + torch.rand(output.shape))
+        message = r"model\.layers\.0 does not receive what the embedding gives"
+    elif change == "return_dict":
+        network.config.return_dict = False
+    else:
+        network.lm_head.double()
+    with pytest.raises(UserError, match=message):
+        wanda(network)

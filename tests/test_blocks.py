@@ -158,6 +158,17 @@ def test_a_large_matrix_beside_the_layers_is_refused_whatever_holds_it(tiny_llam
         assert record["summary"]["share"] < 0.9
 
 
+def test_a_large_buffer_that_is_saved_counts_like_a_parameter(tiny_llama):
+    network = load(tiny_llama)
+    block = network.model.layers[0]
+    block.register_buffer("mask", torch.ones(256, 256, dtype=torch.bool))
+    block.register_buffer("table", torch.ones(256, 256), persistent=False)
+    assert len(block_linears(block, "b")) == 7
+    block.register_buffer("packed", torch.ones(64, 160, dtype=torch.int32))
+    with pytest.raises(UserError, match=r"b\.packed is a fused weight of shape \(64, 160\)"):
+        block_linears(block, "b")
+
+
 def test_small_tables_and_states_are_no_layers():
     config = transformers.MambaConfig(vocab_size=384, hidden_size=64, num_hidden_layers=1, state_size=16)
     block = transformers.MambaForCausalLM(config).backbone.layers[0]

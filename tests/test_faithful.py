@@ -141,7 +141,7 @@ def test_a_state_that_blocks_share_behind_the_arguments_is_found():
     kept, blocks = {}, network.model.layers
     blocks[0].register_forward_hook(lambda block, args, output: kept.update(state=output))
     blocks[2].register_forward_hook(lambda block, args, output: output + 0.3 * kept["state"])
-    assert_refused(network, r"model\.layers\.2 shares something with other blocks")
+    assert_refused(network, r"model\.layers\.2 is random, or shares something with other blocks")
 
 
 def test_a_block_that_cannot_run_by_itself_is_named():
@@ -179,7 +179,7 @@ def test_a_block_that_stands_twice_in_the_list_is_refused():
 def test_a_model_that_fails_by_itself_is_named():
     network = llama()
     network.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(UserError, match=r"LlamaForCausalLM does not run block by block \(ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM fails when it runs block by block \(ZeroDivisionError"):
         HiddenStates(BlockModel(network, CPU), tokens(), 1)
 
 

@@ -70,9 +70,12 @@ class LayerProblem:
             value = getattr(self, label)
             if value is not None and not value.is_floating_point():
                 raise UserError(f"{self.name}: {label} must hold real floating-point numbers, got {value.dtype}")
+            if value is not None and (value.is_meta or value.layout != torch.strided):
+                kind = "meta" if value.is_meta else value.layout
+                raise UserError(f"{self.name}: {label} must be a dense tensor with values, got a {kind} one")
         if self.weight.dtype not in (torch.float32, torch.float64):
             object.__setattr__(self, "weight", self.weight.float())
-        if self.diagonal is None and self.gram is not None:
+        if self.diagonal is None and self.gram is not None and self.gram.ndim == 2:
             object.__setattr__(self, "diagonal", self.gram.diagonal().clone())
         width = self.weight.shape[1]
         for label, shape in (("gram", (width, width)), ("diagonal", (width,)), ("mean", (width,)), ("var", (width,))):
@@ -144,6 +147,9 @@ class LayerProblem:
             inputs: (tokens, in), or (sequences, length, in).
             sequences: into how many sequences of equal length, in order, a (tokens, in) input divides; 1 if not given.
         """
+        if inputs.is_complex() or inputs.is_meta or inputs.layout != torch.strided:
+            kind = "meta" if inputs.is_meta else f"{inputs.layout} {inputs.dtype}"
+            raise UserError(f"{name}: inputs must be a dense tensor of real numbers, got a {kind} one")
         if inputs.ndim == 3:
             if sequences not in (None, inputs.shape[0]):
                 raise UserError(f"{name}: inputs hold {inputs.shape[0]} sequences, and sequences={sequences} was given")

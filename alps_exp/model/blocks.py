@@ -256,8 +256,8 @@ class BlockModel:
             raise
         except Exception as error:  # any that a model's code may raise, about values that stubs do not give
             raise UserError(
-                f"{type(self.model).__name__} does not run block by block ({type(error).__name__}: "
-                f"{first_line(error)}): choose another model"
+                f"{type(self.model).__name__} fails when it runs block by block ({type(error).__name__}: "
+                f"{first_line(error)}): where its own forward does not fail, choose another model"
             ) from error
         return output.logits if hasattr(output, "logits") else output[0]
 

@@ -25,7 +25,7 @@ _LENGTH, _LOGITS = 512, 2**25
 
 # Largest difference that is rounding, relative to the spread of the values. With the same operations on the same
 # numbers there is none; the head takes its positions in two parts, and some kernels on GPUs add in another order.
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 # Other blocks that the model runs matter from this share of the pruned ones' weights on.
 _BESIDE = 0.05
@@ -156,9 +156,9 @@ class _Passes:
             if not own.alike:
                 return f"{name} is handed what the blocks before it make: a state, keys and values"
             if _difference(loop.entered, own.entered) > tolerance:
-                return f"{name} does not receive what the block before it gives"
+                return f"{name} does not receive what {'the block before it' if index else 'the embedding'} gives"
             if loop.left is not None and _difference(loop.left, own.left) > tolerance:
-                return f"{name} shares something with other blocks: a state, keys and values"
+                return f"{name} is random, or shares something with other blocks: a state, keys and values"
         return None
 
     def _note(self, name: str, blocks: nn.ModuleList, *_) -> None:
@@ -226,4 +226,4 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def _tolerance(model: BlockModel) -> float:
-    return _TOLERANCE.get(model.model.dtype, 1e-1)
+    return _TOLERANCE.get(model.model.dtype, 5e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     it from a vision or audio tower's.
 
     Raises:
-        UserError: there is none that contains linear layers, or the model carries adapters.
+        UserError: there is none that contains linear layers, its blocks are wrapped, or the model carries adapters.
     """
     _refuse_adapters(model)
     text = _text_config(model)
@@ -28,7 +29,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no decoder blocks (no ModuleList of equal modules with linear layers): "
             "give a decoder-only language model that AutoModelForCausalLM loads"
         )
-    return max(found.items(), key=lambda item: (_belongs(model, item[0], text), count(item[1].parameters())))
+    prefix, blocks = max(found.items(), key=lambda item: (_belongs(model, item[0], text), count(item[1].parameters())))
+    if any("_orig_mod" in block._modules for block in blocks):
+        raise UserError(
+            f"the blocks of {prefix} are wrapped by torch.compile, which hides their forwards: compile them after "
+            "pruning, or in place (block.compile())"
+        )
+    return prefix, blocks
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -89,7 +96,7 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
 
     Raises:
         UserError: the block holds weights that act as linear layers but cannot be pruned as such (fused expert
-            weights, quantised weights).
+            weights, quantised weights, weights made of other parameters).
     """
     linears, fused = {}, {}
     whole = count(block.parameters())
@@ -101,9 +108,15 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
                     f"{name} holds quantised weights ({module.weight.dtype}): load an unquantised checkpoint, "
                     "or exclude it (layers.exclude=[...])"
                 )
+            if module._parameters.get("weight") is None and not excluded(name):
+                raise UserError(
+                    f"{name} makes its weight anew from other parameters in every forward, as weight_norm and masks "
+                    "of torch.nn.utils.prune do: make it permanent first (remove_parametrizations, prune.remove), or "
+                    "exclude it (layers.exclude=[...])"
+                )
             linears[name] = module
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        for own, parameter in (*module.named_parameters(recurse=False), *_kept_buffers(module)):
             if _is_large(parameter, whole) and not excluded(f"{name}.{own}") and not excluded(name):
                 fused[f"{name}.{own}"] = tuple(parameter.shape)
     for name, shape in fused.items():
@@ -113,6 +126,15 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
             f"dense by layers.exclude=[{globs}]"
         )
     return linears
+
+
+def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are saved with the model, such as packed weights; masks of booleans are none."""
+    return [
+        (name, buffer)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set and buffer.dtype != torch.bool
+    ]
 
 
 def _is_large(parameter: Tensor, whole: int) -> bool:

@@ -55,7 +55,7 @@ def linear_shapes(model: nn.Module, selection: Selection) -> dict[str, tuple[int
 
 def other_names(model: nn.Module) -> list[str]:
     """What else a user may name as excluded although it is never pruned: leaf modules and weights."""
-    leaves = [name for name, module in model.named_modules() if not any(module.children())]
+    leaves = [name for name, module in model.named_modules() if next(module.children(), None) is None]
     return leaves + [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
