@@ -18,14 +18,14 @@ from alps_exp.cli.sweep import Cell
 from alps_exp.pruning import store
 from alps_exp.runs.record import RunRecord
 
+pytestmark = pytest.mark.slow  # starts processes
+
 ROOT = Path(__file__).parents[1]
 # A method that kills its process.
 DEADLY = """
 import os, signal
 from dataclasses import dataclass
 from alps_exp.baselines.magnitude import Magnitude
-
-pytestmark = pytest.mark.slow  # starts processes
 
 @dataclass(frozen=True)
 class Deadly(Magnitude):
