@@ -62,7 +62,7 @@ REFUSED = {
     "keys and values of earlier blocks": (
         "gemma4_text",
         {**_ROTARY, **_GEMMA4, "num_kv_shared_layers": 2},
-        r"logits of Gemma4ForCausalLM differ by 0\.\d+ .*\(model\.layers\.1 is handed what the blocks before it make",
+        r"layers\.2 of Gemma4ForCausalLM does not run by itself \(KeyError: .*is handed what the blocks before it make",
     ),
     "two stacks in loops": (
         "hrm_text",
@@ -122,6 +122,9 @@ def test_blocks_of_any_form_give_the_models_own_logits(kind):
             hidden.advance(model, index, block)
     logits = torch.cat([model.head(part, states) for part, states in zip(ids.split(2), hidden, strict=True)])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    # Windows of a shape that the blocks have seen: some fill what they are handed.
+    first = perplexity(model, ids, quiet=True, batch_size=1)
+    assert perplexity(model, ids, quiet=True, batch_size=1) == first
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -142,6 +145,26 @@ def test_a_state_that_blocks_share_behind_the_arguments_is_found():
     blocks[0].register_forward_hook(lambda block, args, output: kept.update(state=output))
     blocks[2].register_forward_hook(lambda block, args, output: output + 0.3 * kept["state"])
     assert_refused(network, r"model\.layers\.2 is random, or shares something with other blocks")
+
+
+@pytest.mark.parametrize("kind", [dict, list], ids=["dictionary", "list"])
+def test_a_state_that_blocks_share_in_what_they_are_handed_is_found(kind):
+    """By whom it is handed, although a block without it runs."""
+    network = llama()
+
+    def before(block, args, kwargs):
+        state = kwargs.pop("state")
+        kept = state["kept"] if kind is dict else state[0]
+        hidden = args[0] + 0.3 * kept[-1] if kept else args[0]
+        kept.append(hidden)
+        return (hidden, *args[1:]), kwargs
+
+    for block in network.model.layers:
+        block.register_forward_pre_hook(before, with_kwargs=True)
+    inner = network.model.forward
+    state = {dict: lambda: {"kept": []}, list: lambda: [[]]}[kind]
+    network.model.forward = lambda *args, **kwargs: inner(*args, **kwargs, state=state())
+    assert_refused(network, r"differ by 0\.\d+ .*model\.layers\.1 is handed what the blocks before it make")
 
 
 def test_a_block_that_cannot_run_by_itself_is_named():

@@ -10,7 +10,7 @@ import torch
 from helpers import planted, planted_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_degenerate import bounded, layers
+from test_degenerate import Layer, bounded, layers
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -151,9 +151,29 @@ def test_degenerate_layers_never_lose(method, how, data):
     after = refitted(registry.solver(method), how).solve(problem, pattern)
     assert torch.equal(before.support, after.support) and torch.isfinite(after.weight).all()
     assert not after.weight[~after.support].any() and after.weight.dtype == problem.weight.dtype
-    # Rows are compared in float64 or, by conjugate gradients in float32, to its rounding.
-    rounding = 1e-12 if how == "exact" or problem.weight.dtype == torch.float64 else 1e-6
-    assert loss(problem, after.weight) <= loss(problem, before.weight) * (1 + 1e-6) + rounding
+    assert loss(problem, after.weight) <= loss(problem, before.weight) * (1 + 1e-9) + 1e-15
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_fewer_tokens_than_inputs_are_fitted_in_float32_too(rows, tokens):
+    layer = Layer(rows, 7, tokens, frozenset(), None, torch.float32, 0)
+    for seed in range(40):
+        problem = dataclasses.replace(layer, seed=seed).problem()
+        support = parse_sparsity("0.5").keep(problem.weight.abs())
+        none = loss(problem, problem.weight * support)
+        pcg, exact = (loss(problem, fitted(problem, support, how)) for how in BOTH)
+        assert max(pcg, exact) <= none * 1.01 and pcg <= exact * 1.01 + 1e-6
+
+
+def test_losses_of_rounding_are_compared_beyond_it():
+    layer, worse = Layer(1, 7, 1, frozenset(), None, torch.float32, 0), []
+    for seed in range(60):
+        problem = dataclasses.replace(layer, seed=seed).problem()
+        support = parse_sparsity("0.5").keep(problem.weight.abs())
+        start = fitted(problem, support, "exact")
+        worse += [seed] if loss(problem, fitted(problem, support, "pcg", start)) > loss(problem, start) else []
+    assert worse == []
 
 
 def test_what_is_no_gram_matrix_is_named():

@@ -36,6 +36,8 @@ REFITS = ("none", "pcg", "exact")
 _DAMPING = 1e-6
 # Numbers in the matrices that are factorised at once, 0.5 GB; a factorisation takes about three times that.
 _BATCH = 1 << 26
+# Columns of a Gram matrix that are taken in float64 at once where losses are compared.
+_COLUMNS = 2048
 
 
 def refitted(solver: Solver, refit: str) -> Solver:
@@ -98,6 +100,7 @@ class _Pcg:
     """Conjugate gradients on layers that share a Gram matrix."""
 
     def __init__(self, problem: LayerProblem) -> None:
+        self._gram = problem.gram
         self._scaled = ScaledGram(problem, damping=0.0)
         self._multiply = Multiplier(self._scaled.gram, exact=problem.weight.dtype == torch.float64)
 
@@ -111,15 +114,14 @@ class _Pcg:
             self._multiply, scaled, solution.support, start, Alps.pcg_iterations, Alps.pcg_tolerance
         )
         weight = torch.where(self._scaled.dead, solution.weight, self._scaled.unscale(fitted * unit) * factor)
-        better = _losses(self._multiply, scaled - fitted) < _losses(self._multiply, scaled - start)
-        return torch.where(better[:, None], weight, solution.weight), {"refit_iterations": steps}
+        return _better(self._gram, dense, solution.weight, weight), {"refit_iterations": steps}
 
 
 class _Exact:
     """The normal equations of layers that share a Gram matrix, row by row, in float64."""
 
     def __init__(self, problem: LayerProblem) -> None:
-        self._name = problem.name
+        self._name, self._gram = problem.name, problem.gram
         double = LayerProblem(problem.weight[:1].double(), gram=problem.gram.double(), name=problem.name)
         self._scaled = ScaledGram(double, damping=0.0)
         self._ridge = _DAMPING * double.diagonal.mean() / double.diagonal.masked_fill(double.dead, 1.0)
@@ -132,7 +134,7 @@ class _Exact:
             rows = order[begin : begin + max(_BATCH // widest**2, 1)]
             weight[rows] = self._fitted(dense[rows], solution.weight[rows], support[rows], widest)
             begin += len(rows)
-        return weight, {}
+        return _better(self._gram, dense, solution.weight, weight), {}
 
     def _fitted(self, dense: Tensor, start: Tensor, support: Tensor, widest: int) -> Tensor:
         """The rows' weights; `widest` is the most that any of them keeps."""
@@ -143,9 +145,7 @@ class _Exact:
         kept = support.gather(1, columns)
         correction = self._solve(columns, kept, right.gather(1, columns).mul_(kept))
         fitted = (scaled * support).scatter_add_(1, columns, correction)
-        weight = torch.where(support, self._scaled.unscale(fitted).to(start), start)
-        before, after = (_losses(self._times, scaled - self._scaled.scale(w.double())) for w in (start, weight))
-        return torch.where((after < before)[:, None], weight, start)
+        return torch.where(support, self._scaled.unscale(fitted).to(start), start)
 
     def _solve(self, columns: Tensor, kept: Tensor, right: Tensor) -> Tensor:
         """H_SS⁻¹ right for every row of `columns` (rows, widest), zero where `kept` is false."""
@@ -163,10 +163,14 @@ class _Exact:
             more *= 10
         return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0].mul_(kept)
 
-    def _times(self, left: Tensor) -> Tensor:
-        return left @ self._scaled.gram
 
+def _better(gram: Tensor, dense: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Of the rows of `before` and `after`, the ones with the smaller ‖X(w - ŵ)‖²; `before` where they are equal.
 
-def _losses(multiply, delta: Tensor) -> Tensor:
-    """‖X δ‖² of every row δ of `delta`, where `multiply` is the product with the Gram matrix."""
-    return (multiply(delta) * delta).sum(1)
+    In float64, and the difference as one product, as losses of nearly nothing are rounding in float32.
+    """
+    step, sum_ = after.double() - before, 2 * dense.double() - before - after
+    # A part of the matrix at a time: in float64 all of it takes more than the iteration.
+    parts = zip(gram.split(_COLUMNS, dim=1), sum_.split(_COLUMNS, dim=1), strict=True)
+    gain = sum((step @ columns.double()).mul_(part).sum(1) for columns, part in parts)
+    return torch.where((gain > 0)[:, None], after, before)

@@ -9,8 +9,9 @@ and positions differ between layer types) or hand in finished hidden states, so 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,10 @@ class Call:
 
     args: tuple
     kwargs: dict
+
+    def copied(self) -> Call:
+        """With dictionaries and lists of its own, since blocks and models may fill those that they are handed."""
+        return Call(*_copied((self.args, self.kwargs)))
 
     def same(self, other: Call) -> bool:
         """Whether tensors and plain values are equal, and objects of the same kind."""
@@ -216,7 +221,7 @@ class BlockModel:
                 if known is not None:
                     self._compare(0, known[0], Call(args, kwargs))
                     raise _Stop
-            calls.append(Call(args, kwargs))
+            calls.append(Call(args, kwargs).copied())
             if index == len(self) - 1:
                 raise _Stop
             return hidden
@@ -318,8 +323,9 @@ class BlockModel:
             )
 
     def call(self, index: int, hidden: Tensor) -> Call:
-        """The block's recorded arguments for `hidden` (windows, seqlen, width), of a shape that `embed` has seen."""
-        return self._calls[hidden.shape[0], hidden.shape[1]][index]
+        """The block's arguments as they were recorded for `hidden` (windows, seqlen, width), of a shape that `embed`
+        has seen."""
+        return self._calls[hidden.shape[0], hidden.shape[1]][index].copied()
 
     def forget(self, tokens: Tensor) -> None:
         """Drop the arguments for windows of this shape, (windows, seqlen)."""
@@ -379,6 +385,14 @@ def _visiting(block: nn.Module, device: torch.device, changing: bool) -> Iterato
             if changing and tensor.data is not home:
                 home.copy_(tensor.data)
             tensor.data = home
+
+
+def _copied(value):
+    if isinstance(value, MutableMapping):
+        copied = copy(value)
+        copied.update((key, _copied(part)) for key, part in value.items())
+        return copied
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
 
 
 def _equal(one, other) -> bool:

@@ -33,7 +33,7 @@ def fit_on_support(
     Returns:
         Ŵ and the number of iterations made.
     """
-    weight = start
+    weight, eps = start, torch.finfo(start.dtype).eps
     delta = dense - weight
     gradient = multiply(delta)
     objective = (delta * gradient).sum()
@@ -43,7 +43,9 @@ def fit_on_support(
     for step in range(iterations):
         product = multiply(direction).mul_(support)
         curvature = (direction * product).sum(1)
-        alpha = torch.where(curvature > 0, energy / curvature, 0.0)
+        # Less is rounding of H: where inputs are dependent, its directions of no curvature would get steps of any size.
+        steep = curvature > eps * direction.square().sum(1)
+        alpha = torch.where(steep, energy / curvature, 0.0)
         weight = torch.addcmul(weight, alpha[:, None], direction)
         decrease = (alpha * energy).sum()
         objective = objective - decrease
