@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .base.checks import one_of, parse_device, require
 from .base.errors import UserError
+from .layer.inputs import Inputs
 from .layer.problem import LayerProblem
 from .layer.registry import solver as named_solver
 from .layer.solver import Solution, Solver
@@ -71,9 +72,9 @@ def prune_layer(
             raise UserError(f"inputs and {', '.join(given)} are both given: give the inputs or their statistics")
         problem = LayerProblem.from_inputs(weight.detach(), inputs.detach(), sequences)
     else:
-        problem = LayerProblem(weight.detach(), gram=gram, mean=mean, var=var, tokens=tokens, sequences=sequences)
+        problem = LayerProblem(weight.detach(), Inputs(gram, None, mean, var, tokens, sequences))
         if gram is not None:
-            problem.check_gram(gram.dtype)
+            problem.inputs.check_gram(gram.dtype)
     pattern.check(tuple(problem.weight.shape))
     return chosen.solve(problem, pattern)
 
@@ -126,11 +127,12 @@ def prune_model(
             What shows while a block is solved (NaN or infinite activations, too little memory, a matrix that cannot be
             factorised) leaves the blocks before it pruned: load the model again.
     """
+    from .allocation.prunable import linear_shapes, other_names
     from .allocation.selection import Selection
     from .model.blocks import BlockModel, refuse_scattered
     from .model.loading import context_length
     from .pruning.job import PROPAGATE, PruneJob
-    from .pruning.loop import linear_shapes, other_names, prune_blocks
+    from .pruning.loop import prune_blocks
     from .runs.environment import environment, peak_memory
     from .runs.record import RunRecord
 

@@ -23,13 +23,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.layer.registry import solver
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import linear_shapes, prune_blocks
-from alps_exp.pruning.team import Team
+from alps_exp.pruning.loop import prune_blocks
+from alps_exp.pruning.team import Alone, Team
+from alps_exp.pruning.tools import Tools
 
 
 def _opt(width: int, heads: int, blocks: int) -> tuple[OPTConfig, int]:
@@ -77,7 +79,7 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    result = prune_blocks(BlockModel(network, device, offload=True), job, team=team)
+    result = prune_blocks(BlockModel(network, device, offload=True), job, Tools(team=team or Alone()))
     total = time.perf_counter() - start
     solving = [0.0] * options.blocks
     for row in result.layers:

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.registry import solver
 from alps_exp.numerics.precision import full_precision
@@ -87,7 +88,7 @@ def from_file(path: Path, device: torch.device) -> LayerProblem:
     gram = (gram + gram.triu(1).T).to(device)
     moments = {name: torch.from_numpy(data[name]).to(device) for name in ("mean", "var") if name in data}
     counts = {name: int(data[name]) for name in ("tokens", "sequences") if name in data}
-    return LayerProblem(weight, gram=gram, **moments, **counts, name=path.stem)
+    return LayerProblem(weight, Inputs(gram=gram, **moments, **counts, name=path.stem))
 
 
 def measure(problems: list[LayerProblem], method: str, sparsity: str, hyperparameters: dict, repeat: int) -> list[dict]:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import SHAPES, _opt
 
+from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.checkpoints.checkpoint import INDEX
 from alps_exp.evaluation.perplexity import perplexity
@@ -34,8 +35,9 @@ from alps_exp.model.hidden import PLACES
 from alps_exp.model.structure import find_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import linear_shapes, prune_blocks
+from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.store import ProgressStore
+from alps_exp.pruning.tools import Tools
 from alps_exp.runs.environment import peak_memory
 
 SHAPES = {**SHAPES, "tiny": _opt(64, 4, 12)}
@@ -104,7 +106,7 @@ def measure(options: argparse.Namespace, checkpoint: Path, device: torch.device)
     store.device = device
     store.open()
     start = time.perf_counter()
-    result = prune_blocks(model, job, store)
+    result = prune_blocks(model, job, Tools(store))
     total = time.perf_counter() - start
     line = {"loading_seconds": loading, "seconds": total, "seconds_by_phase": result.seconds}
     line |= {"seconds_waiting_for_reads": list(waited), "notes": result.notes}

@@ -35,16 +35,16 @@ from safetensors.torch import load_file
 # What every phase spends its time in. "any" is no function: some time after the start.
 PHASES = {
     "load": "alps_exp.runs.workspace.Workspace.model",
-    "calibrate": "alps_exp.pruning.loop._Loop._capture",
-    "solve": "alps_exp.pruning.loop.solve_layers",
-    "propagate": "alps_exp.pruning.loop._Loop._advance",
+    "calibrate": "alps_exp.pruning.stages._capture",
+    "solve": "alps_exp.pruning.stages.solve_layers",
+    "propagate": "alps_exp.calibration.streams.Streams.advance",
     "shard write": "alps_exp.pruning.store.write_tensors",
     "journal write": "alps_exp.pruning.store.write_json",
     "evaluate": "alps_exp.evaluation.perplexity.perplexity",
     "save": "alps_exp.runs.run.save",
     "record write": "alps_exp.runs.record.RunRecord.write",
     "clean-up": "alps_exp.pruning.store.ProgressStore.clear",
-    "restore": "alps_exp.pruning.loop._Loop._restore",
+    "restore": "alps_exp.pruning.loop._replay",
     "any": "alps_exp.cli.command.main",
 }
 # Those that a sweep which saves nothing goes through, and moments of its whole length most of all.

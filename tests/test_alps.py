@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.scaled import ScaledGram
 from alps_exp.methods.alps import SCHEDULES, _paper_rho
@@ -254,7 +255,7 @@ def test_fewer_tokens_than_inputs():
 
 def test_zero_weight_stays_zero():
     problem = planted(seed=46)
-    zero = LayerProblem(torch.zeros_like(problem.weight), gram=problem.gram)
+    zero = LayerProblem(torch.zeros_like(problem.weight), Inputs(gram=problem.gram))
     for schedule in SCHEDULES:
         solution = registry.solver("alps", schedule=schedule).solve(zero, parse_sparsity("2:4"))
         assert not solution.weight.any()
@@ -264,7 +265,7 @@ def test_zero_weight_stays_zero():
 def test_the_scale_of_inputs_and_weights_does_not_matter(scale):
     problem = planted(seed=47)
     usual = registry.solver("alps").solve(problem, parse_sparsity("0.6"))
-    wide = LayerProblem(problem.weight * scale, gram=problem.gram * scale)
+    wide = LayerProblem(problem.weight * scale, Inputs(gram=problem.gram * scale))
     scaled = registry.solver("alps").solve(wide, parse_sparsity("0.6"))
     assert torch.equal(scaled.support, usual.support)
     torch.testing.assert_close(scaled.weight / scale, usual.weight)

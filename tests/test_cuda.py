@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.base.errors import UserError
 from alps_exp.evaluation.perplexity import perplexity
@@ -20,8 +21,9 @@ from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import linear_shapes, prune_blocks
+from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.store import ProgressStore
+from alps_exp.pruning.tools import Tools
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICE = torch.device("cuda", 0)
@@ -64,7 +66,7 @@ def prune(checkpoint: Path, folder: Path, where: str, place: str = "auto", metho
     store = ProgressStore(folder, {"test": "cuda"})
     store.open()
     job = PruneJob(solver(method), patterns, selection, tokens(), batch, quiet=True)
-    result = prune_blocks(model, job, store)
+    result = prune_blocks(model, job, Tools(store))
     store.wait()
     weights = {}
     for index in range(len(model)):

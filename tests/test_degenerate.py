@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.patterns import NM, parse_sparsity
 
@@ -217,7 +218,7 @@ def test_bad_numbers_are_counted(method, bad, count, seed):
     with pytest.raises(UserError, match="^the layer: gram " + message):
         alps_exp.prune_layer(weight, inputs=inputs, method=method)
     with pytest.raises(UserError, match="^the layer: diagonal " + message):
-        LayerProblem(weight, diagonal=inputs.square().sum(0))
+        LayerProblem(weight, Inputs(diagonal=inputs.square().sum(0)))
 
 
 def tokens() -> torch.Tensor:

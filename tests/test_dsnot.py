@@ -10,6 +10,7 @@ from helpers import assert_exact, planted
 
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.patterns import parse_sparsity
 
@@ -182,7 +183,7 @@ def test_statistics_follow_the_start():
     assert registry.solver("dsnot", start="sparsegpt").statistics is Statistics.ALL
     problem = planted()
     moments = LayerProblem(
-        problem.weight, diagonal=problem.diagonal, mean=problem.mean, var=problem.var, tokens=400, sequences=4
+        problem.weight, Inputs(diagonal=problem.diagonal, mean=problem.mean, var=problem.var, tokens=400, sequences=4)
     )
     with pytest.raises(UserError, match="gram="):
         registry.solver("dsnot", start="sparsegpt").solve(moments, parse_sparsity("0.5"))

@@ -9,6 +9,7 @@ from helpers import planted
 from alps_exp.baselines import sparsegpt
 from alps_exp.calibration.capture import Accumulator
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.numerics.kernels import kernels_for
 from alps_exp.numerics.precision import Multiplier, fast_products
@@ -127,7 +128,7 @@ def test_split_products_are_nearly_those_of_float32():
 
 
 def on(problem: LayerProblem, device: torch.device, dtype: torch.dtype) -> LayerProblem:
-    return LayerProblem(problem.weight.to(device, dtype), gram=problem.gram.to(device, dtype))
+    return LayerProblem(problem.weight.to(device, dtype), Inputs(gram=problem.gram.to(device, dtype)))
 
 
 # Large enough (more than 2²⁰ weights) for the sampled threshold on CUDA.
@@ -156,8 +157,8 @@ def test_a_gram_matrix_from_half_precision_inputs_loses_nothing(dtype):
     for window in x.split(1):
         accumulator.add(window)
     flat = x.reshape(-1, 512).double()
-    exact = LayerProblem(weight.double(), gram=flat.T @ flat)
-    found = LayerProblem(weight, **accumulator.problem_fields())
+    exact = LayerProblem(weight.double(), Inputs(gram=flat.T @ flat))
+    found = LayerProblem(weight, accumulator.inputs("one"))
     torch.testing.assert_close(found.gram.double(), exact.gram, rtol=1e-4, atol=1e-4 * float(exact.diagonal.mean()))
     losses = [
         exact.relative_loss(registry.solver("alps", exact=True).solve(problem, parse_sparsity("0.7")).weight.double())

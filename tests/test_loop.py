@@ -11,9 +11,9 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.model.blocks import BlockModel
+from alps_exp.model.layers import Layer
 from alps_exp.model.source import StreamedBlocks
 from alps_exp.model.structure import block_linears, find_blocks
-from alps_exp.pruning.solve import out_major
 from alps_exp.runs import run as runs
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
@@ -47,10 +47,10 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
         for handle in handles:
             handle.remove()
         for name, module in linears.items():
-            weight = out_major(module).clone()
+            weight = Layer(name, module).weight.clone()
             x = inputs[name]
             solution = alps_exp.prune_layer(weight, inputs=x, method=method, sparsity=sparsity)
-            out_major(module).copy_(solution.weight)
+            Layer(name, module).write(solution.weight)
             flat, delta = x.reshape(-1, x.shape[-1]).double(), weight.double() - solution.weight.double()
             losses[name] = float((flat @ delta.T).square().sum() / (flat @ weight.double().T).square().sum())
     return losses

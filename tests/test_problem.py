@@ -9,6 +9,7 @@ import torch
 from helpers import planted, planted_inputs
 
 from alps_exp.base.errors import UserError
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 
 
@@ -25,7 +26,7 @@ def test_relative_loss_is_that_of_the_outputs(dtype, tolerance):
 
 
 def test_loss_of_a_layer_without_output():
-    problem = LayerProblem(torch.zeros(2, 4), gram=torch.eye(4))
+    problem = LayerProblem(torch.zeros(2, 4), Inputs(gram=torch.eye(4)))
     assert problem.relative_loss(torch.zeros(2, 4)) == 0
     assert problem.relative_loss(torch.ones(2, 4)) == float("inf")
 
@@ -62,14 +63,14 @@ def test_available_and_required_statistics():
     full = planted()
     weight = full.weight
     moments = dict(diagonal=full.diagonal, mean=full.mean, var=full.var)
-    assert LayerProblem(weight).available is Statistics.NONE
-    assert LayerProblem(weight, diagonal=full.diagonal).available is Statistics.DIAGONAL
-    assert LayerProblem(weight, **moments).available is Statistics.MOMENTS
-    assert LayerProblem(weight, gram=full.gram).available is Statistics.GRAM
-    assert full.available is Statistics.ALL
+    assert Inputs().available is Statistics.NONE
+    assert Inputs(diagonal=full.diagonal).available is Statistics.DIAGONAL
+    assert Inputs(**moments).available is Statistics.MOMENTS
+    assert Inputs(gram=full.gram).available is Statistics.GRAM
+    assert full.inputs.available is Statistics.ALL
     full.require(Statistics.ALL)
     LayerProblem(weight).require(Statistics.NONE)
-    LayerProblem(weight, **moments, tokens=400, sequences=4).require(Statistics.MOMENTS)
+    LayerProblem(weight, Inputs(**moments, tokens=400, sequences=4)).require(Statistics.MOMENTS)
 
 
 @pytest.mark.parametrize(
@@ -85,18 +86,17 @@ def test_available_and_required_statistics():
 )
 def test_missing_statistics_are_named(level, dropped, named):
     full = planted()
-    fields = {field.name: getattr(full, field.name) for field in dataclasses.fields(full)}
-    fields[dropped] = None
-    if dropped == "diagonal":
-        fields["gram"] = None
+    lost = {dropped: None} if dropped != "diagonal" else {"diagonal": None, "gram": None}
+    lost |= {"diagonal": None} if dropped == "gram" and level is Statistics.DIAGONAL else {}
+    bare = LayerProblem(full.weight, full.inputs.replaced(**lost), full.name)
     with pytest.raises(UserError, match=r"planted: .*give inputs=X") as error:
-        LayerProblem(**fields).require(level)
+        bare.require(level)
     assert str(error.value).rpartition(", or ")[2] == named
 
 
 def test_loss_without_gram_is_refused():
     with pytest.raises(UserError, match="inputs=X or gram=G"):
-        LayerProblem(torch.ones(2, 3), diagonal=torch.ones(3)).relative_loss(torch.zeros(2, 3))
+        LayerProblem(torch.ones(2, 3), Inputs(diagonal=torch.ones(3))).relative_loss(torch.zeros(2, 3))
 
 
 def test_a_problem_cannot_be_changed():
@@ -109,17 +109,42 @@ def test_a_problem_cannot_be_changed():
     [
         (dict(weight=torch.ones(3)), "non-empty matrix"),
         (dict(weight=torch.ones(0, 3)), "non-empty matrix"),
-        (dict(weight=torch.ones(2, 3), gram=torch.eye(2)), r"gram must have shape \(3, 3\)"),
-        (dict(weight=torch.ones(2, 3), mean=torch.ones(2)), r"mean must have shape \(3,\)"),
+        (dict(weight=torch.ones(2, 3), inputs=Inputs(gram=torch.eye(2))), r"gram must have shape \(3, 3\)"),
+        (dict(weight=torch.ones(2, 3), inputs=Inputs(mean=torch.ones(2))), r"mean must have shape \(3,\)"),
         (dict(weight=torch.full((2, 3), float("nan"))), "weight has 6 NaN"),
-        (dict(weight=torch.ones(2, 3), gram=torch.full((3, 3), float("inf"))), "gram of the inputs has NaN"),
-        (dict(weight=torch.ones(2, 3), gram=-torch.eye(3)), "negative diagonal"),
     ],
 )
 def test_construction_refuses(fields, message):
     with pytest.raises(UserError, match=message) as error:
         LayerProblem(**fields, name="layers.0.q_proj")
+    assert str(error.value).startswith(("layers.0.q_proj: ", "the layer: "))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(gram=torch.full((3, 3), float("inf"))), "gram of the inputs has NaN"),
+        (dict(gram=-torch.eye(3)), "negative diagonal"),
+        (dict(gram=torch.eye(3), mean=torch.ones(2)), r"mean must have shape \(3,\)"),
+        (dict(gram=torch.ones(3)), r"gram must have shape \(3, 3\)"),
+        (dict(gram=torch.eye(3), held_out=torch.eye(2)), r"held_out must have shape \(3, 3\)"),
+        (dict(gram=torch.eye(3), correction=torch.ones(5, 2)), r"correction must have shape \(5, 3\)"),
+        (dict(gram=torch.ones(0, 0)), "must not be empty"),
+        (dict(gram=torch.eye(3).to_sparse()), "must be a dense tensor"),
+        (dict(diagonal=torch.ones(3, dtype=torch.int64)), "real floating-point"),
+    ],
+)
+def test_statistics_that_are_refused(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        Inputs(**fields, name="layers.0.q_proj")
     assert str(error.value).startswith("layers.0.q_proj: ")
+
+
+def test_inputs_that_move_nowhere_stay_themselves():
+    inputs = Inputs(gram=torch.eye(3), tokens=4)
+    assert inputs.to(torch.zeros(1)) is inputs
+    moved = inputs.to(torch.zeros(1, dtype=torch.float64))
+    assert moved.gram.dtype == moved.diagonal.dtype == torch.float64 and moved.tokens == 4 and moved.width == 3
 
 
 @pytest.mark.parametrize(("shape", "sequences"), [((10, 4), None), ((10,), None), ((0, 3), None), ((10, 3), 4)])

@@ -110,8 +110,8 @@ def test_differences_are_named(store):
 
 
 def test_measures_against_lack_of_memory_are_kept(store):
-    store.keep_thrift({"passes": 2})
-    assert reopened(store).thrift == {"passes": 2}
+    store.keep_ladder({"passes": 2})
+    assert reopened(store).ladder == {"passes": 2}
 
 
 def test_weights_that_share_their_memory_are_written(tmp_path):

@@ -17,6 +17,7 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.solver import LayerSolver, Solution
 from alps_exp.methods import refit
@@ -92,7 +93,7 @@ def test_conjugate_gradients_come_near_in_float32(method):
 
 def test_shared_gram_matrices_and_batches_of_rows(monkeypatch):
     problem = planted(rows=40, dtype=torch.float32)
-    other = LayerProblem(problem.weight.flip(0) * 3, gram=problem.gram, name="other")
+    other = LayerProblem(problem.weight.flip(0) * 3, Inputs(gram=problem.gram), "other")
     pattern, solver = parse_sparsity("0.6"), refitted(registry.solver("magnitude"), "exact")
     one, two = solver.solve_group([problem, other], [pattern, pattern])
     torch.testing.assert_close(two.weight, one.weight.flip(0) * 3, rtol=1e-5, atol=1e-6)
@@ -179,7 +180,7 @@ def test_losses_of_rounding_are_compared_beyond_it():
 def test_what_is_no_gram_matrix_is_named():
     problem = planted(rows=4, width=8)
     bent = problem.gram - 3 * torch.linalg.eigvalsh(problem.gram)[-1] * torch.ones(8, 8).fill_diagonal_(0)
-    problem = LayerProblem(problem.weight, gram=bent, name="layers.7.mlp.fc1")
+    problem = LayerProblem(problem.weight, Inputs(gram=bent), "layers.7.mlp.fc1")
     with pytest.raises(UserError, match=r"^layers\.7\.mlp\.fc1: the Gram matrix has negative eigenvalues"):
         fitted(problem, parse_sparsity("0.5").keep(problem.weight.abs()), "exact")
 

@@ -6,6 +6,7 @@ from helpers import planted
 
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.scaled import ScaledGram
 from alps_exp.numerics.resolvent import Resolvent, inverse
@@ -62,7 +63,7 @@ def test_an_indefinite_matrix_is_refused():
 def wide_layer() -> LayerProblem:
     """A layer large enough for the sampled threshold of the iterations."""
     problem = planted(rows=300, width=256, tokens=1500, seed=3, dtype=torch.float32)
-    return LayerProblem(problem.weight, gram=problem.gram)
+    return LayerProblem(problem.weight, Inputs(gram=problem.gram))
 
 
 @pytest.mark.parametrize("written", ["0.5", "0.7", "0.9", "2:4"])

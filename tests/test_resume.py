@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
-from alps_exp.pruning import loop, store
+from alps_exp.pruning import stages, store
 from alps_exp.runs import resume
 from alps_exp.runs import run as runs
 
@@ -33,15 +33,15 @@ class Failure(RuntimeError):
 
 def fail_at(monkeypatch, name: str, when: int) -> list[str]:
     """Let the call number `when` of solving fail; the layers that were asked for are listed."""
-    original, solved = getattr(loop, name), []
+    original, solved = getattr(stages, name), []
 
-    def failing(index, linears, *rest):
-        solved.extend(linears)
+    def failing(layers, *rest):
+        solved.extend(layer.name for layer in layers)
         if len(solved) >= when:
             raise Failure("out of luck")
-        return original(index, linears, *rest)
+        return original(layers, *rest)
 
-    monkeypatch.setattr(loop, name, failing)
+    monkeypatch.setattr(stages, name, failing)
     return solved
 
 

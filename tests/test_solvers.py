@@ -13,6 +13,7 @@ from helpers import PATTERNS, assert_exact, planted
 from alps_exp.base.errors import UserError
 from alps_exp.base.resources import resource_root
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.patterns import parse_sparsity
 
@@ -196,7 +197,7 @@ def test_dense_is_the_weight_itself():
 
 def test_wanda_and_magnitude_by_hand():
     weight = torch.tensor([[1.0, -2.0, 3.0, -4.0], [8.0, 7.0, -6.0, 5.0]])
-    problem = LayerProblem(weight, diagonal=torch.tensor([100.0, 1.0, 1.0, 0.0]))
+    problem = LayerProblem(weight, Inputs(diagonal=torch.tensor([100.0, 1.0, 1.0, 0.0])))
     assert solve("wanda", problem, "0.5").weight.tolist() == [[1, 0, 3, 0], [8, 7, 0, 0]]
     assert solve("magnitude", problem, "0.5").weight.tolist() == [[0, 0, 0, 0], [8, 7, -6, 5]]
     assert solve("magnitude", problem, "2:4").weight.tolist() == [[0, 0, 3, -4], [8, 7, 0, 0]]

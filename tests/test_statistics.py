@@ -17,20 +17,20 @@ def test_batches_do_not_matter_and_sequences_do(split):
     accumulator = Accumulator(6, Statistics.ALL, x.device)
     for chunk in x.split(split):
         accumulator.add(chunk)
-    fields = accumulator.problem_fields()
+    found = accumulator.inputs("one")
     exact = x.double()
     flat = exact.reshape(-1, 6)
-    torch.testing.assert_close(fields["gram"].double(), flat.T @ flat, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fields["mean"].double(), flat.mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fields["var"].double(), exact.var(1, unbiased=False).mean(0), rtol=1e-5, atol=1e-6)
-    assert (fields["tokens"], fields["sequences"]) == (35, 5)
+    torch.testing.assert_close(found.gram.double(), flat.T @ flat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean.double(), flat.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.var.double(), exact.var(1, unbiased=False).mean(0), rtol=1e-5, atol=1e-6)
+    assert (found.tokens, found.sequences) == (35, 5)
 
 
 def test_the_same_statistics_as_a_problem_from_inputs():
     x = inputs()
     accumulator = Accumulator(6, Statistics.ALL, x.device)
     accumulator.add(x)
-    one = LayerProblem(torch.ones(2, 6), **accumulator.problem_fields())
+    one = LayerProblem(torch.ones(2, 6), accumulator.inputs("one"))
     other = LayerProblem.from_inputs(torch.ones(2, 6), x)
     for name in ("gram", "diagonal", "mean", "var"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
@@ -41,16 +41,16 @@ def test_half_precision_inputs_accumulate_in_float32():
     accumulator = Accumulator(6, Statistics.GRAM, x.device)
     accumulator.add(x)
     flat = x.double().reshape(-1, 6)
-    torch.testing.assert_close(accumulator.problem_fields()["gram"].double(), flat.T @ flat, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(accumulator.inputs("one").gram.double(), flat.T @ flat, rtol=1e-5, atol=1e-2)
 
 
 def test_a_diagonal_takes_no_matrix():
     x = inputs()
     accumulator = Accumulator(6, Statistics.DIAGONAL, x.device)
     accumulator.add(x)
-    fields = accumulator.problem_fields()
-    assert set(fields) == {"diagonal", "tokens", "sequences"}
-    torch.testing.assert_close(fields["diagonal"], x.reshape(-1, 6).square().sum(0))
+    found = accumulator.inputs("one")
+    assert set(found.tensors()) == {"diagonal"}
+    torch.testing.assert_close(found.diagonal, x.reshape(-1, 6).square().sum(0))
 
 
 class Attention(nn.Module):
@@ -73,7 +73,7 @@ def test_layers_fed_by_one_tensor_share_one_matrix():
     hidden = (module.q(x) + module.k(x)).detach()
     for names, tensor in ((("q", "k"), x), (("o",), hidden)):
         flat = tensor.reshape(-1, 6)
-        torch.testing.assert_close(groups[names].problem_fields()["gram"], flat.T @ flat, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(groups[names].inputs("one").gram, flat.T @ flat, rtol=1e-4, atol=1e-3)
     assert not module.q._forward_pre_hooks
 
 
@@ -90,9 +90,9 @@ def test_flattened_tokens_find_their_sequences_again():
     collector = Collector({"q": module.q}, Statistics.MOMENTS)
     collector.begin(x)
     module.q(x.reshape(-1, 6))
-    fields = collector.finish()[0][1].problem_fields()
-    torch.testing.assert_close(fields["var"], x.var(1, unbiased=False).mean(0))
-    assert fields["sequences"] == 5
+    found = collector.finish()[0][1].inputs("q")
+    torch.testing.assert_close(found.var, x.var(1, unbiased=False).mean(0))
+    assert found.sequences == 5
 
 
 def test_a_layer_without_tokens_is_named():

@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_thrift import out_of_memory
 
 from alps_exp.base.errors import UserError
-from alps_exp.calibration import sharing
-from alps_exp.calibration.capture import Collector
+from alps_exp.calibration import sharing, streams
+from alps_exp.calibration.capture import Collector, Group
 from alps_exp.calibration.sharing import StatisticsCache
 from alps_exp.cli.overrides import compose
-from alps_exp.layer.problem import Statistics
+from alps_exp.layer.inputs import Inputs, Statistics
 from alps_exp.model.hidden import HiddenStates
-from alps_exp.pruning import loop
 from alps_exp.runs import run as runs
 from alps_exp.runs.workspace import Workspace
 
@@ -75,13 +74,13 @@ def test_the_same_bits_as_without(settings, tmp_path, more, cached):
 
 def test_no_window_is_forwarded_where_all_is_known(settings, tmp_path, monkeypatch):
     execute(settings, tmp_path / "one", "method=wanda", DENSE)
-    monkeypatch.setattr(loop, "HiddenStates", lambda *_: pytest.fail("windows were embedded"))
+    monkeypatch.setattr(streams, "HiddenStates", lambda *_: pytest.fail("windows were embedded"))
     record = execute(settings, tmp_path / "two", "method=sparsegpt", DENSE)
     assert record["environment"]["hidden_states"] is None and record["phases"]["calibrate_seconds"] > 0
     only_first = ["layers.include=[layers.0.*]"]
     monkeypatch.undo()
     execute(settings, tmp_path / "three", "method=wanda", *only_first)
-    monkeypatch.setattr(loop, "HiddenStates", lambda *_: pytest.fail("windows were embedded"))
+    monkeypatch.setattr(streams, "HiddenStates", lambda *_: pytest.fail("windows were embedded"))
     assert execute(settings, tmp_path / "four", "method=sparsegpt", *only_first)["cached_blocks"] == [0]
 
 
@@ -160,7 +159,8 @@ def cache(root: Path, name: str, limit: float = 1e9, needed: Statistics = Statis
 
 
 def groups(value: float, width: int = 64) -> list:
-    return [(["q", "k"], {"tokens": 5, "sequences": 1, "gram": torch.full((width, width), float(value))})]
+    gram = torch.full((width, width), float(value))
+    return [Group(["q", "k"], Inputs(gram=gram, tokens=5, sequences=1, name="q"))]
 
 
 def test_the_least_recently_used_set_makes_room_but_none_in_use(tmp_path):
@@ -197,8 +197,8 @@ def _work(root: str, seed: int, failures) -> None:
             found = one.load(index, torch.device("cpu"))
             if found is None:
                 one.keep(index, groups(10 * number + index))
-            elif found[0][0] != ["q", "k"] or not torch.equal(
-                found[0][1]["gram"], groups(10 * number + index)[0][1]["gram"]
+            elif found[0].names != ["q", "k"] or not torch.equal(
+                found[0].inputs.gram, groups(10 * number + index)[0].inputs.gram
             ):
                 failures.put(f"{number}, {index}: {found}")
             one.close()
@@ -290,7 +290,7 @@ def test_what_is_not_as_it_was_written_is_as_good_as_none(tmp_path, damage):
         assert not again.holds(0) and again.load(0, torch.device("cpu")) is None and again.holds(1)
     one.keep(0, groups(3))
     if one._file(0).is_file():
-        assert torch.equal(one.load(0, torch.device("cpu"))[0][1]["gram"], groups(3)[0][1]["gram"])
+        assert torch.equal(one.load(0, torch.device("cpu"))[0].inputs.gram, groups(3)[0].inputs.gram)
     else:
         assert "block 0" in one.notes[0] and not one.holds(0)
 

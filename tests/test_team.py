@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.capture import Accumulator
 from alps_exp.cli.overrides import compose
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.methods.alps import Alps
 from alps_exp.patterns import parse_sparsity
@@ -135,7 +136,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
     own = team.divide(groups, [solver.flops(24, width) for width in (16, 96)], solver.parts())
     gram, found = groups[1][1].problem_fields()["gram"], {"own": own, "share": team.share}
     weight = planted(rows=24, width=96, tokens=400, dtype=torch.float32).weight
-    problem = LayerProblem(weight, gram=gram)
+    problem = LayerProblem(weight, Inputs(gram=gram))
     if rank == 0:
         elsewhere, taken, parts = team.elsewhere(gram), [], {}
 
@@ -144,7 +145,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
             return parts.setdefault(index, elsewhere[index]())
 
         watched = {index: lambda index=index: wait(index) for index in elsewhere}
-        solved = solver.solve(LayerProblem(weight, gram=gram, elsewhere=watched), parse_sparsity("0.7"))
+        solved = solver.solve(LayerProblem(weight, Inputs(gram=gram, elsewhere=watched)), parse_sparsity("0.7"))
         found |= {"taken": taken, "again": elsewhere[2](), "loss": problem.relative_loss(solved.weight)}
         found["expected"] = problem.relative_loss(solver.solve(problem, parse_sparsity("0.7")).weight)
         own = dict(zip(parts, solver.make_parts(problem, list(parts)), strict=True))

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import alps_exp
+from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.base import memory
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.capture import Collector
@@ -12,8 +13,11 @@ from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.alps import Alps
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
-from alps_exp.pruning import loop, solve
+from alps_exp.pruning import block
 from alps_exp.pruning import store as progress_store
+from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.loop import prune_blocks
+from alps_exp.pruning.tools import Tools
 
 CPU = torch.device("cpu")
 
@@ -105,15 +109,15 @@ def test_when_nothing_helps_it_says_what_to_do(tiny_llama, monkeypatch, owner, n
 
 def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama, monkeypatch):
     """A group is tried again from its dense weights: nothing is written before all of it is solved."""
-    original, seen = solve._row, []
+    original, seen = block.measured, []
 
-    def failing(index, problem, *rest):
-        seen.append(problem.weight.count_nonzero() == problem.weight.numel())
+    def failing(index, solved, *rest):
+        seen.append(solved.layer.weight.count_nonzero() == solved.layer.weight.numel())
         if len(seen) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory (not really)")
-        return original(index, problem, *rest)
+        return original(index, solved, *rest)
 
-    monkeypatch.setattr(solve, "_row", failing)
+    monkeypatch.setattr(block, "measured", failing)
     prune(tiny_llama)
     assert all(seen) and len(seen) == 14 + 2
 
@@ -155,13 +159,13 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
         from alps_exp.patterns import parse_sparsity
 
         network = load(tiny_llama)
-        patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
-        job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(), batch_size=6, quiet=True)
+        patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
+        job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(), batch_size=6, quiet=True)
         with monkeypatch.context() as patch:
             if fail:
                 out_of_memory(patch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
                 out_of_memory(patch, BlockModel, "name", lambda self, i: False)
-            return loop.prune_blocks(BlockModel(network, CPU), job, store), network
+            return prune_blocks(BlockModel(network, CPU), job, Tools(store)), network
 
     whole, expected = attempt(tmp_path / "whole", fail=True)
     attempt(tmp_path / "run", fail=True)
@@ -186,9 +190,9 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
         store = progress_store.ProgressStore(folder, {"same": "yes"})
         store.open()
         network, sizes = load(tiny_llama), []
-        patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
+        patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
         options = {"batch_size": 6, "held_out": held_out, "quiet": True}
-        job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(4), **options)
+        job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(4), **options)
         original = HiddenStates.advance
 
         def advance(self, model, index, block):
@@ -198,7 +202,7 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
         with monkeypatch.context() as patch:
             patch.setattr(HiddenStates, "advance", advance)
             out_of_memory(patch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > limit)
-            return loop.prune_blocks(BlockModel(network, CPU), job, store), sizes
+            return prune_blocks(BlockModel(network, CPU), job, Tools(store)), sizes
 
     dense, _ = attempt(tmp_path / "enough", 6)
     whole, sizes = attempt(tmp_path / "whole", 1)
@@ -219,11 +223,11 @@ def test_held_out_windows_give_way_when_only_they_do_not_fit(tiny_llama, monkeyp
     from alps_exp.patterns import parse_sparsity
 
     network = load(tiny_llama)
-    patterns = Selection().patterns_for(loop.linear_shapes(network, Selection()), parse_sparsity(0.5))
+    patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
     options = {"batch_size": 4, "held_out": tokens(4), "quiet": True}
-    job = loop.PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(1), **options)
+    job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(1), **options)
     out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
-    result = loop.prune_blocks(BlockModel(network, CPU), job)
+    result = prune_blocks(BlockModel(network, CPU), job)
     assert [line.partition("on: ")[2] for line in result.notes] == ["2 windows at a time"]
     assert all(row.held_out_loss is not None for row in result.layers)
 

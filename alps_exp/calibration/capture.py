@@ -5,17 +5,26 @@ Layers that are fed the same tensor (q/k/v, gate/up) share one accumulator, and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import UserError
-from ..layer.problem import Statistics
+from ..layer.inputs import Inputs, Statistics
 
 # The Gram matrix is summed in stripes that leave out most of what lies below the diagonal. On a CPU four stripes take
 # 0.65 of the time of the whole product at 1536 inputs, on an H200 stripes of 1280 take 0.67 at 5120 and 0.48 at 20480.
 _CPU_STRIPES = 4
 _CUDA_STRIPE = 1280
 _ALIGNED = 16  # matrix units are slow on odd sizes
+
+
+class Group(NamedTuple):
+    """Layers that share an input, by name, and what is known of it."""
+
+    names: list[str]
+    inputs: Inputs
 
 
 class Accumulator:
@@ -74,9 +83,10 @@ class Accumulator:
             else:
                 sums.addmm_(left, right)
 
-    def problem_fields(self) -> dict:
-        """The fields of a `LayerProblem` that these sums determine."""
-        fields = {"tokens": self.tokens, "sequences": self.sequences}
+    def inputs(self, name: str) -> Inputs:
+        """What these sums tell of the input of the layer `name`, and of those that share it. The Gram matrix is not
+        copied: nothing can be added any more."""
+        fields = {"tokens": self.tokens, "sequences": self.sequences, "name": name}
         if Statistics.MOMENTS in self.needed:
             fields["mean"] = (self._sum / self.tokens).float()
             fields["var"] = (self._variances / self.sequences).float()
@@ -86,7 +96,7 @@ class Accumulator:
             # Only the part on and above the diagonal stripes was summed.
             upper = self._squares.triu()
             self._squares.copy_(upper).add_(upper.triu(1).T)
-        return fields
+        return Inputs(**fields)
 
 
 class Collector:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,16 +12,18 @@ import torch
 from ..base.errors import UserError
 from ..model.hidden import HiddenStates
 
+CALIBRATION = "calibration"  # the stream of the calibration windows through the pruned model
+
 _ADVICE = "use shorter windows (seqlen), leave the widest layers dense (layers.exclude=[...]), or a larger device"
 
 
 @dataclass
-class Thrift:
+class Ladder:
     """Measures taken so far; they stay in force for the rest of the run, and when it is resumed.
 
     Attributes:
         place: where the hidden states were moved to.
-        sizes, held_out_sizes: windows of each forward, once they were reduced.
+        sizes: windows of each forward, by the name of the stream, once they were reduced.
         statistics_on_host: statistics wait in host memory until their layers are solved.
         one_by_one: layers that share an input are solved one after the other.
         passes: into how many passes over the windows the layers of a block are divided.
@@ -28,19 +31,21 @@ class Thrift:
     """
 
     place: str | None = None
-    sizes: list[int] = field(default_factory=list)
-    held_out_sizes: list[int] = field(default_factory=list)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     statistics_on_host: bool = False
     one_by_one: bool = False
     passes: int = 1
     notes: list[str] = field(default_factory=list)
 
-    def for_statistics(self, where: str, streams: Sequence[HiddenStates], layers: int) -> None:
+    # Called with all of them as plain values whenever one is taken; set by who keeps them for later attempts.
+    remember = staticmethod(lambda measures: None)
+
+    def for_statistics(self, where: str, streams: Mapping[str, HiddenStates], layers: int) -> None:
         """The next measure after collecting a block's statistics failed.
 
         Args:
             where: the block's name.
-            streams: the hidden states, which give way first: of the calibration windows, and of held-out ones.
+            streams: the hidden states by name, which give way first.
             layers: how many layers are collected.
 
         Raises:
@@ -53,7 +58,7 @@ class Thrift:
             measure = f"statistics in {self.passes} passes"
         self._note(where, measure, streams)
 
-    def for_solving(self, where: str, streams: Sequence[HiddenStates], layers: int) -> None:
+    def for_solving(self, where: str, streams: Mapping[str, HiddenStates], layers: int) -> None:
         """The next measure after solving `layers` layers together failed.
 
         Raises:
@@ -63,8 +68,8 @@ class Thrift:
         if not self.statistics_on_host:
             self.statistics_on_host = True
             measure = "statistics in host memory until they are needed"
-        elif any(stream.place == "device" for stream in streams):
-            measure = _relieve([stream for stream in streams if stream.place == "device"])
+        elif any(stream.place == "device" for stream in streams.values()):
+            measure = _relieve({name: stream for name, stream in streams.items() if stream.place == "device"})
         elif layers > 1 and not self.one_by_one:
             self.one_by_one = True
             measure = "layers with the same input one by one"
@@ -72,32 +77,31 @@ class Thrift:
             torch.cuda.empty_cache()
         self._note(where, measure, streams)
 
-    def take_over(self, where: str, streams: Sequence[HiddenStates]) -> bool:
-        """Account for the measures that the hidden states took by themselves; whether there were any."""
+    def take_over(self, where: str, streams: Mapping[str, HiddenStates]) -> None:
+        """Account for the measures that the hidden states took by themselves while `where` was at work."""
         measures = [
-            measure if number == 0 else f"{measure} (held out)"
-            for number, stream in enumerate(streams)
+            measure if name == CALIBRATION else f"{measure} ({name})"
+            for name, stream in streams.items()
             for measure in stream.measures
         ]
         for measure in measures:
             self._note(where, measure, streams)
-        return bool(measures)
 
-    def _note(self, where: str, measure: str | None, streams: Sequence[HiddenStates]) -> None:
+    def _note(self, where: str, measure: str | None, streams: Mapping[str, HiddenStates]) -> None:
         if measure is None:
             raise UserError(f"{where}: the device's memory does not suffice for the smallest piece of work: {_ADVICE}")
-        for stream in streams:
+        for name, stream in streams.items():
             stream.measures.clear()
-        if streams:
-            self.place, self.sizes = streams[0].place, list(streams[0].sizes)
-        if len(streams) > 1:
-            self.held_out_sizes = list(streams[1].sizes)
+            self.sizes[name] = list(stream.sizes)
+        if CALIBRATION in streams:
+            self.place = streams[CALIBRATION].place
         self.notes.append(f"device memory ran short at {where}; from there on: {measure}")
+        self.remember(dataclasses.asdict(self))
 
 
-def _relieve(streams: Sequence[HiddenStates]) -> str | None:
+def _relieve(streams: Mapping[str, HiddenStates]) -> str | None:
     """All of them take their next measure together, since whichever is forwarded meets the same shortage."""
-    measures = [stream.relieve() for stream in streams]
+    measures = [stream.relieve() for stream in streams.values()]
     return next((measure for measure in measures if measure is not None), None)
 
 

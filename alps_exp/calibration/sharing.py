@@ -31,12 +31,35 @@ from torch import Tensor
 
 from ..base.errors import UserError
 from ..base.files import sync_folder
-from ..layer.problem import Statistics
+from ..layer.inputs import Inputs, Statistics
+from .capture import Group
 
 FOLDER = ".statistics"
 AUTO_GB = 10.0
 _ATTEMPTS = 1000  # to hold a folder that other processes may remove at that moment
-Group = tuple[list[str], dict]  # layers that share an input, and its statistics
+
+
+class NoSharing:
+    """A run whose statistics are its own."""
+
+    notes: tuple[str, ...] = ()
+
+    def holds(self, index: int) -> bool:
+        """Nothing is here."""
+        return False
+
+    def load(self, index: int, device: torch.device, needed: bool = False) -> None:
+        """Nothing is here."""
+
+    def collected(self, index: int, needed: Statistics) -> Statistics:
+        """What the run needs."""
+        return needed
+
+    def keep(self, index: int, groups: list[Group]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class StatisticsCache:
@@ -112,19 +135,22 @@ class StatisticsCache:
                 "without it"
             )
         kept = self._fields | {"tokens", "sequences"}
-        return groups and [(names, {key: fields[key] for key in fields if key in kept}) for names, fields in groups]
+        return groups and [
+            Group(names, Inputs(**{key: fields[key] for key in fields if key in kept}, name=names[0]))
+            for names, fields in groups
+        ]
 
-    def collected(self, index: int) -> Statistics:
+    def collected(self, index: int, needed: Statistics) -> Statistics:
         """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
         kept = Statistics.GRAM in self._needed and (self._dense or index == 0) and not self.notes
-        return Statistics.ALL if kept else self._needed
+        return Statistics.ALL if kept else needed
 
     def keep(self, index: int, groups: list[Group]) -> None:
         """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""
         if (index and not self._dense) or self.notes or not groups:
             return
         known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
-        merged = [(names, known.get(tuple(names), {}) | fields) for names, fields in groups]
+        merged = [(group.names, known.get(tuple(group.names), {}) | _kept(group.inputs)) for group in groups]
         size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
         try:
             if self._make_room(size):
@@ -156,6 +182,14 @@ class StatisticsCache:
                 f"statistics beyond {self._limit / 1e9:g} GB were not kept for other runs (statistics_cache)"
             )
         return total + size <= self._limit
+
+
+def _kept(inputs: Inputs) -> dict:
+    """What is stored of an input: a diagonal only where it was summed alone."""
+    tensors = inputs.tensors()
+    if inputs.gram is not None:
+        del tensors["diagonal"]
+    return {**tensors, "tokens": inputs.tokens, "sequences": inputs.sequences}
 
 
 def _fields(needed: Statistics) -> set[str]:
@@ -230,7 +264,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _read(file: Path, device: torch.device | None = None) -> list[Group] | None:
+def _read(file: Path, device: torch.device | None = None) -> list[tuple[list[str], dict]] | None:
     """A file's groups, on the host or a device; None where it cannot be read or is not as it was written."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -257,7 +291,7 @@ def _checksum(file: Path, tensors: Mapping[str, Tensor], groups: str) -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, groups: list[Group]) -> None:
+def _write(file: Path, groups: list[tuple[list[str], dict]]) -> None:
     tensors, plain = {}, []
     for number, (names, fields) in enumerate(groups):
         own = {field: value for field, value in fields.items() if isinstance(value, Tensor)}

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
+from ..allocation.prunable import linear_shapes
 from ..base.checks import parse_device
 from ..checkpoints.packed import packed_size
 from ..evaluation.protocol import seqlen
-from ..layer.problem import Statistics
+from ..layer.inputs import Statistics
 from ..layer.registry import build
 from ..methods.refit import refitted
 from ..model import loading
 from ..model.hidden import choose_place
 from ..model.structure import blocks_of, count, find_blocks
-from ..pruning.loop import linear_shapes
 from ..runs.naming import run_name
 from ..runs.run import DTYPES, dtype_of, selection_of, validate
 from ..runs.workspace import streams

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..base.checks import one_of
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
+from ..layer.inputs import Inputs
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
 from ..layer.solver import Solution, Solver
@@ -122,7 +123,7 @@ class _Exact:
 
     def __init__(self, problem: LayerProblem) -> None:
         self._name, self._gram = problem.name, problem.gram
-        double = LayerProblem(problem.weight[:1].double(), gram=problem.gram.double(), name=problem.name)
+        double = LayerProblem(problem.weight[:1].double(), Inputs(gram=problem.gram, name=problem.name), problem.name)
         self._scaled = ScaledGram(double, damping=0.0)
         self._ridge = _DAMPING * double.diagonal.mean() / double.diagonal.masked_fill(double.dead, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -72,6 +73,13 @@ class HiddenStates:
             else:
                 begin += size
 
+    def copy(self) -> HiddenStates:
+        """The same hidden states, to go another way from here on."""
+        made = copy.copy(self)
+        made.sizes, made.measures = list(self.sizes), []
+        made._states = self._empty(tuple(self._states.shape), self._states.dtype).copy_(self._states)
+        return made
+
     def _embed(self, begin: int, size: int) -> None:
         chunk = self._tokens[begin : begin + size]
         hidden = self._model.embed(chunk)
@@ -98,7 +106,7 @@ class HiddenStates:
     def __iter__(self) -> Iterator[Tensor]:
         """The batches on the device."""
         for begin, end in self.spans():
-            yield self._at(begin, end)
+            yield self.at(begin, end)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """First window, and the one after the last, of every batch; batches may get smaller on the way."""
@@ -108,7 +116,8 @@ class HiddenStates:
             yield begin, end
             begin = end
 
-    def _at(self, begin: int, end: int) -> Tensor:
+    def at(self, begin: int, end: int) -> Tensor:
+        """The hidden states of some windows on the device."""
         self._model.know_calls(self._tokens[begin:end])
         return self._states[begin:end].to(self._model.device, self._dtype, non_blocking=True)
 
@@ -173,7 +182,7 @@ class HiddenStates:
         while begin < len(self._tokens):
             end = begin + self._size_at(begin)
             try:
-                output = model.forward_block(index, block, self._at(begin, end))
+                output = model.forward_block(index, block, self.at(begin, end))
             except torch.OutOfMemoryError:
                 output = None
             if output is None:

@@ -1,15 +1,16 @@
-"""What the block loop is asked to do."""
+"""What a model method is asked to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..allocation.selection import Selection
-from ..layer.problem import Statistics
+from ..layer.inputs import Statistics
 from ..layer.solver import Solver
+from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
 
 PROPAGATE = ("pruned", "dense")
@@ -17,7 +18,7 @@ PROPAGATE = ("pruned", "dense")
 
 @dataclass(frozen=True)
 class PruneJob:
-    """What the loop is asked to do.
+    """What a model method is asked to do.
 
     Attributes:
         solver: the method.
@@ -29,6 +30,7 @@ class PruneJob:
         losses: measure every layer's relative loss, which takes the Gram matrix whatever the method needs.
         held_out: (windows, seqlen) other windows, on which every layer's loss is measured too.
         quiet: no progress.
+        target: what the layers are fitted to.
     """
 
     solver: Solver
@@ -40,8 +42,9 @@ class PruneJob:
     losses: bool = True
     held_out: Tensor | None = None
     quiet: bool = False
+    target: Target = field(default_factory=LayerTarget)
 
     @property
     def statistics(self) -> Statistics:
-        """What the loop collects."""
+        """What is collected of the layers' inputs."""
         return self.solver.statistics | (Statistics.GRAM if self.losses else Statistics.NONE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -46,6 +48,22 @@ class LayerRow:
     held_out_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that needs no more work.
+
+    Attributes:
+        rows: of its pruned layers.
+        seconds: wall time by phase.
+        sizes: windows of each forward through it by the name of the stream, by which its output is made again; empty
+            without forwards.
+    """
+
+    rows: list[LayerRow]
+    seconds: dict[str, float]
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+
+
 @dataclass
 class PruneResult:
     """What the loop did.
@@ -67,3 +85,19 @@ class PruneResult:
     hidden_states: str | None = None
     cached_blocks: list[int] = field(default_factory=list)
     block_weights: int = 0
+
+    def add(self, done: FinishedBlock) -> None:
+        """Account for a finished block."""
+        self.layers += done.rows
+        self.block_seconds.append(sum(done.seconds.values()))
+        self.add_seconds(done.seconds)
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Account for wall time by phase."""
+        for phase, spent in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def line(self) -> str:
+        """What to show beside the progress."""
+        losses = [row.relative_loss for row in self.layers if row.relative_loss is not None]
+        return f"mean relative loss {math.fsum(losses) / len(losses):.4g}" if losses else ""

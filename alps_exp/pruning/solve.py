@@ -1,81 +1,97 @@
-"""Linear layers of a model as problems, and their solutions as weights and rows of the record."""
+"""Layers that share an input as problems, and their solutions as weights and rows of the record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
+from ..layer.inputs import Inputs
 from ..layer.problem import LayerProblem
 from ..layer.solver import Solution
+from ..model.layers import Layer
 from ..numerics.precision import full_precision
 from ..patterns import Pattern
 from .job import PruneJob
 from .rows import LayerRow
 
 
-def out_major(module: nn.Module) -> Tensor:
-    """The layer's weight as (out, in), a view; GPT-2's Conv1D stores the transpose."""
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A pruned layer, until its row is measured.
+
+    Attributes:
+        layer: where its weight lies.
+        problem: its dense weight and its inputs.
+        pattern: what was asked.
+        solution: what the solver found.
+        seconds: that it took; layers solved together share their time equally.
+    """
+
+    layer: Layer
+    problem: LayerProblem
+    pattern: Pattern
+    solution: Solution
+    seconds: float
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) in the layer's dtype."""
+        return self.solution.weight.to(self.layer.weight.dtype)
 
 
-def solve_layers(index: int, linears: Mapping[str, nn.Module], fields: dict, job: PruneJob) -> list[LayerRow]:
-    """Solve layers that share an input; their weights are written once all of it has succeeded.
+def solve_layers(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solved]:
+    """Solve layers that share an input; nothing is written.
+
+    Raises:
+        UserError: a layer that cannot be solved.
+    """
+    with full_precision():
+        return _solved(layers, inputs, job)
+
+
+def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solved]:
+    problems = [LayerProblem(layer.weight.to(torch.float32, copy=True), inputs, layer.name) for layer in layers]
+    patterns = [job.patterns[layer.name] for layer in layers]
+    watch = Stopwatch(problems[0].weight.device)
+    try:
+        solutions = job.solver.solve_group([job.target.posed(problem) for problem in problems], patterns)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(
+            f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
+            "(nsamples) or more damping (method.damping)"
+        ) from None
+    seconds = watch.lap("solve") / len(problems)
+    found = zip(layers, problems, patterns, solutions, strict=True)
+    return [Solved(*parts, seconds) for parts in found]
+
+
+def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> LayerRow:
+    """The row of a layer.
 
     Args:
-        index: of their block.
-        linears: the layers by name.
-        fields: of their problems, the input's statistics; also `held_out`, a Gram matrix of other tokens to measure
-            the loss on.
-        job: what the loop was asked to do.
+        index: of its block.
+        solved: the layer.
+        weight: (out, in) as it is written.
+        job: what was asked.
+
+    Raises:
+        UserError: weights that are not finite, or a loss that is not.
     """
-    fields = dict(fields)
-    held_out = fields.pop("held_out", None)
-    with full_precision():
-        problems = [
-            LayerProblem(out_major(module).to(torch.float32, copy=True), name=name, **fields)
-            for name, module in linears.items()
-        ]
-        patterns = [job.patterns[name] for name in linears]
-        watch = Stopwatch(problems[0].weight.device)
-        try:
-            solutions = job.solver.solve_group(problems, patterns)
-        except torch.linalg.LinAlgError as error:
-            raise UserError(
-                f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
-                "(nsamples) or more damping (method.damping)"
-            ) from None
-        seconds = watch.lap("solve") / len(problems)
-        rows, written = [], []
-        for problem, pattern, solution, module in zip(problems, patterns, solutions, linears.values(), strict=True):
-            written.append(solution.weight.to(module.weight.dtype))
-            rows.append(_row(index, problem, pattern, solution, written[-1].float(), seconds, job, held_out))
-    for module, weight in zip(linears.values(), written, strict=True):
-        out_major(module).copy_(weight)
-    return rows
-
-
-def _row(
-    index: int,
-    problem: LayerProblem,
-    pattern: Pattern,
-    solution: Solution,
-    written: Tensor,
-    seconds: float,
-    job: PruneJob,
-    held_out: Tensor | None,
-) -> LayerRow:
-    if bad := int((~torch.isfinite(written)).sum()):
+    problem, pattern, solution = solved.problem, solved.pattern, solved.solution
+    weight = weight.float()
+    if bad := int((~torch.isfinite(weight)).sum()):
         raise UserError(
             f"{problem.name}: {type(job.solver).__name__} gave {bad} NaN or infinite weights; use dtype=float32"
         )
-    loss = problem.relative_loss(written) if problem.gram is not None else None
+    with full_precision():
+        loss = problem.relative_loss(weight) if problem.gram is not None else None
+        held_out = problem.held_out_loss(weight)
     if loss is not None and not math.isfinite(loss):
         raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
     return LayerRow(
@@ -85,12 +101,12 @@ def _row(
         pattern=str(pattern),
         selection=f"group of {pattern.group}" if pattern.group else job.solver.selection,
         sparsity_target=pattern.sparsity,
-        sparsity=1 - int(written.count_nonzero()) / written.numel(),
+        sparsity=1 - int(weight.count_nonzero()) / weight.numel(),
         relative_loss=loss,
-        held_out_loss=None if held_out is None else problem.replaced(gram=held_out).relative_loss(written),
+        held_out_loss=held_out,
         status=solution.status,
         iterations=solution.iterations,
-        seconds=seconds,
+        seconds=solved.seconds,
         seconds_by_phase=dict(solution.seconds),
         tokens=problem.tokens,
         dead_inputs=int(problem.dead.sum()),

@@ -19,8 +19,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -28,26 +28,9 @@ from torch import Tensor
 
 from ..base.errors import UserError
 from ..base.files import checksum, sync_folder, write_json
-from .rows import LayerRow
+from .rows import FinishedBlock, LayerRow
 
 FOLDER = ".progress"
-
-
-@dataclass(frozen=True)
-class FinishedBlock:
-    """A block that needs no more work.
-
-    Attributes:
-        rows: of its pruned layers.
-        seconds: wall time by phase.
-        sizes: windows of each forward through it, by which its output is made again; empty without forwards.
-        held_out_sizes: the same for held-out windows.
-    """
-
-    rows: list[LayerRow]
-    seconds: dict[str, float]
-    sizes: list[int] = field(default_factory=list)
-    held_out_sizes: list[int] = field(default_factory=list)
 
 
 class HeldError(UserError):
@@ -57,22 +40,29 @@ class HeldError(UserError):
 class ProgressStore:
     """The finished blocks of one run.
 
+    Class attributes:
+        keeps: finished blocks outlast the process (of `NoStore` they do not).
+
     Args:
         directory: the run's own.
         identity: what must be the same for the blocks to be used again, by name: configuration, code, versions, ….
+        writes: whether this process writes; of those that work together one does.
 
     Attributes:
         finished: the blocks that an earlier attempt left, from the first one on without a gap.
-        thrift: measures against lack of device memory, by name; kept for later attempts (`keep_thrift`).
+        ladder: measures against lack of device memory, by name; kept for later attempts (`keep_ladder`).
         attempts: how often the run was begun, this time included.
         threads: numbers of threads of the attempts whose blocks are here, this one included.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, object]) -> None:
+    keeps = True
+
+    def __init__(self, directory: Path, identity: Mapping[str, object], writes: bool = True) -> None:
         self.folder = directory / FOLDER
+        self.writes = writes
         self.identity = dict(identity)
         self.finished: list[FinishedBlock] = []
-        self.thrift: dict = {}
+        self.ladder: dict = {}
         self.attempts = 0
         self.threads: list[int] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shards")
@@ -101,7 +91,7 @@ class ProgressStore:
         if state.get("identity") is None and any(self.folder.iterdir()):
             self.clear()  # without it nobody knows what the blocks belong to
             self.folder.mkdir()
-        self.thrift = state.get("thrift", {})
+        self.ladder = state.get("ladder", {})
         self.attempts = state.get("attempts", 0) + 1
         while (block := self._load(len(self.finished))) is not None:
             self.finished.append(block)
@@ -132,7 +122,8 @@ class ProgressStore:
             OSError and others: the block before it could not be written.
         """
         self.wait()
-        self._pending = self._writer.submit(self._write, index, dict(tensors), block)
+        if self.writes:
+            self._pending = self._writer.submit(self._write, index, dict(tensors), block)
 
     def wait(self) -> None:
         """Return once all that was given is on the disk.
@@ -151,10 +142,11 @@ class ProgressStore:
         """
         self._writer.shutdown()
 
-    def keep_thrift(self, thrift: Mapping) -> None:
+    def keep_ladder(self, measures: Mapping) -> None:
         """Remember the measures against lack of memory for a later attempt."""
-        self.thrift = dict(thrift)
-        self._write_state()
+        self.ladder = dict(measures)
+        if self.writes:
+            self._write_state()
 
     def clear(self) -> None:
         """Remove all of it."""
@@ -165,7 +157,7 @@ class ProgressStore:
         return f"block-{index:05d}"
 
     def _write_state(self) -> None:
-        state = {"identity": self.identity, "thrift": self.thrift, "attempts": self.attempts, "threads": self.threads}
+        state = {"identity": self.identity, "ladder": self.ladder, "attempts": self.attempts, "threads": self.threads}
         write_json(self.folder / "run.json", _sealed(**state))
 
     def _write(self, index: int, tensors: dict[str, Tensor], block: FinishedBlock) -> None:
@@ -180,7 +172,24 @@ class ProgressStore:
         if journal is None or not shard.is_file() or checksum(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
-        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal.get("held_out_sizes", []))
+        return FinishedBlock(rows, journal["seconds"], journal["sizes"])
+
+
+class NoStore:
+    """A run that keeps nothing: a model that is pruned in memory only."""
+
+    finished: tuple[FinishedBlock, ...] = ()
+    ladder: Mapping = MappingProxyType({})
+    keeps = writes = False
+
+    def finish(self, index: int, tensors: Mapping[str, Tensor], block: FinishedBlock) -> None:
+        """Nothing."""
+
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+    def keep_ladder(self, measures: Mapping) -> None:
+        """Nothing."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

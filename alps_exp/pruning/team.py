@@ -21,6 +21,33 @@ from ..calibration.capture import Accumulator
 _IDLE = 0.6
 
 
+class Alone:
+    """A process that works by itself."""
+
+    size = 1
+    heavy: int | None = None
+    share: tuple[int, ...] = ()
+
+    def windows(self, tokens: Tensor) -> Tensor:
+        """All of them."""
+        return tokens
+
+    def batches(self, sizes: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
+        """Windows of each forward of an earlier attempt, by stream."""
+        return sizes
+
+    def divide(self, groups: Sequence, costs: Sequence[float], parts: int = 0) -> list[int]:
+        """All groups are this process's."""
+        return list(range(len(groups)))
+
+    def exchange(self, weights: Mapping[str, Tensor]) -> None:
+        """They are all here."""
+
+    def gather(self, rows: list) -> list:
+        """These are all."""
+        return rows
+
+
 class Team:
     """One process's view of the processes that work together.
 
@@ -69,6 +96,10 @@ class Team:
         if len(tokens) < self.size:
             raise UserError(f"devices={self.size} split {len(tokens)} windows: give at most as many devices (nsamples)")
         return tokens.tensor_split(self.size)[self.rank]
+
+    def batches(self, sizes: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
+        """None: what one process has done says nothing about another's windows."""
+        return {}
 
     def divide(
         self, groups: Sequence[tuple[list[str], Accumulator | None]], costs: Sequence[float], parts: int = 0
@@ -137,21 +168,20 @@ class Team:
             index: _Awaited(rank, like) for rank, share in self._shares.items() if rank != self.rank for index in share
         }
 
-    def exchange(self, weights: Mapping[str, Tensor], rows: list) -> list:
+    def exchange(self, weights: Mapping[str, Tensor]) -> None:
         """Give every process the weights that each has solved.
 
         Args:
             weights: by layer, those of all groups divided before; overwritten in place where another solved them.
-            rows: what this process has to say of its layers.
-
-        Returns:
-            The rows of all.
         """
         for work in (work for works, _ in self._sent for work in works):
             work.wait()
         self._sent.clear()
         for name, weight in weights.items():
             dist.broadcast(weight, self._owners[name])
+
+    def gather(self, rows: list) -> list:
+        """What all processes have to say, each given its own part."""
         parts: list[list] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]

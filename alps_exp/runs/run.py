@@ -14,11 +14,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from ..allocation.prunable import linear_shapes, other_names
 from ..allocation.selection import Selection
 from ..base.checks import local_path, one_of, parse_device, require
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
+from ..calibration.sharing import NoSharing
 from ..checkpoints.hub import first_line
 from ..data import texts, windows
 from ..evaluation import perplexity, protocol
@@ -30,8 +32,9 @@ from ..model.hidden import PLACES
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
 from ..pruning.job import PROPAGATE, PruneJob
-from ..pruning.loop import linear_shapes, other_names, prune_blocks
-from ..pruning.store import ProgressStore, locked
+from ..pruning.loop import prune_blocks
+from ..pruning.store import NoStore, ProgressStore, locked
+from ..pruning.tools import Tools
 from . import resume, sharing
 from . import together as launch
 from .environment import environment, peak_memory
@@ -243,7 +246,8 @@ def _execute(
     watch = Stopwatch(device)
     patterns = validate(cfg)
 
-    tokens = store = cache = None
+    tokens = store = None
+    cache = NoSharing()
     if solver.prunes:
         tokens, record.calibration = workspace.calibration(cfg)
     prepared = workspace.prepared(cfg)
@@ -279,11 +283,11 @@ def _execute(
         watch.lap("evaluate")
     if solver.prunes:
         try:
-            _tell(record.book(prune_blocks(model, job, store, cache)))
+            _tell(record.book(prune_blocks(model, job, Tools(store or NoStore(), cache))))
         finally:
-            for opened in (store, cache):
-                if opened is not None:
-                    opened.close()
+            cache.close()
+            if store is not None:
+                store.close()
         watch.lap("prune")
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))

@@ -12,7 +12,7 @@ import torch
 
 from ..base.checks import require
 from ..base.errors import UserError
-from ..calibration.sharing import AUTO_GB, FOLDER, StatisticsCache
+from ..calibration.sharing import AUTO_GB, FOLDER, NoSharing, StatisticsCache
 from ..model import loading
 from ..pruning.job import PruneJob
 
@@ -35,8 +35,8 @@ def check(cfg: Mapping) -> None:
 
 def open_cache(
     cfg: Mapping, job: PruneJob, same: Mapping[str, str], directory: Path, in_sweep: bool
-) -> StatisticsCache | None:
-    """The statistics that a run may share with others; None where it shares none.
+) -> StatisticsCache | NoSharing:
+    """The statistics that a run may share with others.
 
     Args:
         cfg: the configuration.
@@ -49,7 +49,7 @@ def open_cache(
     if limit == "auto":
         limit = AUTO_GB if in_sweep and cfg["devices"] == 1 else 0
     if not limit or not job.statistics:
-        return None
+        return NoSharing()
     own = {
         "checkpoint changed": loading.changed(cfg["model"]),
         "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
@@ -62,7 +62,7 @@ def open_cache(
         return StatisticsCache(place, identity, dense, job.statistics, job.held_out is not None, 1e9 * limit)
     except OSError as error:
         _warn(f"statistics are not shared with other runs: {error}")
-        return None
+        return NoSharing()
 
 
 @cache  # the runs of a sweep meet the same obstacle: it is told once

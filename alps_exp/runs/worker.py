@@ -39,6 +39,7 @@ def _work(asked: dict) -> dict:
     from ..pruning.loop import prune_blocks
     from ..pruning.store import ProgressStore
     from ..pruning.team import Team
+    from ..pruning.tools import Tools
     from .environment import peak_memory
     from .resume import identity, open_store
     from .run import dtype_of, job_of, layer_patterns
@@ -55,9 +56,10 @@ def _work(asked: dict) -> dict:
     if team.leads:
         dist.barrier()
     same = identity(cfg, asked["config_hash"], team.device, model.model.dtype, tokens)
-    store = open_store(directory, same) if team.leads else ProgressStore(directory, same)
+    store = open_store(directory, same) if team.leads else ProgressStore(directory, same, writes=False)
     store.finished = team.tell(store.finished)
-    prune_blocks(model, job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads), store, team=team)
+    job = job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads)
+    prune_blocks(model, job, Tools(store, team=team))
     team.leave()
     return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
 

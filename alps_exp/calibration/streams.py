@@ -1,0 +1,117 @@
+"""The hidden states that travel through the blocks, one block after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..model.blocks import BlockModel
+from ..model.hidden import HiddenStates
+from .ladder import CALIBRATION, Ladder, naming_the_step
+
+HELD_OUT = "held out"
+DENSE = "dense"  # in front of a stream's name: the same windows through the dense model, beside the pruned one
+
+
+@dataclass
+class Streams:
+    """Hidden states by name: those of the calibration windows, of held-out ones, and of both through the dense model
+    where they go through the pruned one. None at all where no block needs a forward.
+
+    All are under one ladder against lack of device memory.
+
+    Attributes:
+        model: the model.
+        ladder: the measures taken.
+        states: the hidden states by the stream's name.
+        blocks: through how many blocks they go, the first ones: behind the last of them nobody reads them.
+        dense: names of the streams that go through the dense model.
+    """
+
+    model: BlockModel
+    ladder: Ladder
+    states: dict[str, HiddenStates] = field(default_factory=dict)
+    blocks: int = 0
+    dense: frozenset[str] = frozenset()
+
+    @classmethod
+    def open(
+        cls,
+        model: BlockModel,
+        windows: Mapping[str, Tensor],
+        batch_size: int,
+        blocks: int,
+        ladder: Ladder,
+        propagate: str,
+        beside: bool,
+    ) -> Streams:
+        """Embed the windows.
+
+        Args:
+            model: the model.
+            windows: (windows, seqlen) token ids by the stream's name.
+            batch_size: windows per forward.
+            blocks: how many blocks they will go through, the first ones.
+            ladder: the measures taken so far.
+            propagate: "pruned" or "dense": which model's blocks they go through.
+            beside: the same windows go through the dense model too.
+        """
+        with naming_the_step("embedding"):
+            states = {name: HiddenStates(model, ids, batch_size, ladder.place, blocks) for name, ids in windows.items()}
+            if beside:
+                states |= {f"{DENSE} {name}": stream.copy() for name, stream in states.items()}
+        through = frozenset(name for name in states if propagate == DENSE or name.startswith(f"{DENSE} "))
+        streams = cls(model, ladder, states, blocks, through)
+        ladder.take_over("embedding", states)
+        return streams
+
+    @property
+    def calibration(self) -> HiddenStates:
+        """Those of the calibration windows."""
+        return self.states[CALIBRATION]
+
+    @property
+    def held_out(self) -> HiddenStates | None:
+        """Those of the held-out windows, where there are such."""
+        return self.states.get(HELD_OUT)
+
+    @property
+    def place(self) -> str | None:
+        """Where they are, "device", "host" or "disk"; None without any."""
+        return self.calibration.place if self.states else None
+
+    def reach(self, index: int) -> bool:
+        """Whether they come to this block."""
+        return index < self.blocks
+
+    def any(self, dense: bool) -> bool:
+        """Whether some go through the dense model, or through the pruned one."""
+        return bool(self.dense) if dense else bool(self.states.keys() - self.dense)
+
+    def rechunk(self, sizes: Mapping[str, list[int]]) -> None:
+        """Forward the windows in the batches of an earlier attempt, where it has left such."""
+        for name, stream in self.states.items():
+            if sizes.get(name):
+                stream.rechunk(sizes[name])
+
+    def advance(self, index: int, block: nn.Module, dense: bool) -> dict[str, list[int]]:
+        """Replace hidden states by the block's output, unless it is the last block that they go through.
+
+        Args:
+            index: the block's.
+            block: with the weights that the model has which these streams go through.
+            dense: those that go through the dense model, or those that go through the pruned one.
+
+        Returns:
+            Windows of each forward, by the stream's name.
+        """
+        if not self.reach(index + 1):
+            return {}
+        moving = {name: stream for name, stream in self.states.items() if (name in self.dense) == dense}
+        with naming_the_step(self.model.name(index)):
+            for stream in moving.values():
+                stream.advance(self.model, index, block)
+        self.ladder.take_over(self.model.name(index), self.states)
+        return {name: list(stream.sizes) for name, stream in moving.items()}

@@ -1,0 +1,143 @@
+"""One block on the device, with what a stage needs to work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..base.clock import Stopwatch
+from ..calibration.streams import Streams
+from ..model.blocks import BlockModel
+from ..model.layers import Layer
+from ..model.structure import block_linears
+from .job import PruneJob
+from .rows import LayerRow
+from .solve import Solved, measured
+from .store import FinishedBlock
+from .tools import Tools
+
+
+class BlockProblem:
+    """A block to prune.
+
+    Args:
+        model: the model, of which this is a block.
+        index: which one.
+        module: the block, on the device.
+        job: what is asked.
+        streams: the hidden states before it.
+        tools: what a model method works with.
+        watch: the block's seconds by phase, begun before it was brought to the device.
+        settled: a layer's weight is final once it was solved, so that its row is measured then and its statistics are
+            freed; otherwise both wait for the last stage.
+
+    Attributes:
+        name: of the block.
+        layers: those to prune by name, in the model's order.
+        cached: its statistics were another run's.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        index: int,
+        module: nn.Module,
+        job: PruneJob,
+        streams: Streams,
+        tools: Tools,
+        watch: Stopwatch,
+        settled: bool = True,
+    ) -> None:
+        watch.lap("transfer")
+        self.model, self.index, self.module = model, index, module
+        self.job, self.streams, self.tools = job, streams, tools
+        self.name = model.name(index)
+        self.layers = {
+            name: Layer(name, linear)
+            for name, linear in block_linears(module, self.name, job.selection.excluded).items()
+            if name in job.patterns
+        }
+        self.watch = watch
+        self.cached = False
+        self._sizes: dict[str, list[int]] = {}
+        self._settled = settled
+        self._solved: list[Solved] = []
+        self._rows: list[LayerRow] = []
+        self._changing = False
+        self._dense: dict[str, Tensor] | None = None
+        self._tensors: dict[str, Tensor] | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The block's output for `hidden` (windows, seqlen, width)."""
+        return self.model.forward_block(self.index, self.module, hidden)
+
+    def begin_changing(self) -> None:
+        """To be called before the first weight changes: what needs the dense block happens now, or keeps a copy."""
+        if self._changing:
+            return
+        self._changing = True
+        if self.job.target.beside:
+            self._dense = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
+        else:
+            self._sizes |= self.streams.advance(self.index, self.module, dense=True)
+
+    @contextmanager
+    def dense(self) -> Iterator[nn.Module]:
+        """The block with its dense weights for the length of the context."""
+        if self._dense is None:
+            yield self.module
+            return
+        pruned = {name: parameter.data for name, parameter in self.module.named_parameters()}
+        try:
+            for name, parameter in self.module.named_parameters():
+                parameter.data = self._dense[name]
+            yield self.module
+        finally:
+            for name, parameter in self.module.named_parameters():
+                parameter.data = pruned[name]
+
+    def settle(self, solved: list[Solved]) -> None:
+        """Write the weights of layers that were solved together; their rows are measured now or at the end."""
+        weights = [found.weight for found in solved]
+        if self._settled:
+            pairs = zip(solved, weights, strict=True)
+            self._rows += [measured(self.index, found, weight, self.job) for found, weight in pairs]
+        else:
+            self._solved += solved
+        self.begin_changing()
+        for found, weight in zip(solved, weights, strict=True):
+            found.layer.write(weight)
+
+    def exchange(self) -> None:
+        """Give the other processes of a team the weights that this one has solved, and take theirs."""
+        self.tools.team.exchange({name: layer.module.weight.data for name, layer in self.layers.items()})
+
+    def finish(self) -> FinishedBlock:
+        """Measure the layers, which no stage changes any more, and bring the hidden states behind the block."""
+        late = [measured(self.index, found, found.layer.weight, self.job) for found in self._solved]
+        order = {name: place for place, name in enumerate(self.layers)}
+        rows = sorted(self.tools.team.gather(self._rows + late), key=lambda row: order[row.name])
+        self._solved.clear()
+        self.watch.lap("solve")
+        self.begin_changing()
+        if self._dense is not None:
+            with self.dense() as module:
+                self._sizes |= self.streams.advance(self.index, module, dense=True)
+            self._dense = None
+        self._sizes |= self.streams.advance(self.index, self.module, dense=False)
+        self.watch.lap("propagate")
+        if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice
+            self._tensors = self._own_tensors()
+        return FinishedBlock(rows, self.watch.seconds, self._sizes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the store is given of a finished block, in host memory; nothing in a process that does not write."""
+        found = self._tensors if self._tensors is not None else self._own_tensors()
+        self.watch.lap("transfer")
+        return found
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        state = self.module.state_dict() if self.tools.store.writes else {}
+        return {f"{self.name}.{own}": tensor.detach().cpu() for own, tensor in state.items()}
