@@ -187,7 +187,8 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused_or_does_no_harm(method, opti
     bent = problem.gram - (values[0] + share * values[-1]) * vectors[:, :1] @ vectors[:, :1].T
     if bool((bent.diagonal() <= 0).any()):
         return
-    problem = dataclasses.replace(problem, gram=bent, diagonal=None)
+    inputs = problem.inputs.replaced(gram=bent, diagonal=None)
+    problem = dataclasses.replace(problem, inputs=inputs)
     try:
         solution = solver.solve(problem, parse_sparsity(written))
     except UserError as error:
