@@ -8,6 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = [
     "NM",
+    "Inputs",
     "LayerProblem",
     "LayerSolver",
     "Pattern",
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from .api import load_packed, prune_layer, prune_model
     from .base.checks import require
     from .base.errors import UserError
-    from .layer.problem import LayerProblem, Statistics
+    from .layer.inputs import Inputs, Statistics
+    from .layer.problem import LayerProblem
     from .layer.solver import LayerSolver, Solution, Solver
     from .patterns import NM, Pattern, Unstructured
 
@@ -48,8 +50,9 @@ _HOMES = {
     "NM": "patterns",
     "Pattern": "patterns",
     "Unstructured": "patterns",
+    "Inputs": "layer.inputs",
     "LayerProblem": "layer.problem",
-    "Statistics": "layer.problem",
+    "Statistics": "layer.inputs",
     "LayerSolver": "layer.solver",
     "Solution": "layer.solver",
     "Solver": "layer.solver",

@@ -187,7 +187,7 @@ def test_statistics_follow_the_start():
     )
     with pytest.raises(UserError, match="gram="):
         registry.solver("dsnot", start="sparsegpt").solve(moments, parse_sparsity("0.5"))
-    lacking = dataclasses.replace(moments, tokens=None, sequences=None)
+    lacking = dataclasses.replace(moments, inputs=moments.inputs.replaced(tokens=None, sequences=None))
     with pytest.raises(UserError, match="tokens=, sequences="):
         registry.solver("dsnot").solve(lacking, parse_sparsity("0.5"))
 

@@ -152,7 +152,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
         found["difference"] = max(float((own[k] - parts[k]).norm() / own[k].norm()) for k in parts)
     else:
         team.hand_over(solver.make_parts(problem, team.share), ["layer96"])
-    team.exchange({}, [])
+    team.exchange({})
     torch.save(found, folder / f"{rank}.pt")
     team.leave()
 
