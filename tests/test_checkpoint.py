@@ -297,8 +297,7 @@ def test_generation_settings_in_config_json_are_kept(words, copy, tmp_path, form
     assert json.loads((tmp_path / "run/model/generation_config.json").read_text())["temperature"] == 0.9
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("form", "cache"), [*((form, False) for form in FORMS), ("whole", True)])
 def test_the_saved_configuration_is_the_checkpoints(words, copy, tmp_path, form, cache):
     change_config(copy, use_cache=cache)
     runs.run(compose([*words, *FORMS[form]]), tmp_path / "run")
@@ -306,10 +305,13 @@ def test_the_saved_configuration_is_the_checkpoints(words, copy, tmp_path, form,
     assert before == after
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("method", "dtype", "saved"),
-    [("wanda", "auto", "bfloat16"), ("sparsegpt", "auto", "float32"), ("wanda", "float32", "float32")],
+    ("method", "dtype", "saved", "form"),
+    [
+        *(("wanda", "auto", "bfloat16", form) for form in FORMS),
+        *(("sparsegpt", "auto", "float32", form) for form in FORMS),
+        ("wanda", "float32", "float32", "whole"),
+    ],
 )
 def test_the_checkpoints_dtype_is_kept_where_it_holds_the_weights(words, copy, tmp_path, form, method, dtype, saved):
     AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).save_pretrained(copy)
@@ -371,8 +373,10 @@ def other_configuration(folder: Path) -> None:
     change_config(folder, num_hidden_layers=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("spoil", [lose_a_tensor, flip_a_bit, other_configuration])
+@pytest.mark.parametrize(
+    ("spoil", "form"),
+    [*((spoil, form) for spoil in (lose_a_tensor, flip_a_bit) for form in FORMS), (other_configuration, "whole")],
+)
 def test_what_is_saved_is_read_back(words, tmp_path, monkeypatch, form, spoil):
     verify = saving._verify
 

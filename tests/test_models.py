@@ -150,6 +150,9 @@ def test_damaged_weights(copy):
     refused(lambda: loading.load_model(local(copy)), "model.safetensors is a link that leads nowhere")
     (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
     refused(lambda: loading.load_model(local(copy)), "pytorch_model.bin is truncated, damaged")
+    torch.save({"model": torch.nn.Linear(1, 1)}, copy / "pytorch_model.bin")
+    message = refused(lambda: loading.load_model(local(copy)), "holds more than weights (Weights only load failed)")
+    assert message.isprintable()
 
 
 def test_missing_or_misshapen_weights_are_refused_not_made_up(copy):

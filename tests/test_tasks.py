@@ -161,6 +161,18 @@ def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, s
     assert [row["value"] for row in sample["evaluations"]] == [row["value"] for row in alone["evaluations"]]
 
 
+def test_tasks_are_prepared_once_until_the_tokenizer_changes(tiny_llama, source, tmp_path):
+    from alps_exp.evaluation import tasks
+
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    cfg = compose([*tiny_tasks.settings(model, source), "eval.tasks=[arc_easy]"])
+    assert tasks.prepare(cfg) is tasks.prepare(cfg)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        tasks.prepare(cfg)
+
+
 def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeypatch):
     from alps_exp.evaluation import tasks
 

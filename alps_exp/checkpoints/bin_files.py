@@ -120,8 +120,9 @@ def _load(file: Path, device: str = "cpu") -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # whatever torch's reader stumbles on
+        why = first_line(error).partition(". ")[0]  # next comes advice to run the code in the file
         raise UserError(
-            f"{file} is truncated, damaged, or holds more than weights ({first_line(error)}): copy or download it again"
+            f"{file} is truncated, damaged, or holds more than weights ({why}): copy or download it again"
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__} and no weights by name: give another checkpoint")

@@ -187,6 +187,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, at most 300 characters, or the error's type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first non-empty line of an error's message without colours, at most 300 characters, or the error's type."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return (lines[0][:300] if lines else type(error).__name__).rstrip(".")

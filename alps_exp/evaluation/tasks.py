@@ -86,7 +86,8 @@ def prepare(cfg: Mapping) -> tuple[Pass, ...]:
     """
     plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     options = {key: plain["eval"][key] for key in ("tasks", "task_source", "limit", "limit_seed", "truncate", "bos")}
-    return _prepared(json.dumps([plain["model"], options, stamps(options["task_source"])], sort_keys=True))
+    files = [stamps(options["task_source"]), loading.stamps(plain["model"])]
+    return _prepared(json.dumps([plain["model"], options, files], sort_keys=True))
 
 
 @lru_cache(maxsize=4)

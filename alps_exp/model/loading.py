@@ -102,13 +102,21 @@ def tokenizer_note(model: Mapping) -> str | None:
     return _tokenizer(model)[1]
 
 
+def stamps(model: Mapping) -> tuple[tuple[str, int, int], ...]:
+    """What tells whether the files of a local model have changed within the life of a process; none of another."""
+    return _stamps(_locate(model))
+
+
+def _stamps(source: _Source) -> tuple[tuple[str, int, int], ...]:
+    stats = ((file.name, file.stat()) for file in sorted(Path(source.path).glob("*")) if file.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
 def _tokenizer(model: Mapping) -> tuple[PreTrainedTokenizerBase, str | None]:
     source = _locate(model)
-    folder = Path(source.path)
-    if not folder.is_dir():
+    if not Path(source.path).is_dir():
         return _read_tokenizer(source)
-    stats = ((file.name, file.stat()) for file in sorted(folder.glob("*")) if file.is_file())
-    return _kept_tokenizer(source, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return _kept_tokenizer(source, _stamps(source))
 
 
 @lru_cache(maxsize=4)
