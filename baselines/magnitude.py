@@ -17,6 +17,7 @@ class Magnitude(LayerSolver):
 
     statistics: ClassVar[Statistics] = Statistics.NONE
     selection: ClassVar[str] = "layer"
+    kinds: ClassVar[frozenset[str] | None] = None  # whatever a pattern can choose by scores
 
     def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         watch = Stopwatch(problem.weight.device)

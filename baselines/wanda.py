@@ -23,6 +23,7 @@ class Wanda(LayerSolver):
 
     statistics: ClassVar[Statistics] = Statistics.DIAGONAL
     selection: ClassVar[str] = "row"
+    kinds: ClassVar[frozenset[str] | None] = None  # whatever a pattern can choose by scores
 
     def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         watch = Stopwatch(problem.weight.device)

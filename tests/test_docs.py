@@ -132,29 +132,55 @@ def test_the_python_examples_run(tmp_path, tiny_llama, monkeypatch, capsys):
     assert "mean_relative_loss" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_method_of_the_page_on_extending_passes_every_methods_tests(tmp_path):
-    page = ROOT / "docs" / "extending.md"
-    for name in ("alps_exp", "tests", "pyproject.toml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("baselines", "conf", "sweeps"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    for name, language in (("baselines/scaled.py", "python"), ("conf/method/scaled.yaml", "yaml")):
-        assert f"`{name}`" in read(page)
-        (content,) = examples(page, language)
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    code = (
-        "import sys, pytest, torch, alps_exp\n"
-        "from alps_exp.cli.overrides import compose\n"
+def _shown_files(page: Path) -> dict[str, str]:
+    """The files that a page asks the reader to write, by path: after a sentence that ends in `PATH`: their content."""
+    return dict(re.findall(r"`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL))
+
+
+# What to write beside each yaml, and what then passes.
+_ADDED = {
+    "conf/method/scaled.yaml": (
+        "tests/test_solvers.py",
         "assert compose(['method=scaled', 'method.power=0.25']).method.power == 0.25\n"
-        "weight, inputs = torch.randn(8, 16), torch.randn(32, 16)\n"
         "solution = alps_exp.prune_layer(weight, inputs, method='scaled', power=0.25)\n"
-        "assert solution.support.sum(1).tolist() == [5] * 8\n"
-        "sys.exit(pytest.main(['-p', 'no:cacheprovider', 'tests/test_solvers.py', '-k', 'scaled']))"
-    )
+        "assert solution.support.sum(1).tolist() == [5] * 8\n",
+    ),
+    "conf/sparsity/strips.yaml": (
+        "tests/test_patterns_contract.py",
+        "assert compose(['sparsity=0.25x8', 'method=wanda']).sparsity.width == 8\n"
+        "assert alps_exp.prune_layer(weight, inputs, method='wanda', sparsity='0.5x4').support.sum() == 64\n"
+        "from alps_exp.runs.record_form import RecordForm\n"
+        "values = dict(status='running', model='m', method='wanda', seed=0, summary={}, phases={}, evaluations=[])\n"
+        "assert RecordForm(sparsity='0.5x4', **values).sparsity == '0.5x4'\n",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_every_example_of_the_page_on_extending_passes_the_tests_of_its_kind(tmp_path):
+    for name in ("tests", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("alps_exp", "baselines", "conf", "sweeps"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    page = ROOT / "docs" / "extending.md"
+    files = _shown_files(page)
+    assert len(files) == len(examples(page, "python")) + len(examples(page, "yaml"))
+    for name, content in files.items():
+        assert not (tmp_path / name).exists()
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert {name for name in files if name.endswith(".yaml")} == set(_ADDED)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    end = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert end.returncode == 0, end.stdout + end.stderr
-    assert int(re.search(r"(\d+) passed", end.stdout)[1]) > 20
+    for name, (tests, checks) in _ADDED.items():
+        code = (
+            "import sys, pytest, torch, alps_exp\n"
+            "from alps_exp.cli.overrides import compose\n"
+            f"assert alps_exp.__file__.startswith({str(tmp_path)!r})\n"
+            "weight, inputs = torch.randn(8, 16), torch.randn(32, 16)\n"
+            f"{checks}"
+            f"sys.exit(pytest.main(['-p', 'no:cacheprovider', {tests!r}, '-k', {Path(name).stem!r}]))"
+        )
+        end = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert end.returncode == 0, end.stdout + end.stderr
+        assert int(re.search(r"(\d+) passed", end.stdout)[1]) > 10
