@@ -160,6 +160,7 @@ def test_a_protocol_in_the_record(tiny_llama, text_file, tmp_path):
     (row,) = record["evaluations"]
     assert row["protocol"] == "wanda" and row["seqlen"] == tiny_models.CONTEXT and row["join"] == "\n\n"
     assert not row["partial"] and "all of" in row["reading"] and row["shown"] and row["stderr"] is None
+    assert row["better"] == "lower"
     record = runs.run(compose([*words, "device=cpu", "eval.windows=2"]), tmp_path / "part")
     assert record["evaluations"][0]["partial"]
 

@@ -158,6 +158,14 @@ class TestCells:
         assert shown[("alps",)]["piqa acc"] == "*0.6000*" and shown[("wanda",)]["piqa acc"] == "0.5000"
         assert shown[("alps",)]["piqa perplexity"] == "*9.000*"
 
+    @pytest.mark.parametrize(("better", "best"), [("lower", "wanda"), ("higher", "alps"), (None, None)])
+    def test_rows_say_which_way_is_better(self, better, best):
+        """Not the metric's name: a latency is best when low, and where nothing is said nothing is marked."""
+        rows = [task(value, None, "latency", shown=True, better=better) for value in (0.6, 0.5)]
+        pair = [record(method, evaluations=[row]) for method, row in zip(("alps", "wanda"), rows, strict=True)]
+        shown = cells(laid_out(pair, metrics=["piqa*"]))
+        assert [name for (name,), row in shown.items() if "*" in row["piqa latency"]] == [best] * (best is not None)
+
     def test_a_lone_figure_is_not_the_best(self):
         assert not any(cell.best for _, row in laid_out([record(), record("dense")]).rows for cell in row)
 

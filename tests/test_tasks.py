@@ -120,6 +120,7 @@ def test_requests_and_scores_are_those_of_lm_eval(settings, source, tiny_llama, 
             row = scores(record)[name, metric]
             assert row["value"] == wanted["results"][name][f"{metric},none"]
             assert row["stderr"] == pytest.approx(wanted["results"][name][f"{metric}_stderr,none"])
+            assert row["better"] == "higher"
             assert row["samples"] == row["total_samples"] == 30 and not row["partial"]
 
 

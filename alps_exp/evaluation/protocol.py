@@ -104,15 +104,16 @@ def seqlen(cfg: Mapping) -> int:
 def measure(prepared: Prepared, cfg: Mapping, model: BlockModel, tokenizer) -> list[dict]:
     """Perplexities and task scores as rows of the record, one number each.
 
-    All rows have `dataset`, `metric`, `value`, `stderr`, `shown` (in tables, unless all are asked for), `protocol`,
-    `partial`, `source`, `split` and `bos`. Perplexities also have `windows`, `total_windows`, `seqlen`, `join` and
-    `reading`; tasks have `samples`, `total_samples`, `sampling`, `shots` and `truncated`.
+    All rows have `dataset`, `metric`, `value`, `stderr`, `better` ("lower", "higher", None where lm-eval does not say),
+    `shown` (in tables, unless all are asked for), `protocol`, `partial`, `source`, `split` and `bos`. Perplexities
+    also have `windows`, `total_windows`, `seqlen`, `join` and `reading`; tasks have `samples`, `total_samples`,
+    `sampling`, `shots` and `truncated`.
     """
     options, rows = cfg["eval"], []
     for name, windows, description in prepared.texts:
         value = perplexity.perplexity(model, windows, options["batch_size"], name)
-        fixed = {"metric": "perplexity", "value": value, "stderr": None, "shown": True, "protocol": options["name"]}
-        rows.append({**description, "dataset": name, **fixed})
+        fixed = {"metric": "perplexity", "value": value, "stderr": None, "better": "lower", "shown": True}
+        rows.append({**description, "dataset": name, **fixed, "protocol": options["name"]})
     if prepared.passes:
         from . import tasks
 

@@ -277,6 +277,7 @@ def _rows(step: Pass, results: Mapping, bos: str) -> list[dict]:
             "split": source.get("split"),
             "bos": bos,
         }
+        higher = results["higher_is_better"].get(name, {})
         metrics = [key for key in scores if "," in key and not key.split(",")[0].endswith("_stderr")]
         shown = next((m for kind in ("acc", "exact_match") for m in metrics if m.startswith(f"{kind},")), metrics[0])
         for key in metrics:
@@ -288,6 +289,7 @@ def _rows(step: Pass, results: Mapping, bos: str) -> list[dict]:
                     "metric": metric if rule == "none" else f"{metric} ({rule})",
                     "value": float(scores[key]),
                     "stderr": float(error) if isinstance(error, (int, float)) else None,
+                    "better": {True: "higher", False: "lower"}.get(higher.get(metric)),
                     "shown": key == shown and (name in step.requested or name not in members | set(groups)),
                     **common,
                 }

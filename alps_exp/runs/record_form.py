@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Number = Annotated[float, Field(strict=False)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=-(2**62), le=2**62)]
-Sparsity = Annotated[str, Field(pattern=r"^(\d+:\d+|\d*\.?\d+(e-\d+)?)$")]
+# As a pattern is written, in one word: also one of a kind that this installation does not know.
+Sparsity = Annotated[str, Field(pattern=r"^[^\s/]{1,80}$")]
 
 
 class _Form(BaseModel):
@@ -32,6 +33,7 @@ class _Evaluation(_Form):
     metric: str
     value: Number
     stderr: Number | None = None
+    better: Literal["lower", "higher"] | None = None
     shown: bool = True
     partial: bool = False
     windows: Whole | None = None

@@ -102,9 +102,8 @@ def measures(record: Mapping) -> dict[str, Measure]:
             found[name + where] = Measure(_mean(values))
     for item in record["evaluations"]:
         error = item.get("stderr")
-        better = -1 if any(word in item["metric"] for word in ("perplexity", "bits", "byte")) else 1
         found[_metric(item)] = Measure(
-            float(item["value"]), None if error is None else float(error), better, item.get("shown", True)
+            float(item["value"]), None if error is None else float(error), _better(item), item.get("shown", True)
         )
     spent = [record["phases"].get(f"{phase}_seconds") for phase in PHASES]
     if any(value is not None for value in spent):
@@ -114,6 +113,13 @@ def measures(record: Mapping) -> dict[str, Measure]:
         found["iterations"] = Measure(iterations, better=0, shown=False)
         found["zeros"] = Measure(float(record["summary"]["sparsity"]), better=0, shown=False)
     return found
+
+
+def _better(item: Mapping) -> int:
+    """As in `Measure`. Records were written before their rows said it: perplexities, bits and scores of tasks."""
+    if "better" not in item:
+        return -1 if any(word in item["metric"] for word in ("perplexity", "bits", "byte")) else 1
+    return {"lower": -1, "higher": 1, None: 0}[item["better"]]
 
 
 def _metric(item: Mapping) -> str:
