@@ -240,7 +240,7 @@ def test_not_a_gguf_file(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     refused(lambda: loading.load_config(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
-    assert not list((tmp_path / "assets").rglob("unfinished-*"))
+    assert not list((tmp_path / "assets").rglob(".*.tmp"))
 
 
 def test_a_folder_is_made_once_by_processes_that_want_it_together_and_after_a_kill(tmp_path):
@@ -259,10 +259,10 @@ def test_a_folder_is_made_once_by_processes_that_want_it_together_and_after_a_ki
         command = [sys.executable, "-c", script, word]
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
 
-    assert start("killed").wait() == -9 and (tmp_path / "unfinished-folder").is_dir()
+    assert start("killed").wait() == -9 and list(tmp_path.glob(".folder.*.tmp"))
     assert [process.communicate()[0] for process in [start("") for _ in range(3)]] == ["['a', 'b']\n"] * 3
     assert (tmp_path / "begun").read_text() == "xx"
-    assert not (tmp_path / "unfinished-folder").exists()
+    assert not list(tmp_path.glob(".folder.*.tmp"))
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):

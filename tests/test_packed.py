@@ -203,7 +203,7 @@ def test_an_interruption_leaves_the_dense_folder(tiny_llama, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("alps_exp.base.files.write_json", interrupted)
+        patch.setattr("alps_exp.checkpoints.packed.write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             packed.pack_folder(folder)
     assert not packed.is_packed(folder) and (folder / "model.safetensors").read_bytes() == before

@@ -93,7 +93,7 @@ def test_a_journal_that_was_edited_is_not_believed(store):
 
 
 def test_what_was_being_written_is_removed(store):
-    (store.folder / ".block-00003.safetensors.tmp").write_bytes(b"half")
+    (store.folder / ".block-00003.safetensors.1.tmp").write_bytes(b"half")
     reopened(store)
     assert not any(path.name.startswith(".") for path in store.folder.iterdir())
 

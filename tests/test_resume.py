@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings
 
 def test_leftovers_of_killed_attempts_are_removed(settings, tmp_path):
     place = tmp_path / "run"
-    (place / ".model-x").mkdir(parents=True)
+    (place / ".model.1.tmp").mkdir(parents=True)
     (place / ".record.json.1.tmp").write_text("{")
     execute(settings, place, "method=magnitude")
     assert sorted(path.name for path in place.iterdir()) == ["model", "record.json"]

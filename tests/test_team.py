@@ -161,7 +161,8 @@ def test_killed_processes_go_on(settings, tmp_path):
     """The run is killed after its first block; its processes end with it, and the same command goes on."""
     folder = tmp_path / "killed"
     script = (
-        "import sys; from pathlib import Path; from alps_exp import run; from alps_exp.cli.overrides import compose\n"
+        "import sys; from pathlib import Path\n"
+        "from alps_exp.runs import run; from alps_exp.cli.overrides import compose\n"
         "run.run(compose(sys.argv[2:]), Path(sys.argv[1]))"
     )
     together = [*settings, "devices=2"]

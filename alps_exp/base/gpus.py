@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import tempfile
 from pathlib import Path
 
 import torch
+
+from .files import lock
 
 # Index and the descriptor of its lock: at most one, for as long as the process lives.
 _claims: list[tuple[int, int]] = []
@@ -46,10 +47,7 @@ def _lock(names: list[str], folder: Path) -> tuple[int, int]:
         for index, name in enumerate(names):
             path = folder / f"alps_exp-{os.getuid()}-gpu-{name}-{turn}.lock"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-            else:
+            if lock(descriptor) is not False:
                 return index, descriptor
+            os.close(descriptor)
     raise AssertionError("there is always another turn")

@@ -14,7 +14,6 @@ lock on its folder; sets that nobody holds make room for others, least recently 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import UserError
-from ..base.files import sync_folder
+from ..base.files import leftovers, lock, replacing, sha256
 from ..layer.inputs import Inputs, Statistics
 from .capture import Group
 
@@ -84,13 +83,14 @@ class StatisticsCache:
         self.notes: list[str] = []
         self._root, self._dense, self._limit = root, dense, limit
         self._needed = needed
-        self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._folder = root / sha256(text)[:32]
         self._fields = _fields(needed) | ({"held_out"} if held_out else set())
         self._whole: dict[int, tuple] = {}  # block → state of its file when its checksum was last found to hold
         self._descriptor = _hold(self._folder)
         try:
             if not (file := self._folder / "identity.json").exists():
-                file.write_text(text, encoding="utf-8")
+                with replacing(file) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
         except OSError:
             self.close()
             raise
@@ -146,7 +146,7 @@ class StatisticsCache:
         return Statistics.ALL if kept else needed
 
     def keep(self, index: int, groups: list[Group]) -> None:
-        """Store a block's statistics beside what is known of it, unless they are of this run alone or do not fit."""
+        """Add a block's statistics to the cached ones, unless no other run could use them or the limit is reached."""
         if (index and not self._dense) or self.notes or not groups:
             return
         known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
@@ -216,11 +216,11 @@ def _hold(folder: Path) -> int:
                     raise FileExistsError(f"{path} is a file, where a folder is needed: remove it") from None
             continue  # removed by another process meanwhile
         try:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for leftover in folder.glob(".*.tmp"):
+            if lock(descriptor):  # no other process writes here
+                for leftover in leftovers(folder):
                     leftover.unlink()
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if lock(descriptor, shared=True, wait=True) is None:
+                raise OSError(f"{folder} is on a file system without locks")
             with suppress(FileNotFoundError):  # removed by another process between the first line and the lock
                 if os.path.samestat(os.fstat(descriptor), folder.stat()):
                     os.utime(folder)
@@ -239,12 +239,11 @@ def _remove(folder: Path) -> int:
     except OSError:
         return 0
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(descriptor):
+            return 0
         size = _size(folder)
         shutil.rmtree(folder, ignore_errors=True)
         return size
-    except OSError:
-        return 0
     finally:
         os.close(descriptor)
 
@@ -284,11 +283,11 @@ def _read(file: Path, device: torch.device | None = None) -> list[tuple[list[str
 
 def _checksum(file: Path, tensors: Mapping[str, Tensor], groups: str) -> str:
     """sha256 (hex) of which block of which set this is, and of all that the file says of it."""
-    digest = hashlib.sha256(f"{file.parent.name}/{file.name}\n{groups}\n".encode())
+    found = hashlib.sha256(f"{file.parent.name}/{file.name}\n{groups}\n".encode())
     for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _write(file: Path, groups: list[tuple[list[str], dict]]) -> None:
@@ -299,14 +298,8 @@ def _write(file: Path, groups: list[tuple[list[str], dict]]) -> None:
         plain.append((names, {field: value for field, value in fields.items() if field not in own}))
     text = json.dumps(plain)
     metadata = {"groups": text, "sha256": _checksum(file, tensors, text)}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:  # its way to speak of a full disk
         raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(file.parent)

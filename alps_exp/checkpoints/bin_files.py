@@ -6,7 +6,6 @@ the machine's memory is converted too. The copies are kept in the hub's cache of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import UserError
+from ..base.files import sha256, write_json
 from .checkpoint import BIN_INDEX, INDEX, Entry, fingerprint, has_bin, weight_files
 from .gguf_files import made_once
 from .hub import first_line
@@ -37,10 +37,10 @@ def safetensors_folder(folder: Path) -> Path:
         return folder
     from huggingface_hub import cached_assets_path
 
-    digest = hashlib.sha256(json.dumps(fingerprint(folder), sort_keys=True).encode()).hexdigest()[:16]
+    name = f"{folder.resolve().name}-{sha256(json.dumps(fingerprint(folder), sort_keys=True))[:16]}-{_CONVERSION}"
     try:
         cache = cached_assets_path("alps_exp", namespace="bin", subfolder="converted")
-        target = cache / f"{folder.resolve().name}-{digest}-{_CONVERSION}"
+        target = cache / name
         made_once(target, lambda scratch: _convert(folder, scratch))
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -102,7 +102,7 @@ def _convert(folder: Path, target: Path) -> None:
             # A copy: tied weights share their storage, which safetensors refuses.
             shard[key] = tensor.detach().clone().contiguous()
         flush()
-    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    write_json(target / INDEX, {"metadata": {}, "weight_map": places})
     for other in folder.iterdir():
         if other.is_file() and other.suffix not in _NOT_COPIED and other.name != BIN_INDEX:
             shutil.copyfile(other, target / other.name)

@@ -11,7 +11,6 @@ table of renamings is used, so a checkpoint that it loads is read here alike.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..base.errors import UserError
+from ..base.files import read_json
 from .hub import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -165,7 +165,7 @@ def weight_files(folder: Path) -> tuple[Path, dict[Path, set[str]]]:
     if listing.name in (SINGLE, BIN_SINGLE):
         return listing, {listing: set()}
     try:
-        places = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(listing)["weight_map"]
         files: dict[Path, set[str]] = {}
         for key, name in sorted(places.items(), key=lambda place: place[1]):
             if Path(name).name != name:
@@ -445,14 +445,18 @@ def _untie(network: nn.Module, name: str) -> None:
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of the model's parameters and buffers; the names of a tied weight get one parameter."""
-    known: dict[int, nn.Parameter] = {}
-    for name, tensor in tensors.items():
-        owner, _, attribute = name.rpartition(".")
-        module = network.get_submodule(owner)
-        if attribute in module._parameters:
-            if id(tensor) not in known:
-                known[id(tensor)] = nn.Parameter(tensor, requires_grad=False)
-            module._parameters[attribute] = known[id(tensor)]
-        else:
-            module._buffers[attribute] = tensor
+    """Put tensors in the place of parameters and buffers, also on the meta device; a tied weight becomes one parameter.
+
+    Args:
+        network: the model, or a part of it.
+        tensors: by name in its state dict, some or all; names with the same tensor share the parameter.
+
+    Raises:
+        RuntimeError: names or shapes that the network does not have.
+    """
+    buffers = {name for name, _ in network.named_buffers()}
+    # load_state_dict takes parameters as they are; of a plain tensor it would make one for each of its names.
+    made = {id(tensor): nn.Parameter(tensor, requires_grad=False) for tensor in tensors.values()}
+    state = {name: tensor if name in buffers else made[id(tensor)] for name, tensor in tensors.items()}
+    if unknown := network.load_state_dict(state, strict=False, assign=True).unexpected_keys:
+        raise RuntimeError(f"{type(network).__name__} has no {listed(unknown)}")

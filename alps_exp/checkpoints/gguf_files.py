@@ -7,17 +7,14 @@ The folder written here is dequantised to float32 (exact), loads in a second, an
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..base.errors import UserError
+from ..base.files import file_sha256, leftovers, lock, remove, replacing
 from .hub import first_line
 
 # Part of the folder's name: raise it whenever `_convert` writes something else than before.
@@ -47,9 +44,7 @@ def _converted(file: Path, size: int, modified: int) -> Path:
         cache = cached_assets_path("alps_exp", namespace="gguf", subfolder="converted")
     except ValueError as error:  # a file where the folder should be
         raise OSError(first_line(error)) from None
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    target = cache / f"{file.stem}-{digest}-{_CONVERSION}"
+    target = cache / f"{file.stem}-{file_sha256(file)[:16]}-{_CONVERSION}"
     return made_once(target, lambda scratch: _convert(file, scratch))
 
 
@@ -59,19 +54,15 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
     Processes that want the same folder wait for the one that makes it; what a killed one left is removed.
     """
     if not target.is_dir():
-        with target.with_name(f"{target.name}.lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with target.with_name(f"{target.name}.lock").open("w") as file:
+            lock(file.fileno(), wait=True)
             if not target.is_dir():
-                scratch = target.with_name(f"unfinished-{target.name}")
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir()
-                try:
+                for leftover in leftovers(target.parent, target.name):
+                    remove(leftover)
+                with replacing(target) as scratch:
+                    scratch.mkdir()
                     make(scratch)
                     open_to_readers(scratch)
-                    scratch.rename(target)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

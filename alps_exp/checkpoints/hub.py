@@ -6,13 +6,13 @@ own retries wait 23 s for each missing file of a machine without network.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.files import read_json
 
 PROBE_SECONDS = 10
 
@@ -133,7 +133,7 @@ def checkpoint_folder(repo: str, revision: str | None, precedence: Sequence[str]
             if (listing := get(name)) is not None:
                 files = set()
                 if name.endswith(".json"):
-                    files = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+                    files = set(read_json(listing)["weight_map"].values())
                 if missing := [file for file in sorted(files) if get(file) is None]:
                     raise UserError(f"model {repo!r} lacks {missing[0]}, which {name} names; {remedy}")
                 return listing.parent

@@ -21,7 +21,6 @@ matrix units want. A general N:M layer is stored as a bitmask.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import UserError
+from ..base.files import read_json, write_json
 from .checkpoint import PACKED as FILE
 from .checkpoint import Entry, has_bin, has_weights, weight_files
 
@@ -179,8 +179,6 @@ def pack_folder(folder: Path) -> dict:
     """
     from safetensors.torch import load_file, save_file
 
-    from ..base.files import write_json
-
     dense = sorted(weight_files(folder)[1]) if has_weights(folder) and not has_bin(folder) else []
     if not dense:
         raise UserError(f"{folder} has no model.safetensors to pack; give a folder that `save_pretrained` wrote")
@@ -260,7 +258,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
     """Files and entries that packed.json names."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / FILE)
         if (found := (content["format"], content["version"])) != (_FORMAT, _VERSION):
             raise UserError(
                 f"{folder / FILE} has format {found[0]!r}, version {found[1]!r}; this alps_exp reads {_FORMAT!r}, "

@@ -6,7 +6,6 @@ A data node (conf/data/*.yaml) says where its calibration and its evaluation tex
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,6 +17,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from ..base.errors import UserError, nearest
+from ..base.files import file_sha256
 from ..base.packages import package_folder
 from ..checkpoints import hub
 
@@ -361,7 +361,6 @@ def _no_text(where: str, column: str, kind: str) -> UserError:
 def _digest(path: Path, setting: str) -> str:
     """The first twelve hexadecimal digits of the SHA-256 sum, which tell later whether a file was the same."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+        return file_sha256(path)[:12]
     except OSError as error:
         raise UserError(f"{setting} cannot be read ({hub.first_line(error)}); check its permissions") from None

@@ -10,10 +10,8 @@ file replaces the data source only, and lm-eval's own command line takes the sam
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from ..base.errors import UserError
+from ..base.files import file_sha256, replacing, sha256
 from ..base.packages import package_folder
 from ..checkpoints.hub import first_line
 from ..data.texts import json_rows, refuse_surrogates
@@ -149,7 +148,9 @@ class FolderSource:
         rows = _read(file)
         if leaf.subject and file.parent.name == leaf.folder:
             rows = [row for row in rows if row.get("subject") == leaf.subject]
-        return Rows(_checked(leaf, split, rows, str(file)), f"{file.parent.name}/{file.name} (sha256 {_digest(file)})")
+        return Rows(
+            _checked(leaf, split, rows, str(file)), f"{file.parent.name}/{file.name} (sha256 {file_sha256(file)[:12]})"
+        )
 
 
 class PackageSource:
@@ -223,7 +224,7 @@ def cached_tasks(leaves: list[Leaf], source: FolderSource | PackageSource) -> tu
 
     collected = _collected(leaves, source)
     content = [[str(leaf.file), [(split, read.source) for split, read in splits.items()]] for leaf, splits in collected]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    key = sha256(json.dumps(content))[:16]
     folder = Path(cached_assets_path("alps_exp", namespace="tasks", subfolder=key))
     return folder, _write(collected, folder)
 
@@ -257,10 +258,8 @@ def _replace(file: Path, text: str) -> None:
     """Write a file as a whole, or leave it alone where it has that text: `datasets` keeps what it made of it."""
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _missing(leaf: Leaf, split: str, source: FolderSource | PackageSource) -> UserError:
@@ -343,8 +342,3 @@ def _hub_row(folder: str, row: dict) -> dict:
     if folder == "boolq" and "label" not in row and "answer" in row:
         return {"question": row["question"], "passage": row["passage"], "label": int(row["answer"])}
     return row
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]

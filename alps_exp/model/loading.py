@@ -7,7 +7,6 @@ package that carries the file) and `trust_remote_code`; conf/model/*.yaml has on
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from transformers import (
 
 from ..base.checks import one_of
 from ..base.errors import UserError
+from ..base.files import sha256
 from ..base.packages import package_folder
 from ..checkpoints import hub, packed
 from ..checkpoints.bin_files import bin_entries, safetensors_folder
@@ -306,7 +306,7 @@ def changed(model: Mapping) -> str:
 
 def _state(folder: Path) -> str:
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in deciding_files(folder)]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    return sha256(repr(stats))[:16]
 
 
 def doubts(model: Mapping, network: PreTrainedModel) -> list[str]:

@@ -11,8 +11,6 @@ finished once both are there and both checksums hold: whatever a kill leaves beh
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import UserError
-from ..base.files import checksum, sync_folder, write_json
+from ..base.files import file_sha256, lock, read_json, replacing, sha256, write_json
 from .rows import FinishedBlock, LayerRow
 
 FOLDER = ".progress"
@@ -136,9 +134,9 @@ class ProgressStore:
             pending.result()
 
     def close(self) -> None:
-        """Let a block that is being written reach the disk, whatever becomes of it.
+        """Wait for the pending write, even after an error.
 
-        Its tensors may be a network's own, which another run restores in place.
+        Its tensors may be the model's own memory, which the next run of the sweep overwrites.
         """
         self._writer.shutdown()
 
@@ -163,13 +161,12 @@ class ProgressStore:
     def _write(self, index: int, tensors: dict[str, Tensor], block: FinishedBlock) -> None:
         shard = self.shard(index)
         write_tensors(shard, tensors)
-        body = {**dataclasses.asdict(block), "shard": checksum(shard)}
+        body = {**dataclasses.asdict(block), "shard": file_sha256(shard)}
         write_json(self.folder / f"{self._name(index)}.json", _sealed(**body))
-        sync_folder(self.folder)
 
     def _load(self, index: int) -> FinishedBlock | None:
         journal, shard = _read(self.folder / f"{self._name(index)}.json"), self.shard(index)
-        if journal is None or not shard.is_file() or checksum(shard) != journal["shard"]:
+        if journal is None or not shard.is_file() or file_sha256(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
         return FinishedBlock(rows, journal["seconds"], journal["sizes"])
@@ -194,7 +191,6 @@ class NoStore:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all, and stays when the power goes."""
-    temporary = path.with_name(f".{path.name}.tmp")
     # Tensors that share their storage with others are refused by safetensors.
     own = {
         name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -205,18 +201,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if tensor.data_ptr() in seen:
             own[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    try:
+    with replacing(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _seal(body: Mapping) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(body, sort_keys=True))
 
 
 def _sealed(**body) -> dict:
@@ -227,7 +217,7 @@ def _sealed(**body) -> dict:
 def _read(path: Path) -> dict | None:
     """A sealed JSON file's content; None where there is none, or where it is not as it was written."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         seal = body.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
@@ -240,29 +230,27 @@ def _shown(value) -> str:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a run's directory for the length of the context; the system lets go of it when the process dies.
+    """Hold a run's directory for the length of the context; when the process dies, the system releases it.
+
+    The directory itself is locked, so that no file is left in it. A file system without locks has none.
 
     Raises:
         HeldError: another process holds it.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock(descriptor) is False:
             raise HeldError(
                 f"another process runs this configuration in {directory}: wait for it, or give another directory with "
                 "hydra.run.dir=DIR"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
     finally:
         os.close(descriptor)
 
 
 def is_held(directory: Path) -> bool:
-    """Whether another process holds the directory just now."""
+    """Whether another process holds the directory now."""
     try:
         with locked(directory):
             return False

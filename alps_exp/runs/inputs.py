@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from ..base.files import file_sha256, sha256
 from ..data import windows
 from ..evaluation import protocol
 from ..model import loading
@@ -23,7 +23,7 @@ def inputs_of(cfg: Mapping) -> dict[str, str]:
     paths = {key: cfg["data"].get(key) for key in ("path", "eval_path")}
     for name in cfg["eval"]["datasets"]:
         if name != cfg["data"]["name"]:
-            found[f"data {name}"] = hashlib.sha256(json.dumps(windows.data_node(name)).encode()).hexdigest()[:16]
+            found[f"data {name}"] = sha256(json.dumps(windows.data_node(name)))[:16]
         paths[name] = protocol.local_path(cfg["eval"], name)
     for key, path in paths.items():
         if path is not None:
@@ -40,5 +40,4 @@ def _checkpoint(model: str, changed: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def _text(file: Path, size: int, modified: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return file_sha256(file)[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..base.files import sha256
 from ..checkpoints.location import local_model
 
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
@@ -30,7 +30,7 @@ def config_hash(cfg: Mapping) -> str:
     """
     kept = _that_decides({key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED})
     content = kept if prunes(cfg) else _evaluated(kept)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(content, sort_keys=True))
 
 
 def canonical(cfg: Mapping) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..base.errors import UserError
-from ..base.files import write_json
+from ..base.files import read_json, write_json
 from ..base.redaction import redacted
 from ..pruning.rows import LayerRow, PruneResult
 
@@ -138,7 +137,7 @@ def load(file: Path) -> dict:
         UserError: it cannot be read, is of a later version's form, or is no record; the file is named.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)
+        value = read_json(file, constant=str)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a readable record ({error}): delete it or run it again") from None
     return checked(value, str(file))

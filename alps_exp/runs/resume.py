@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import UserError
+from ..base.files import leftovers, remove, sha256
 from ..model import loading
 from ..pruning.store import FOLDER, HeldError, ProgressStore, locked
 from .environment import code_version
@@ -37,7 +37,7 @@ def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype
         **_software(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "calibration": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+        "calibration": sha256(tokens.numpy().tobytes())[:16],
         **{f"checkpoint {name}": value for name, value in loading.identity(cfg["model"]).items()},
     }
 
@@ -123,10 +123,8 @@ def prepare(directory: Path, resume: str | bool) -> None:
     """
     if (aside := set_aside(directory)) is not None:
         print(f"alps_exp: warning: {directory / FILE} is no record that can be read: kept as {aside}", file=sys.stderr)
-    for scratch in (*directory.glob(".model-*"), *directory.glob(".team-*")):
-        shutil.rmtree(scratch, ignore_errors=True)
-    for temporary in directory.glob(f".{FILE}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+    for left in (*leftovers(directory, "model"), *leftovers(directory, FILE), *directory.glob(".team-*")):
+        remove(left)
     complete = (find(directory) or {}).get("status") == "complete"
     if complete or resume is False:
         shutil.rmtree(directory / FOLDER, ignore_errors=True)

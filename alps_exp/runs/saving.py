@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..base.errors import UserError
+from ..base.files import replacing, write_json
 from ..base.memory import free_host
 from ..checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, Entry, listed, match, tied_names
 from ..checkpoints.gguf_files import open_to_readers
@@ -58,9 +58,8 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
     free = shutil.disk_usage(directory).free
     if size > free:
         raise UserError(f"saving needs {size / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free: make space")
-    temporary = directory / f".model-{os.getpid()}"
-    temporary.mkdir()
-    try:
+    with replacing(target) as temporary:
+        temporary.mkdir()
         with _stored_as(model, dtype):
             if model.source is None:
                 model.model.save_pretrained(temporary)
@@ -73,11 +72,6 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
         record.warnings += _verify(model, store, temporary, packed, record.config["model"])
         dataclasses.replace(record, status="complete").write(temporary)
         open_to_readers(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -203,8 +197,7 @@ def _assemble(model: BlockModel, store: ProgressStore | None, folder: Path, dtyp
         with safe_open(file, framework="pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
         size += file.stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def _link(source: Path, target: Path) -> None:

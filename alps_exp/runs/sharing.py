@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -12,6 +11,7 @@ import torch
 
 from ..base.checks import require
 from ..base.errors import UserError
+from ..base.files import sha256
 from ..calibration.sharing import AUTO_GB, FOLDER, NoSharing, StatisticsCache
 from ..model import loading
 from ..pruning.job import PruneJob
@@ -53,7 +53,7 @@ def open_cache(
     own = {
         "checkpoint changed": loading.changed(cfg["model"]),
         "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
-        "layers": hashlib.sha256("\n".join(sorted(job.patterns)).encode()).hexdigest()[:16],
+        "layers": sha256("\n".join(sorted(job.patterns)))[:16],
         "threads": str(torch.get_num_threads()),
     }
     identity = {name: value for name, value in same.items() if name != "configuration"} | own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..base.errors import UserError
+from ..base.files import lock, read_json
 from ..pruning.store import HeldError
 
 _LOCK = ".team.lock"
@@ -57,12 +57,12 @@ def prune_together(cfg: Mapping, digest: str, directory: Path, device: torch.dev
     Raises:
         UserError and RuntimeError: of the first process that failed; the others are stopped.
     """
-    with _team_lock(directory) as lock, tempfile.TemporaryDirectory(prefix=".team-", dir=directory) as folder:
+    with _team_lock(directory) as held, tempfile.TemporaryDirectory(prefix=".team-", dir=directory) as folder:
         request = Path(folder) / "request.json"
         asked = {"config": cfg, "config_hash": digest, "directory": str(directory), "device": device.type}
         request.write_text(json.dumps(asked), encoding="utf-8")
         port = _free_port()
-        processes = [_start(request, rank, cfg["devices"], port, lock) for rank in range(cfg["devices"])]
+        processes = [_start(request, rank, cfg["devices"], port, held) for rank in range(cfg["devices"])]
         try:
             return _wait(processes, request.parent)
         finally:
@@ -95,32 +95,25 @@ def _team_lock(directory: Path) -> Iterator[int]:
     descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise HeldError(
-                        f"processes of an earlier attempt are still at work in {directory} (alps_exp.runs.worker): "
-                        "end them"
-                    ) from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
+        while lock(descriptor) is False:
+            if time.monotonic() > deadline:
+                raise HeldError(
+                    f"processes of an earlier attempt are still at work in {directory} (alps_exp.runs.worker): end them"
+                )
+            time.sleep(0.1)
         yield descriptor
         (directory / _LOCK).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
-def _start(request: Path, rank: int, size: int, port: int, lock: int) -> subprocess.Popen:
+def _start(request: Path, rank: int, size: int, port: int, held: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     # The processes find this package where this process has found it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", "alps_exp.runs.worker", str(request), str(os.getpid())]
-    return subprocess.Popen(command, env=environment, pass_fds=[lock])
+    return subprocess.Popen(command, env=environment, pass_fds=[held])
 
 
 def _wait(processes: list[subprocess.Popen], folder: Path) -> int | None:
@@ -147,6 +140,6 @@ def _wait(processes: list[subprocess.Popen], folder: Path) -> int | None:
 
 def _answer(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}

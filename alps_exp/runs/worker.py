@@ -19,8 +19,9 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 def main(request: Path) -> None:
     """Do what the file says: `config`, `config_hash`, `directory`, `device`."""
     from ..base.errors import UserError
+    from ..base.files import read_json
 
-    asked = json.loads(request.read_text(encoding="utf-8"))
+    asked = read_json(request)
     answer = request.with_name(f"answer-{os.environ['RANK']}.json")
     try:
         answer.write_text(json.dumps(_work(asked)), encoding="utf-8")

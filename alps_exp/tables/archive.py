@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.files import read_json, replacing
 from ..runs import record
 from ..runs.record import FILE
 
@@ -77,7 +78,7 @@ def read_sweep(manifest: Path) -> RunSet:
         UserError: a manifest that cannot be read.
     """
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = read_json(manifest)
         runs = [str(run) for run in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is no readable list of a sweep's runs ({error}): start the sweep again") from None
@@ -148,10 +149,8 @@ def write_kept(records: Iterable[dict], path: Path, missing: Iterable[str] = ())
     """Write records into one file, a line of JSON each, and a line for each run without a record."""
     rows = [without_paths(row) for row in records] + [{"status": MISSING, "run": run} for run in missing]
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
 # A slash that begins a word, and all folders up to the last name. Neither URLs nor relative paths begin so.

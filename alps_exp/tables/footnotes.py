@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from ..base.files import sha256
 from .figures import AXES, UNKNOWN, Aggregate, Group, is_dense, measures
 
 _NAMED = 12  # runs that a footnote lists
@@ -60,7 +60,7 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
 def _inputs(record: Mapping) -> str | None:
     """A short digest of the checkpoint and the local texts."""
     inputs = (record.get("environment") or {}).get("inputs")
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8] if inputs else None
+    return sha256(json.dumps(inputs, sort_keys=True))[:8] if inputs else None
 
 
 def _threads(record: Mapping) -> str | None:

@@ -6,13 +6,13 @@ the data, by which tables --check knows them: their bytes depend on matplotlib's
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..base.files import replacing, sha256
 from ..patterns import Unstructured, written
 from . import looks
 from .figures import PHASES, Aggregate, Group, mean_and_std, measures
@@ -64,7 +64,7 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     data = json.dumps([panel.__name__, panels], sort_keys=True)
-    mark = f"alps_exp data {hashlib.sha256(data.encode()).hexdigest()}"
+    mark = f"alps_exp data {sha256(data)}"
     with matplotlib.rc_context({"svg.hashsalt": "alps_exp", "font.size": 9, "hatch.linewidth": 0.6}):
         size = (0.4 + 3.4 * columns + (1.2 if columns == 1 else 0), 0.8 + 2.7 * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -85,7 +85,8 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
         figure.set_layout_engine("none")
         for file in files:
             kept = {"Date": None} if file.suffix == ".svg" else {"Software": None}
-            figure.savefig(file, dpi=130, metadata=kept | {"Description": mark})
+            with replacing(file) as temporary:
+                figure.savefig(temporary, format=file.suffix[1:], dpi=130, metadata=kept | {"Description": mark})
         pyplot.close(figure)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
+from ..base.files import replacing
 from .figures import Aggregate
 from .layout import Cell, Grid
 
@@ -21,7 +22,6 @@ def write(found: Aggregate, grid: Grid, pictures: Sequence[Path], folder: Path, 
 
     csv and parquet hold every metric unrounded, one row per group and metric; Markdown and LaTeX the table.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = found.frame.drop(columns=["better", "shown"])
     contents = {
         "md": markdown(grid, pictures),
@@ -29,9 +29,12 @@ def write(found: Aggregate, grid: Grid, pictures: Sequence[Path], folder: Path, 
         "tex": latex(grid),
     }
     paths = [folder / f"{name}.{suffix}" for suffix in FORMATS]
-    for suffix, content in contents.items():
-        (folder / f"{name}.{suffix}").write_text(content, encoding="utf-8")
-    numbers.to_parquet(folder / f"{name}.parquet", engine="pyarrow", index=False)
+    for path in paths:
+        with replacing(path) as temporary:
+            if path.suffix == ".parquet":
+                numbers.to_parquet(temporary, engine="pyarrow", index=False)
+            else:
+                temporary.write_text(contents[path.suffix[1:]], encoding="utf-8")
     return paths
 
 
