@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..model.blocks import BlockModel
@@ -59,7 +60,8 @@ class Streams:
             beside: the same windows go through the dense model too.
         """
         with naming_the_step("embedding"):
-            states = {name: HiddenStates(model, ids, batch_size, ladder.place, blocks) for name, ids in windows.items()}
+            options = (batch_size, ladder.place, min(blocks, len(model)))
+            states = {name: HiddenStates(model, ids, *options) for name, ids in windows.items()}
             if beside:
                 states |= {f"{DENSE} {name}": stream.copy() for name, stream in states.items()}
         through = frozenset(name for name in states if propagate == DENSE or name.startswith(f"{DENSE} "))
@@ -78,6 +80,11 @@ class Streams:
         return self.states.get(HELD_OUT)
 
     @property
+    def beside(self) -> HiddenStates:
+        """Those of the calibration windows through the dense model."""
+        return self.states[f"{DENSE} {CALIBRATION}"]
+
+    @property
     def place(self) -> str | None:
         """Where they are, "device", "host" or "disk"; None without any."""
         return self.calibration.place if self.states else None
@@ -89,6 +96,27 @@ class Streams:
     def any(self, dense: bool) -> bool:
         """Whether some go through the dense model, or through the pruned one."""
         return bool(self.dense) if dense else bool(self.states.keys() - self.dense)
+
+    def drift(self) -> dict[str, dict[str, float]]:
+        """How far the pruned model's hidden states have come from the dense one's, by stream: of the relative errors
+        ‖h_p - h_d‖² / ‖h_d‖² of all tokens, `mean` and `median` of all but each window's first, and `first` the mean of
+        those. Empty where the dense model does not go beside."""
+        found = {}
+        for name in self.states:
+            if f"{DENSE} {name}" in self.states:
+                errors = self._errors(name)
+                rest = errors[:, 1:] if errors.shape[1] > 1 else errors
+                values = {"mean": rest.mean(), "median": rest.median(), "first": errors[:, 0].mean()}
+                found[name] = {key: float(value) for key, value in values.items()}
+        return found
+
+    def _errors(self, name: str) -> Tensor:
+        pruned, dense, found = self.states[name], self.states[f"{DENSE} {name}"], []
+        for begin, end in pruned.spans():
+            wanted = dense.at(begin, end).float()
+            error = (pruned.at(begin, end).float() - wanted).square().sum(-1)
+            found.append((error / wanted.square().sum(-1).clamp_min(1e-30)).cpu())
+        return torch.cat(found)
 
     def rechunk(self, sizes: Mapping[str, list[int]]) -> None:
         """Forward the windows in the batches of an earlier attempt, where it has left such."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class BlockProblem:
 
     Attributes:
         name: of the block.
-        layers: those to prune by name, in the model's order.
+        linears: the block's linear layers by name, in the model's order.
+        layers: those of them to prune.
+        writers: those of them whose outputs are added to the residual stream, where a target asks for it.
         cached: its statistics were another run's.
     """
 
@@ -54,11 +56,9 @@ class BlockProblem:
         self.model, self.index, self.module = model, index, module
         self.job, self.streams, self.tools = job, streams, tools
         self.name = model.name(index)
-        self.layers = {
-            name: Layer(name, linear)
-            for name, linear in block_linears(module, self.name, job.selection.excluded).items()
-            if name in job.patterns
-        }
+        self.linears = block_linears(module, self.name, job.selection.excluded)
+        self.layers = {name: Layer(name, linear) for name, linear in self.linears.items() if name in job.patterns}
+        self.writers: frozenset[str] = frozenset()
         self.watch = watch
         self.cached = False
         self._sizes: dict[str, list[int]] = {}
@@ -110,9 +110,9 @@ class BlockProblem:
         for found, weight in zip(solved, weights, strict=True):
             found.layer.write(weight)
 
-    def exchange(self) -> None:
-        """Give the other processes of a team the weights that this one has solved, and take theirs."""
-        self.tools.team.exchange({name: layer.module.weight.data for name, layer in self.layers.items()})
+    def exchange(self, names: Sequence[str]) -> None:
+        """Give the other processes of a team the weights of these layers that this one has solved, and take theirs."""
+        self.tools.team.exchange({name: self.layers[name].module.weight.data for name in names})
 
     def finish(self) -> FinishedBlock:
         """Measure the layers, which no stage changes any more, and bring the hidden states behind the block."""
@@ -127,10 +127,11 @@ class BlockProblem:
                 self._sizes |= self.streams.advance(self.index, module, dense=True)
             self._dense = None
         self._sizes |= self.streams.advance(self.index, self.module, dense=False)
+        drift = self.streams.drift()
         self.watch.lap("propagate")
         if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice
             self._tensors = self._own_tensors()
-        return FinishedBlock(rows, self.watch.seconds, self._sizes)
+        return FinishedBlock(rows, self.watch.seconds, self._sizes, drift)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the store is given of a finished block, in host memory; nothing in a process that does not write."""

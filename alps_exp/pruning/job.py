@@ -14,6 +14,7 @@ from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
 
 PROPAGATE = ("pruned", "dense")
+CAPTURE = ("auto", "block", "groups")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class PruneJob:
         held_out: (windows, seqlen) other windows, on which every layer's loss is measured too.
         quiet: no progress.
         target: what the layers are fitted to.
+        capture: "block" collects the inputs of all of a block's layers before any of them is pruned; "groups" those of
+            one group of layers after the other, each behind the pruned ones before it; "auto" groups where the target
+            compares with the dense model, otherwise the block.
     """
 
     solver: Solver
@@ -43,8 +47,15 @@ class PruneJob:
     held_out: Tensor | None = None
     quiet: bool = False
     target: Target = field(default_factory=LayerTarget)
+    capture: str = "auto"
+
+    @property
+    def in_order(self) -> bool:
+        """Whether groups of layers are captured one after the other."""
+        return self.capture == "groups" or (self.capture == "auto" and self.target.beside)
 
     @property
     def statistics(self) -> Statistics:
         """What is collected of the layers' inputs."""
-        return self.solver.statistics | (Statistics.GRAM if self.losses else Statistics.NONE)
+        measured = Statistics.GRAM if self.losses or self.target.beside else Statistics.NONE
+        return self.solver.statistics | measured

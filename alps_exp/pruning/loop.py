@@ -98,7 +98,9 @@ def _open(model: BlockModel, job: PruneJob, tools: Tools) -> Streams:
         return Streams(model, tools.ladder)
     windows = {CALIBRATION: tools.team.windows(job.tokens)}
     windows |= {HELD_OUT: job.held_out} if job.held_out is not None else {}
-    return Streams.open(model, windows, job.batch_size, last + 1, tools.ladder, job.propagate, job.target.beside)
+    # Beside the dense model, windows go through the last block too, to tell how far the two have come apart.
+    blocks, beside = last + 1 + job.target.beside, job.target.beside
+    return Streams.open(model, windows, job.batch_size, blocks, tools.ladder, job.propagate, beside)
 
 
 def _replay(model: BlockModel, index: int, done: FinishedBlock, streams: Streams, tools: Tools) -> None:

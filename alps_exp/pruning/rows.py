@@ -28,6 +28,8 @@ class LayerRow:
         tokens: calibration tokens that the layer saw.
         dead_inputs: inputs that were zero on all of them.
         stats: what else the solver reports.
+        target: what it was fitted to.
+        target_loss: ‖X(T - Ŵ)ᵀ‖² / ‖XTᵀ‖² of the written weight, where another weight T than the dense one was fitted.
     """
 
     name: str
@@ -46,6 +48,8 @@ class LayerRow:
     dead_inputs: int
     stats: dict
     held_out_loss: float | None = None
+    target: str = "layer"
+    target_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class FinishedBlock:
         seconds: wall time by phase.
         sizes: windows of each forward through it by the name of the stream, by which its output is made again; empty
             without forwards.
+        drift: of its output from the dense model's, by stream (`Streams.drift`); empty where that does not go beside.
     """
 
     rows: list[LayerRow]
     seconds: dict[str, float]
     sizes: dict[str, list[int]] = field(default_factory=dict)
+    drift: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +82,7 @@ class PruneResult:
         hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
         cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
         block_weights: all parameters of the decoder blocks, pruned or not.
+        drift: of each block's output from the dense model's, where that goes beside.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
@@ -85,11 +92,13 @@ class PruneResult:
     hidden_states: str | None = None
     cached_blocks: list[int] = field(default_factory=list)
     block_weights: int = 0
+    drift: list[dict[str, dict[str, float]]] = field(default_factory=list)
 
     def add(self, done: FinishedBlock) -> None:
         """Account for a finished block."""
         self.layers += done.rows
         self.block_seconds.append(sum(done.seconds.values()))
+        self.drift += [done.drift] if done.drift else []
         self.add_seconds(done.seconds)
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:

@@ -28,6 +28,7 @@ class Solved:
     Attributes:
         layer: where its weight lies.
         problem: its dense weight and its inputs.
+        posed: the problem that was solved, with the target's weight.
         pattern: what was asked.
         solution: what the solver found.
         seconds: that it took; layers solved together share their time equally.
@@ -35,6 +36,7 @@ class Solved:
 
     layer: Layer
     problem: LayerProblem
+    posed: LayerProblem
     pattern: Pattern
     solution: Solution
     seconds: float
@@ -60,14 +62,15 @@ def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solv
     patterns = [job.patterns[layer.name] for layer in layers]
     watch = Stopwatch(problems[0].weight.device)
     try:
-        solutions = job.solver.solve_group([job.target.posed(problem) for problem in problems], patterns)
+        posed = [job.target.posed(problem) for problem in problems]
+        solutions = job.solver.solve_group(posed, patterns)
     except torch.linalg.LinAlgError as error:
         raise UserError(
             f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
             "(nsamples) or more damping (method.damping)"
         ) from None
     seconds = watch.lap("solve") / len(problems)
-    found = zip(layers, problems, patterns, solutions, strict=True)
+    found = zip(layers, problems, posed, patterns, solutions, strict=True)
     return [Solved(*parts, seconds) for parts in found]
 
 
@@ -92,6 +95,8 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
     with full_precision():
         loss = problem.relative_loss(weight) if problem.gram is not None else None
         held_out = problem.held_out_loss(weight)
+        other = solved.posed is not problem
+        target_loss = solved.posed.relative_loss(weight) if other else None
     if loss is not None and not math.isfinite(loss):
         raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
     return LayerRow(
@@ -111,4 +116,6 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
         tokens=problem.tokens,
         dead_inputs=int(problem.dead.sum()),
         stats=dict(solution.stats),
+        target="stream" if other else "layer",
+        target_loss=target_loss,
     )

@@ -169,7 +169,7 @@ class ProgressStore:
         if journal is None or not shard.is_file() or file_sha256(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
-        return FinishedBlock(rows, journal["seconds"], journal["sizes"])
+        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal["drift"])
 
 
 class NoStore:

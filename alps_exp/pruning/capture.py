@@ -1,0 +1,228 @@
+"""What a block's layers are fed, collected group by group, under the measures against lack of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import UserError
+from ..calibration.capture import Accumulator, Collector, Enough, Group
+from ..calibration.ladder import naming_the_step
+from ..layer.inputs import Inputs, Statistics
+from ..layer.problem import LayerProblem
+from ..model.residual import Addition, Additions
+from ..numerics.precision import full_precision
+from .block import BlockProblem
+
+
+def order(block: BlockProblem) -> list[list[str]]:
+    """The layers to prune as they are called, those that share an input together; found with one window.
+
+    Also finds which of them write to the residual stream (`block.writers`), where the target asks for it.
+
+    Raises:
+        UserError: the target asks, and none does.
+    """
+    hidden = block.streams.calibration.at(0, 1)
+    collector = Collector({name: layer.module for name, layer in block.layers.items()}, Statistics.NONE)
+    collector.begin(hidden)
+    try:
+        with naming_the_step(block.name), Additions(block.module, block.linears, hidden) as additions:
+            block.forward(hidden)
+    finally:
+        collector.remove()
+    if block.job.target.beside:
+        if not additions.found:
+            raise UserError(
+                f"{block.name}: no layer is seen to add its output to the hidden states, which target=stream needs: "
+                "give target=layer"
+            )
+        block.writers = frozenset(additions.found)
+    collector.finish()
+    return collector.order()
+
+
+def capture(block: BlockProblem, names: Sequence[str]) -> list[Group]:
+    """The groups of layers that share an input, with what is known of it: those that this process solves.
+
+    Args:
+        block: the block.
+        names: of the layers.
+    """
+    tools = block.tools
+    if not block.job.statistics:
+        return _own(block, [([name], None) for name in names])
+    if (groups := _from_others(block)) is not None:
+        return thriftily(block, groups)
+    while (groups := _collect(block, names)) is None:
+        if tools.team.size > 1:
+            raise UserError(
+                f"{block.name}: its statistics do not fit on each of {tools.team.size} devices: run on "
+                "one (devices=1), which takes smaller steps then"
+            )
+        tools.ladder.for_statistics(block.name, block.streams.states, len(names))
+    if not tools.ladder.notes:
+        tools.sharing.keep(block.index, groups)
+    return groups
+
+
+def _from_others(block: BlockProblem) -> list[Group] | None:
+    """The block's groups as an earlier run has collected them; None without such, where windows have come."""
+    sharing, needed = block.tools.sharing, not block.streams.reach(block.index)
+    try:
+        groups = sharing.load(block.index, block.model.device, needed)
+    except torch.OutOfMemoryError:  # each group visits the device when its layers are solved
+        groups = sharing.load(block.index, torch.device("cpu"), needed)
+    block.cached = groups is not None
+    return groups
+
+
+def _collect(block: BlockProblem, names: Sequence[str]) -> list[Group] | None:
+    """None when the device's memory does not suffice."""
+    groups: list[Group] = []
+    needed = block.tools.sharing.collected(block.index, block.job.statistics)
+    step = -(-len(names) // block.tools.ladder.passes)
+    for begin in range(0, len(names), step):
+        collector = Collector({name: block.layers[name].module for name in names[begin : begin + step]}, needed)
+        try:
+            for first, last in block.streams.calibration.spans():
+                _forward(block, collector, first, last)
+            own = _own(block, collector.finish())
+            groups += thriftily(block, _with_held_out(block, own))
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            collector.remove()
+    return groups
+
+
+class _Watch:
+    """Hooks on writers that keep their last input, and watch what their outputs are added to, during one forward.
+
+    Args:
+        block: the block.
+        writers: names of layers.
+        hidden: what it is called with.
+    """
+
+    def __init__(self, block: BlockProblem, writers: Sequence[str], hidden: Tensor) -> None:
+        self._modules = {name: block.layers[name].module for name in writers}
+        self.inputs: dict[str, Tensor] = {}
+        self.additions = Additions(block.module, block.linears, hidden, writers, self._end)
+
+    def __enter__(self) -> _Watch:
+        self._stack = ExitStack()
+        for name, module in self._modules.items():
+            handle = module.register_forward_pre_hook(self._keep(name), with_kwargs=True)
+            self._stack.callback(handle.remove)
+        self._stack.enter_context(self.additions)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def _keep(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.inputs[name] = args[0] if args else kwargs["input"]
+
+        return hook
+
+    @staticmethod
+    def _end() -> None:
+        raise Enough
+
+
+def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -> None:
+    """One batch of windows, by the numbers of the first and behind the last, through the block as far as it is needed;
+    where a target compares with the dense model, through the dense block too."""
+    hidden = block.streams.calibration.at(first, last)
+    writers = [name for name in collector.names if name in block.writers]
+    collector.begin(hidden, ending=not writers)
+    if not writers:
+        with suppress(Enough):
+            block.forward(hidden)
+        return
+    beside = block.streams.beside.at(first, last)
+    collector.resting = True
+    with block.dense(), suppress(Enough), _Watch(block, writers, beside) as dense:
+        block.forward(beside)
+    collector.resting = False
+    with suppress(Enough), _Watch(block, writers, hidden) as pruned:
+        block.forward(hidden)
+    for name in writers:
+        weight = block.layers[name].weight
+        x = pruned.inputs[name]
+        one, other = (watch.additions.found[name] for watch in (dense, pruned))
+        wanted = torch.nn.functional.linear(dense.inputs[name] - x, weight)
+        collector.of(name).correct(wanted + _error(one, other).reshape(wanted.shape), x)
+
+
+def _error(dense: Addition, pruned: Addition) -> Tensor:
+    """h_d - h_p in units of the writer's output: without what that is multiplied by in the pruned model.
+
+    Where a norm lets next to nothing through, it asks for nothing.
+    """
+    error = dense.stream - pruned.stream
+    if not isinstance(pruned.factor, Tensor):
+        return error / pruned.factor if pruned.factor != 1.0 else error
+    factor = pruned.factor.reshape(error.shape)
+    passing = torch.isfinite(factor) & (factor.abs() > 1e-3 * factor.abs().nanmean())
+    return torch.where(passing, error / factor, 0).to(error.dtype)
+
+
+def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
+    """The same groups with the Gram matrix of the held-out windows, where there are such."""
+    if block.streams.held_out is None:
+        return groups
+    leaders = {names[0]: block.layers[names[0]].module for names, _ in groups}
+    collector = Collector(leaders, Statistics.GRAM)
+    try:
+        for batch in block.streams.held_out:
+            collector.begin(batch, ending=True)
+            with suppress(Enough):
+                block.forward(batch)
+        grams = {names[0]: sums.inputs(names[0]).gram for names, sums in collector.finish()}
+    finally:
+        collector.remove()
+    return [Group(names, inputs.replaced(held_out=grams[names[0]])) for names, inputs in groups]
+
+
+def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | None]]) -> list[Group]:
+    """The groups that this process solves: of a team its part, with the sums of all."""
+    team, solver = block.tools.team, block.job.solver
+    costs = [sum(1 + solver.flops(*block.layers[name].shape) for name in names) for names, _ in groups]
+    own = team.divide(groups, costs, solver.parts())
+    found = [
+        Group(names, sums.inputs(names[0]) if sums is not None else Inputs(name=names[0]))
+        for names, sums in (groups[index] for index in own)
+    ]
+    if team.heavy in own:
+        place = own.index(team.heavy)
+        inputs = found[place].inputs
+        found[place] = found[place]._replace(inputs=inputs.replaced(elsewhere=team.elsewhere(inputs.gram)))
+    elif team.heavy is not None:
+        _help(block, *groups[team.heavy])
+    return found
+
+
+def _help(block: BlockProblem, names: list[str], sums: Accumulator) -> None:
+    """Make this process's share of the work on another's group before its own groups."""
+    team = block.tools.team
+    if team.share:
+        inputs = sums.inputs(names[0])
+        problem = LayerProblem(inputs.gram.new_zeros(1, inputs.width), inputs, names[0])
+        with full_precision():
+            team.hand_over(block.job.solver.make_parts(problem, team.share), names)
+
+
+def thriftily(block: BlockProblem, groups: Sequence[Group]) -> list[Group]:
+    """The same groups, as the measures against lack of memory have them: in host memory, layers one by one."""
+    ladder = block.tools.ladder
+    if ladder.statistics_on_host:
+        groups = [Group(names, inputs.to(torch.device("cpu"))) for names, inputs in groups]
+    if ladder.one_by_one:
+        groups = [Group([name], inputs) for names, inputs in groups for name in names]
+    return list(groups)
