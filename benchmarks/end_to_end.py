@@ -1,6 +1,6 @@
 """Time and memory of pruning a whole model, measured on some blocks with random weights: one JSON line per method.
 
-    python benchmarks/end_to_end.py --shape opt-13b --blocks 4 --methods alps,sparsegpt
+    python benchmarks/end_to_end.py --shape opt-13b --blocks 4 --methods alps,alps+stream,sparsegpt
     torchrun --nproc-per-node 2 benchmarks/end_to_end.py --shape opt-13b --blocks 4      (a GPU for each process)
 
 Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.layer.registry import solver
+from alps_exp.methods.target import LayerTarget, StreamTarget
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
@@ -74,7 +75,9 @@ def measure(
     torch.manual_seed(1)  # the processes of a team draw the same tokens
     tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen))
     patterns = selection.patterns_for(linear_shapes(network, selection), pattern)
-    job = PruneJob(solver(method), patterns, selection, tokens, options.batch_size, quiet=True)
+    target = {"layer": LayerTarget, "stream": StreamTarget}[method.partition("+")[2] or "layer"]()
+    chosen = solver(method.partition("+")[0])
+    job = PruneJob(chosen, patterns, selection, tokens, options.batch_size, quiet=True, target=target)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -114,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="opt-125m", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=2, help="blocks to measure")
-    parser.add_argument("--methods", default="alps")
+    parser.add_argument("--methods", default="alps", help="METHOD or METHOD+stream (target=stream), several by commas")
     parser.add_argument("--sparsity", default="0.7")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
