@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter; this must be set before transformers imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import tiny_models
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
