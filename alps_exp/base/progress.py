@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,17 +18,14 @@ class Progress:
     Args:
         items: the work.
         label: what it is.
-        total: number of items, len(items) by default.
         lines: at most this many plain lines when standard error is not a terminal.
         quiet: show nothing.
     """
 
-    def __init__(
-        self, items: Iterable[T], label: str, total: int | None = None, lines: int = 10, quiet: bool = False
-    ) -> None:
+    def __init__(self, items: Collection[T], label: str, lines: int = 10, quiet: bool = False) -> None:
         self._items = items
         self._label = label
-        self._total = len(items) if total is None else total
+        self._total = len(items)
         self._every = max(1, -(-self._total // max(lines, 1)))
         self._quiet = quiet
         self._bar = None

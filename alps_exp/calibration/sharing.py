@@ -1,15 +1,15 @@
-"""Statistics of calibration inputs on disk, for the other runs of a sweep whose inputs are the same.
+"""Statistics of calibration inputs on disk, shared by the runs of a sweep that have the same inputs.
 
-The first block's inputs are the same whatever the method and the sparsity, those of all blocks with propagate=dense.
+Runs share the inputs of the first block whatever their method and sparsity; with propagate=dense, those of all blocks.
 
     RUNS/.statistics/DIGEST/identity.json              what these statistics are of, by name
     RUNS/.statistics/DIGEST/block-00003.safetensors    the sums of one block, a group of layers after the other
 
-RUNS is the folder of the runs' directories, and DIGEST that of everything that decides the numbers: checkpoint, code,
-versions, device, dtype, tokens, windows per forward, and the layers that are pruned. A file appears whole (written
-under another name, flushed to the disk, renamed) and carries a checksum over its set, its block and all that it holds:
-one that does not hold is as good as none, and its block is collected again. A process that uses a set holds a shared
-lock on its folder; sets that nobody holds make room for others, least recently used first.
+RUNS is the folder of the runs' directories. DIGEST covers everything that decides the numbers: checkpoint, code,
+versions, device, dtype, tokens, windows per forward, and the layers that are pruned. Files appear whole
+(`base.files.replacing`) and carry a checksum over their set, their block and their content. A file whose checksum is
+wrong is ignored, and its block is collected again. A process that uses a set holds a shared lock on its folder. Sets
+without a lock are removed when room is needed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ class StatisticsCache:
             raise
 
     def close(self) -> None:
-        """Let go of the set."""
+        """Release the set's lock."""
         os.close(self._descriptor)
 
     def holds(self, index: int) -> bool:
-        """Whether all that the run needs of a block's inputs is here, as it was written."""
+        """Whether everything that the run needs of a block's inputs is stored and undamaged."""
         if index and not self._dense:
             return False
         try:
@@ -116,7 +116,7 @@ class StatisticsCache:
         return self._fields <= self._whole[index][3]
 
     def load(self, index: int, device: torch.device, needed: bool = False) -> list[Group] | None:
-        """A block's groups of layers with what the run needs of their inputs; None where it is not here.
+        """A block's groups of layers with the statistics that the run needs; None if they are not stored.
 
         Args:
             index: the block.
@@ -141,7 +141,7 @@ class StatisticsCache:
         ]
 
     def collected(self, index: int, needed: Statistics) -> Statistics:
-        """What to collect of a block: beside a Gram matrix that is kept also the moments, which cost little then."""
+        """What to collect of a block. With a Gram matrix that is kept also the moments, which then cost little more."""
         kept = Statistics.GRAM in self._needed and (self._dense or index == 0) and not self.notes
         return Statistics.ALL if kept else needed
 
@@ -162,7 +162,7 @@ class StatisticsCache:
         return self._folder / f"block-{index:05d}.safetensors"
 
     def _make_room(self, size: int) -> bool:
-        """Remove sets that nobody uses, least recently used first, until `size` bytes fit."""
+        """Remove unused sets, the least recently used first, until `size` bytes fit; whether they do."""
         if size > self._limit:
             self.notes.append(
                 f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
@@ -199,7 +199,7 @@ def _fields(needed: Statistics) -> set[str]:
 
 
 def _hold(folder: Path) -> int:
-    """A descriptor with a shared lock on the folder, which is made if need be; leftovers of killed writers are removed.
+    """Make the folder if need be, remove what killed writers left, and return a descriptor with a shared lock on it.
 
     Raises:
         OSError: a file system without locks, no permission, or something in the folder's place that is none.
@@ -233,7 +233,7 @@ def _hold(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> int:
-    """Remove a set unless a process uses it; how many bytes that has freed."""
+    """Remove a set unless a process uses it; return the number of bytes freed."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Hands the runs of a sweep to Hydra's launcher, and finds out what became of them, whatever became of its workers."""
+"""Gives the runs of a sweep to Hydra's launcher and finds out how each ended, even if a worker process died."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 2.0  # seconds between two looks at runs that other processes hold
 
 
 class Cell(Protocol):
-    """What is launched: its directory (of the run's name), and its overrides without Hydra's own."""
+    """A run to launch: its directory, which has the run's name, and its overrides without Hydra's own."""
 
     directory: Path
     words: list[str]
@@ -30,15 +30,15 @@ class Cell(Protocol):
 def launch(
     app: Any, config_name: str, words: list[str], job: SweepJob, cells: Sequence[Cell], deadline: float | None
 ) -> list[Outcome]:
-    """Run cells by the launcher that `words` choose; those that other processes hold are waited for.
+    """Run cells with the launcher that `words` choose, and wait for those that other processes are running.
 
     Args:
         app: Hydra, set up.
         config_name: the root file.
         words: the sweep's overrides, prepared.
-        job: what to run.
-        cells: where.
-        deadline: seconds since the epoch, when waiting ends.
+        job: what runs one cell.
+        cells: the runs.
+        deadline: when waiting ends, in seconds since the epoch.
 
     Raises:
         Exception: the launcher fails before any run has begun.
@@ -77,7 +77,7 @@ def launch(
 
 
 def _wait(held: Sequence[Cell], deadline: float | None) -> list[Cell]:
-    """Those of the cells that no other process holds any more, once there are some; none when time is up."""
+    """Wait until other processes have released some of the cells, and return these; none when the time is up."""
     told = False
     while not (free := [cell for cell in held if not is_held(cell.directory)]):
         if deadline is not None and time.time() > deadline:
@@ -90,9 +90,9 @@ def _wait(held: Sequence[Cell], deadline: float | None) -> list[Cell]:
 
 
 def _outlive(start: Callable[[Sequence[Cell]], list[Outcome]], cells: Sequence[Cell]) -> list[Outcome]:
-    """Run cells by workers that may die, which most launchers answer by giving up all that is left.
+    """Run cells in workers that may die. Most launchers then abandon the remaining cells; here they are started again.
 
-    Runs that were cut are repeated one at a time: the one that kills its worker is found, and costs no other run.
+    Runs that were cut off are repeated one at a time, so that a run that kills its worker costs no other run.
     """
     outcomes, alone, rest = [], [], list(cells)
     while rest:
@@ -121,11 +121,10 @@ def _outlive(start: Callable[[Sequence[Cell]], list[Outcome]], cells: Sequence[C
 
 
 def _state(cell: Cell, before: tuple | None) -> Outcome | str | None:
-    """What became of a cell where its launcher does not say: None if nothing did, "cut" if it was begun and its process
-    is gone.
+    """How a cell ended whose launcher failed: None if it was not begun, "cut" if its process is gone.
 
     Args:
-        cell: which.
+        cell: the run.
         before: `mark` of its record when it was given to the launcher.
     """
     name = cell.directory.name
@@ -145,7 +144,7 @@ def _state(cell: Cell, before: tuple | None) -> Outcome | str | None:
 
 
 def _dead(cell: Cell, error: Exception) -> Outcome:
-    """A run whose process ended without a word, which its record now says for it."""
+    """The outcome of a run whose process ended without reporting; its record is marked as failed."""
     reason = describe_error(error)
     with suppress(OSError, HeldError), locked(cell.directory):
         record = find(cell.directory)

@@ -1,7 +1,7 @@
-"""A sweep: which runs its words ask for, which of them are still to be made, and what to say in the end.
+"""A sweep: which runs the command line asks for, which are still to be made, and what is printed at the end.
 
-A sweep is its runs' directories: whatever has a complete record there is left out, whatever was cut goes on, and
-several processes may work on one sweep at once.
+The state of a sweep is the directories of its runs: a run with a complete record is skipped, an interrupted one
+continues, and several processes may work on one sweep at once.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _status(directory: Path) -> str | None:
 
 
 def _sweep_name(words: Sequence[str]) -> str | None:
-    """The sweep's file that the words name."""
+    """The name of the sweep's file among the overrides; None without one."""
     for override in OverridesParser.create().parse_overrides(list(words)):
         if override.key_or_group == "sweeps":
             names = override.value() if isinstance(override.value(), list) else [override.value()]
@@ -211,13 +211,13 @@ def _sweep_name(words: Sequence[str]) -> str | None:
 
 
 def _table_node(runs: Sequence[Cell]) -> dict | None:
-    """The table node of a sweep's file that is not this package's own; those of the package are read from it."""
+    """The `table:` node of a user's sweep file; None for the package's own sweeps, whose files are read later."""
     node = runs[0].cfg.get("table")
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _write_manifest(name: str, given: Sequence[str], runs: Sequence[Cell]) -> None:
-    """Note beside the runs which of them a sweep's file asks for."""
+    """Write NAME.sweep.json beside the runs: which runs belong to the sweep."""
     from ..base.files import write_json
 
     content = {"sweep": name, "words": list(given), "runs": [cell.directory.name for cell in runs]}

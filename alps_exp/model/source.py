@@ -1,4 +1,4 @@
-"""Decoder blocks read from files when they are needed, the next one while the current one is solved."""
+"""Reads decoder blocks from files when they are needed, the next one while the current one is solved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StreamedBlocks:
 
         Args:
             index: the block.
-            dense: those of the checkpoint although it was pruned already.
+            dense: read the checkpoint's weights even if the block has been pruned.
         """
         if dense and index in self._shards:
             return self._read(index, None)
@@ -48,13 +48,13 @@ class StreamedBlocks:
         return future.result() if future is not None else self._read(index, self._shards.get(index))
 
     def prefetch(self, index: int) -> None:
-        """Begin to read a block in the background; nothing beyond the last one, or for one that is on its way."""
+        """Start reading a block in the background, unless it is being read or there is none of this number."""
         if index < len(self._names) and index not in self._ahead:
             self._ahead.clear()
             self._ahead[index] = self._reader.submit(self._read, index, self._shards.get(index))
 
     def replace(self, index: int, shard: Path) -> None:
-        """From now on take this block from a file of its own."""
+        """From now on read this block from `shard`."""
         self._shards[index] = shard
         self._ahead.pop(index, None)
 
@@ -68,12 +68,12 @@ class StreamedBlocks:
 
 
 def _copied(tensor: Tensor, pin: bool) -> Tensor:
-    """Out of the mapped file: its pages would stay with the process, and it may be replaced."""
+    """A copy in memory: the pages of a mapped file count as the process's, and the file may be replaced."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
 
 
 def open_streamed(network: nn.Module, checkpoint: Checkpoint, what: str, pin: bool) -> StreamedBlocks:
-    """Read what lies outside the blocks into a skeleton, and hand back the source of its blocks.
+    """Load the weights outside the blocks into a skeleton, and return the source of its blocks.
 
     Args:
         network: a skeleton in the dtype to run in; its parameters outside the blocks are loaded (host memory).

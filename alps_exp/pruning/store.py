@@ -1,11 +1,11 @@
-"""What a run has finished, on disk: per block a shard with its weights and a journal with its rows.
+"""The finished blocks of a run on disk: for each a shard with its weights and a journal with its rows.
 
     DIR/.progress/run.json                   what the blocks belong to: configuration, code, versions, checkpoint
     DIR/.progress/block-00003.safetensors    all weights of a block, pruned
     DIR/.progress/block-00003.json           its rows and seconds, the shard's checksum, and a checksum of its own
 
-A file appears whole (written under another name, flushed to the disk, renamed), the journal after its shard. A block is
-finished once both are there and both checksums hold: whatever a kill leaves behind is made again.
+Files appear whole (`base.files.replacing`), the journal after its shard. A block counts as finished if both exist and
+both checksums hold; anything else that a killed run leaves is removed and computed again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ProgressStore:
         self._pending: Future | None = None
 
     def differences(self) -> list[str]:
-        """What an earlier attempt's identity has different from this one's, in words; empty without one."""
+        """How this run's identity differs from that of an earlier attempt, one text per entry; empty without one."""
         earlier = (_read(self.folder / "run.json") or {}).get("identity")
         if earlier is None:
             return []
