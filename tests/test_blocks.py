@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
+from tiny import load
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import alps_exp
 from alps_exp.base.errors import UserError
@@ -15,10 +15,6 @@ from alps_exp.model.structure import block_linears, find_blocks
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 CPU = torch.device("cpu")
-
-
-def load(folder) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.fixture(params=FAMILIES)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from tiny import load
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import alps_exp
 from alps_exp.base.errors import UserError
@@ -17,10 +17,6 @@ from alps_exp.model.structure import block_linears, find_blocks
 from alps_exp.runs import run as runs
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
-
-
-def load(folder) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def tokens(windows: int = 6, seqlen: int = 64) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import execute, weights
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
@@ -21,10 +22,6 @@ def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
     text = shutil.copy(text_file, tmp_path / "text.txt")
     words = ["model=local", f"model.path={model}", "data=local", f"data.path={text}", "nsamples=6", "seqlen=48"]
     return [*words, "eval.windows=3", "eval.sample_tokens=2", "device=cpu", "save=true", "batch_size=2"]
-
-
-def execute(settings: list[str], folder: Path, *more: str) -> dict:
-    return runs.run(compose([*settings, *more]), folder)
 
 
 class Failure(RuntimeError):
@@ -43,12 +40,6 @@ def fail_at(monkeypatch, name: str, when: int) -> list[str]:
 
     monkeypatch.setattr(stages, name, failing)
     return solved
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor for file in (folder / "model").glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
 
 
 def interrupted(settings, folder, monkeypatch, *more: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import execute
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp.base.errors import UserError
@@ -28,10 +29,6 @@ def settings(tiny_llama: Path, text_file: Path) -> list[str]:
         "eval.sample_tokens=4",
         "device=cpu",
     ]
-
-
-def execute(settings: list[str], folder: Path, *more: str) -> dict:
-    return runs.run(compose([*settings, *more]), folder)
 
 
 def test_record_of_a_run(settings, tmp_path, capsys):

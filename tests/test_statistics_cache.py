@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_thrift import out_of_memory
+from tiny import execute, weights
 
 from alps_exp.base.errors import UserError
 from alps_exp.calibration import sharing, streams
@@ -33,16 +34,6 @@ def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
     model = shutil.copytree(tiny_gemma3, tmp_path / "gemma")
     words = ["model=local", f"model.path={model}", "data=local", f"data.path={text_file}", "nsamples=6", "seqlen=48"]
     return [*words, "eval=none", "device=cpu", "batch_size=2", "statistics_cache=1"]
-
-
-def execute(settings: list[str], folder: Path, *more: str, workspace: Workspace | None = None) -> dict:
-    return runs.run(compose([*settings, *more]), folder, workspace)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor for file in (folder / "model").glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
 
 
 def sets(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import torch
 from helpers import planted, planted_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from tiny import execute
 
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.capture import Accumulator
@@ -43,10 +44,6 @@ def settings(tiny_llama: Path, text_file: Path) -> list[str]:
         "device=cpu",
         "method=sparsegpt",
     ]
-
-
-def execute(settings: list[str], folder: Path, *more: str) -> dict:
-    return runs.run(compose([*settings, *more]), folder)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny import load
 
 import alps_exp
 from alps_exp.allocation.prunable import linear_shapes
@@ -24,10 +24,6 @@ CPU = torch.device("cpu")
 
 def tokens(windows: int = 6) -> torch.Tensor:
     return torch.randint(3, 384, (windows, 48), generator=torch.Generator().manual_seed(0))
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def out_of_memory(monkeypatch, owner, name: str, when) -> None:
