@@ -133,7 +133,7 @@ def prune_model(
     from .model.loading import context_length
     from .pruning.job import PROPAGATE, PruneJob
     from .pruning.loop import prune_blocks
-    from .runs.environment import environment, peak_memory
+    from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
@@ -212,7 +212,7 @@ def load_packed(folder: str | Path):
         UserError: not a packed folder, or one that is damaged.
     """
     from .checkpoints.packed import FILE, is_packed
-    from .model.loading import load_model
+    from .model.loading import load_model, resolve
 
     path = Path(folder).expanduser()
     if not is_packed(path):
@@ -220,4 +220,4 @@ def load_packed(folder: str | Path):
             f"{folder} has no {FILE}: give a folder that save=packed wrote; a dense one is loaded by "
             "AutoModelForCausalLM.from_pretrained"
         )
-    return load_model({"name": "local", "path": str(path)})
+    return load_model(resolve({"name": "local", "path": str(path)}))

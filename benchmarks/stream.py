@@ -29,16 +29,16 @@ from alps_exp.allocation.selection import Selection
 from alps_exp.checkpoints.checkpoint import INDEX
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.layer.registry import solver
-from alps_exp.model import loading as models
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import PLACES
+from alps_exp.model.loading import load_streamed, resolve, skeleton
 from alps_exp.model.structure import find_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.store import ProgressStore
 from alps_exp.pruning.tools import Tools
-from alps_exp.runs.environment import peak_memory
+from alps_exp.runs.provenance import peak_memory
 
 SHAPES = {**SHAPES, "tiny": _opt(64, 4, 12)}
 
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, shape: str, blocks: int, dtype: torch.dtype, 
     config.architectures = ["OPTForCausalLM" if config.model_type == "opt" else "LlamaForCausalLM"]
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    network = models.skeleton(config, dtype)
+    network = skeleton(config, dtype)
     prefix, _ = find_blocks(network)
     files: dict[str, list[str]] = {}
     for name in network.state_dict():
@@ -91,7 +91,9 @@ def measure(options: argparse.Namespace, checkpoint: Path, device: torch.device)
     """Prune the streamed checkpoint and describe the cost."""
     dtype = getattr(torch, options.dtype)
     start = time.perf_counter()
-    network, source = models.load_streamed({"name": "local", "path": str(checkpoint)}, dtype, pin=device.type == "cuda")
+    network, source = load_streamed(
+        resolve({"name": "local", "path": str(checkpoint)}), dtype, pin=device.type == "cuda"
+    )
     waited = _time_reading(source)
     model = BlockModel(
         network, device, source=source, hidden_states=options.hidden_states, scratch=Path(options.folder)

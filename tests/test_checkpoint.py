@@ -8,7 +8,6 @@ from pathlib import Path
 import fake_hub
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
@@ -20,9 +19,10 @@ from alps_exp.cli import cell
 from alps_exp.cli.overrides import compose
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
-from alps_exp.runs import naming, saving
 from alps_exp.runs import run as runs
-from alps_exp.runs.inputs import inputs_of
+from alps_exp.runs import saving
+from alps_exp.runs.provenance import inputs_of
+from alps_exp.runs.settings import resolve
 
 FORMS = {"whole": ["stream=false"], "streamed": ["stream=true"], "packed": ["stream=true", "save=packed"]}
 
@@ -81,8 +81,8 @@ def test_one_rule_for_files_is_transformers_own(copy, tmp_path, monkeypatch, nam
         save_file(weights(1.0), copy / "model.safetensors", metadata={"format": "pt"})
     expected = AutoModelForCausalLM.from_pretrained(copy).model.norm.weight[0].item()
     assert expected == (1.0 if "single" in names else 2.0)
-    assert loading.load_model(node(copy)).model.norm.weight[0].item() == expected
-    streamed, _ = loading.load_streamed(node(copy))
+    assert loading.load_model(loading.resolve(node(copy))).model.norm.weight[0].item() == expected
+    streamed, _ = loading.load_streamed(loading.resolve(node(copy)))
     assert streamed.model.norm.weight[0].item() == expected
     read = {file.name for file in weight_files(copy)[1]}
     assert {name for name in fingerprint(copy) if name.endswith((".safetensors", ".bin"))} == read
@@ -100,7 +100,7 @@ def test_files_of_two_checkpoints_in_one_index_are_refused(copy):
     assert Checkpoint(copy).entries["model.norm.weight"].file.name == "b.safetensors"
     save_file({"model.norm.weight": twice["model.norm.weight"] + 1}, copy / "b.safetensors")
     with pytest.raises(UserError, match=r"a\.safetensors and b\.safetensors in .* hold different model\.norm\.weight"):
-        loading.check_weights(node(copy))
+        loading.check_weights(loading.resolve(node(copy)))
 
 
 def test_a_model_saved_over_a_packed_one_comes_first(copy, tmp_path):
@@ -108,7 +108,7 @@ def test_a_model_saved_over_a_packed_one_comes_first(copy, tmp_path):
     network = alps_exp.load_packed(copy)
     network.model.norm.weight.data.fill_(5.0)
     network.save_pretrained(copy)
-    assert not packed.is_packed(copy) and loading.load_model(node(copy)).model.norm.weight[0] == 5.0
+    assert not packed.is_packed(copy) and loading.load_model(loading.resolve(node(copy))).model.norm.weight[0] == 5.0
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -119,9 +119,9 @@ def test_an_adapter_is_refused_and_how_to_merge_it_is_said(words, copy, beside):
         (copy / "config.json").unlink()
     message = "an adapter .* beside a model: if it is merged" if beside else "an adapter without its model.*python -c"
     with pytest.raises(UserError, match=message):
-        runs.validate(compose(words))
+        resolve(compose(words))
     with pytest.raises(UserError, match=message):
-        loading.load_model(node(copy))
+        loading.load_model(loading.resolve(node(copy)))
 
 
 def test_an_adapter_on_the_hub_is_refused(copy, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_an_adapter_on_the_hub_is_refused(copy, tmp_path, monkeypatch):
     with fake_hub.serving(tmp_path / "hub") as (address, _):
         fake_hub.use(address, tmp_path / "cache", monkeypatch)
         with pytest.raises(UserError, match="owner/adapted' holds an adapter"):
-            loading.load_config({"name": "x", "path": "owner/adapted"})
+            loading.resolve({"name": "x", "path": "owner/adapted"})
 
 
 # Tensors that do not fit the configuration
@@ -180,7 +180,7 @@ def test_tensors_that_contradict_the_configuration_are_refused_at_once(words, co
         torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
         (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match=message) as error:
-        runs.validate(compose(words))
+        resolve(compose(words))
     assert "\n" not in str(error.value)
     for load in (loading.load_model, loading.load_streamed):
         with pytest.raises(UserError, match=message):
@@ -203,14 +203,14 @@ def test_blocks_that_are_left_out_are_in_the_record(words, copy, tmp_path, capsy
 def test_configurations_that_speak_of_other_weights_are_refused(copy, fields):
     change_config(copy, **fields)
     with pytest.raises(UserError, match=r"quantised|transformers_weights"):
-        loading.load_config(node(copy))
+        loading.resolve(node(copy))
 
 
 def test_a_spoilt_generation_config_is_refused_by_name(words, copy):
     for content in ("{", '{"max_new_tokens": 0}', "[]"):
         (copy / "generation_config.json").write_text(content)
         with pytest.raises(UserError, match=r"^generation_config\.json of model\.path=.* cannot be read"):
-            runs.validate(compose(words))
+            resolve(compose(words))
 
 
 # Identity
@@ -219,16 +219,16 @@ def test_a_spoilt_generation_config_is_refused_by_name(words, copy):
 def test_the_identity_covers_all_that_decides_results(copy):
     for name in ("chat_template.jinja", "own.py", "special_tokens_map.json"):
         (copy / name).write_text("{}")
-    before = loading.identity(node(copy))
+    before = loading.identity(loading.locate(node(copy)))
     files = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     assert set(before) == {*files, "chat_template.jinja", "own.py", "special_tokens_map.json"}
     for name in before:
         content = (copy / name).read_bytes()
         (copy / name).write_bytes(content[:-1] + b" ")
-        assert loading.identity(node(copy)) != before, name
+        assert loading.identity(loading.locate(node(copy))) != before, name
         (copy / name).write_bytes(content)
     (copy / "README.md").write_text("not part of it")
-    assert loading.identity(node(copy)) == before
+    assert loading.identity(loading.locate(node(copy))) == before
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_the_identity_covers_all_that_decides_results(copy):
 )
 def test_a_folder_is_a_commit_only_in_the_hubs_cache_and_its_files_count_anyway(copy, tmp_path, place, commit):
     folder = Path(shutil.copytree(copy, tmp_path / place))
-    before = loading.identity(node(folder))
+    before = loading.identity(loading.locate(node(folder)))
     assert before.get("commit") == (fake_hub.COMMIT if commit else None)
     change_tensors(folder, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1})
-    assert loading.identity(node(folder))["model.safetensors"] != before["model.safetensors"]
+    assert loading.identity(loading.locate(node(folder)))["model.safetensors"] != before["model.safetensors"]
     assert (hub.commit(folder) is not None) == commit
 
 
@@ -253,25 +253,26 @@ def test_a_sweep_sees_changed_weights_below_snapshots_and_a_changed_tokenizer(wo
     folder = Path(shutil.copytree(copy, tmp_path / "snapshots/latest"))
     cfg = compose([*words, f"model.path={folder}", "save=false"])
     record = runs.run(cfg, tmp_path / "run")
-    assert cell.changes(record, cfg) == []
+    assert cell.changes(record, resolve(cfg)) == []
     change_tensors(folder, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1})
     (folder / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text() + " ")
-    assert cell.changes(record, cfg) == ["checkpoint model.safetensors", "checkpoint tokenizer_config.json"]
+    assert cell.changes(record, resolve(cfg)) == ["checkpoint model.safetensors", "checkpoint tokenizer_config.json"]
 
 
 def test_a_commit_stands_for_files_that_are_no_longer_in_the_cache(words, copy, tmp_path):
     folder = Path(shutil.copytree(copy, tmp_path / f"models--a--b/snapshots/{fake_hub.COMMIT}"))
     cfg = compose([*words, f"model.path={folder}"])
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    record = {"environment": {"code": job_code(), "inputs": inputs_of(plain)}, "config_hash": naming.config_hash(cfg)}
+    settings = resolve(cfg)
+    digest = settings.configuration.digest
+    record = {"environment": {"code": job_code(), "inputs": inputs_of(settings)}, "config_hash": digest}
     (folder / "model.safetensors").unlink()
-    assert cell.changes(record, cfg) == []
+    assert cell.changes(record, settings) == []
     change_config(folder, rms_norm_eps=1e-5)
-    assert cell.changes(record, cfg) == ["checkpoint config.json"]
+    assert cell.changes(record, settings) == ["checkpoint config.json"]
 
 
 def job_code() -> str:
-    from alps_exp.runs.environment import code_version
+    from alps_exp.runs.provenance import code_version
 
     return code_version()
 
@@ -318,7 +319,7 @@ def test_the_checkpoints_dtype_is_kept_where_it_holds_the_weights(words, copy, t
     record = runs.run(compose([*words, *FORMS[form], f"method={method}", f"dtype={dtype}"]), tmp_path / "run")
     folder = tmp_path / "run/model"
     assert json.loads((folder / "config.json").read_text())["dtype"] == saved
-    network = alps_exp.load_packed(folder) if form == "packed" else loading.load_model(node(folder))
+    network = alps_exp.load_packed(folder) if form == "packed" else loading.load_model(loading.resolve(node(folder)))
     assert {str(p.dtype) for p in network.parameters()} == {f"torch.{saved}"}
     assert [line for line in record["warnings"] if "saved in float32" in line and "dtype=bfloat16" in line] == (
         record["warnings"] if method == "sparsegpt" else []
@@ -481,19 +482,19 @@ def test_model_code_that_is_trusted_prunes_and_saves(words, copy, tmp_path, monk
     auto = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
     change_config(copy, model_type="own", architectures=["OwnModel"], auto_map=auto)
     with pytest.raises(UserError, match=r"model\.trust_remote_code=true"):
-        runs.validate(compose(words))
+        resolve(compose(words))
     cfg = compose([*words, "model.trust_remote_code=true"])
-    assert len(runs.validate(cfg)) == 14
+    assert len(resolve(cfg).patterns) == 14
     runs.run(cfg, tmp_path / "run")
     assert (tmp_path / "run/model/own_code.py").is_file()
-    assert "own_code.py" in loading.identity(node(copy) | {"trust_remote_code": True})
+    assert "own_code.py" in loading.identity(loading.locate(node(copy) | {"trust_remote_code": True}))
     with pytest.raises(UserError, match="not streamed"):
         runs.run(compose([*words, "model.trust_remote_code=true", "stream=true"]), tmp_path / "streamed")
 
 
 def test_a_model_in_memory_is_as_before_when_it_was_saved_in_another_dtype(copy, tmp_path):
     AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).save_pretrained(copy)
-    network = loading.load_model(node(copy), torch.float32)
+    network = loading.load_model(loading.resolve(node(copy)), torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with saving._stored_as(BlockModel(network, torch.device("cpu")), torch.bfloat16):
         assert network.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from helpers import ROOT, process, records
 from alps_exp.base.errors import UserError
 from alps_exp.cli import command
 from alps_exp.runs import run
+from alps_exp.runs.settings import Settings
 
 
 @pytest.fixture
@@ -367,11 +368,13 @@ def test_all_forms_of_sparsity_in_one_sweep(tmp_path, tiny):
 def test_a_failing_run_does_not_stop_a_sweep(here, capsys, tiny, monkeypatch):
     started = []
 
-    def fail(cfg, directory, *sharing, **_):
-        started.append(cfg.method.name)
-        if cfg.method.name == "wanda":
+    def fail(asked, directory, *sharing, **_):
+        content = asked.configuration.content if isinstance(asked, Settings) else asked
+        name, seed = content["method"]["name"], content["seed"]
+        started.append(name)
+        if name == "wanda":
             raise UserError("the text is too short")
-        if cfg.method.name == "magnitude" and cfg.seed == 1:
+        if name == "magnitude" and seed == 1:
             raise RuntimeError("out of luck\nand more")
         for finished in sharing[1:]:
             finished(directory)
@@ -414,7 +417,7 @@ def test_one_configuration_is_not_run_twice_in_a_sweep(here, capsys, tiny):
 def test_a_directory_of_the_users_own(here, tiny, monkeypatch):
     directories = []
 
-    def note(cfg, directory, workspace=None, finished=None):
+    def note(asked, directory, workspace=None, finished=None):
         directories.append(directory)
         return {"summary": {}, "evaluations": []} if finished is None or finished(directory) is None else {}
 

@@ -14,7 +14,7 @@ from alps_exp.cli import overrides
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import tasks
 from alps_exp.model import loading
-from alps_exp.runs import run
+from alps_exp.runs.settings import resolve
 
 CONF = resource_root() / "conf"
 GROUPS = ("model", "data", "method", "sparsity", "eval", "logger")
@@ -73,18 +73,20 @@ def test_large_models_calibrate_on_128_windows_of_2048():
     assert (cfg.nsamples, cfg.seqlen) == (128, 2048)
 
 
-def tiny_config(model):
-    """A small model's configuration in place of the hub's, of the same family."""
-    return tiny_models.CONFIGS["opt" if model["name"].startswith("opt") else "llama"]()
+def tiny_model(node):
+    """A small model in place of the hub's, of the same family."""
+    config = tiny_models.CONFIGS["opt" if node["name"].startswith("opt") else "llama"]()
+    source = loading.ModelSource(node["name"], node["name"], None, False)
+    return loading.ModelSettings(source, config, loading.skeleton(config))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=label)
 def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
-    monkeypatch.setattr(loading, "load_config", tiny_config)
-    monkeypatch.setattr(loading, "load_tokenizer", lambda model: tiny_models.tokenizer("llama"))
+    monkeypatch.setattr(loading, "resolve", tiny_model)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda source: tiny_models.tokenizer("llama"))
     monkeypatch.setattr(loading, "check_weights", lambda model: None)
     monkeypatch.setattr(loading, "context_length", lambda config: 2048)
-    monkeypatch.setattr(tasks, "prepare", lambda cfg: ())
+    monkeypatch.setattr(tasks, "prepare", lambda *_: ())
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# @package _global_\n#")
     assert f"python -m alps_exp -m +sweeps={path.stem}" in text
@@ -96,4 +98,4 @@ def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
             job = max(jobs, key=lambda job: len(unseen.intersection(job)))
             unseen.difference_update(job)
             cfg = overrides.compose_prepared(job)
-            assert bool(run.validate(cfg)) == (cfg.method.name != "dense")
+            assert bool(resolve(cfg).patterns) == (cfg.method.name != "dense")

@@ -56,7 +56,9 @@ def prune(checkpoint: Path, folder: Path, where: str, place: str = "auto", metho
     folder.mkdir(parents=True, exist_ok=True)
     options = {"hidden_states": place, "scratch": folder}
     if where == "streamed":
-        network, source = loading.load_streamed({"name": "local", "path": str(checkpoint)}, torch.float32, pin=True)
+        network, source = loading.load_streamed(
+            loading.resolve({"name": "local", "path": str(checkpoint)}), torch.float32, pin=True
+        )
         model = BlockModel(network, DEVICE, source=source, **options)
     else:
         network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()

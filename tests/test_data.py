@@ -1,5 +1,6 @@
 """Calibration and evaluation windows: the published protocols, the description for the record, and bad input."""
 
+import dataclasses
 import gzip
 import json
 import random
@@ -16,13 +17,15 @@ from alps_exp.base import packages
 from alps_exp.base.errors import UserError
 from alps_exp.data import texts
 from alps_exp.data import windows as data
+from alps_exp.data.settings import DataSettings
 from alps_exp.model import loading
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
 def node(name, **fields):
-    return {**data.data_node(name), **{key: str(v) if isinstance(v, Path) else v for key, v in fields.items()}}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
+    return dataclasses.replace(DataSettings.named(name), **plain)
 
 
 def refused(call, *words):
@@ -91,7 +94,7 @@ def test_seeds(gpt2, text_file):
     local = node("local", path=text_file)
     state = random.getstate(), torch.get_rng_state()
     for sampling in ("documents", "concatenated"):
-        local["sampling"] = sampling
+        local = dataclasses.replace(local, sampling=sampling)
 
         def draw(seed, local=local):
             return data.calibration_tokens(local, gpt2, nsamples=8, seqlen=64, seed=seed)[0]
@@ -136,7 +139,7 @@ def test_seeds_with_windows_of_their_own(gpt2, text_file, name):
     assert len(one | two | three) == len(one) + len(two) + len(three) == available
     refused(lambda: data.calibration_tokens(local, gpt2, nsamples=1, seqlen=64, seed=3), "from 0 to 2")
     for change, words in (({"sampling": "auto"}, ("concatenated",)), ({"disjoint_seeds": 1}, ("disjoint_seeds=1",))):
-        refused(lambda change=change: data.check_seed({**local, **change}, 0), *words)
+        refused(lambda change=change: dataclasses.replace(local, **change).check(0), *words)
 
 
 def test_auto_sampling_needs_enough_long_documents(gpt2, tmp_path):
@@ -170,7 +173,6 @@ def test_held_out_text_is_never_calibrated_on(gpt2, text_file):
     calibration, evaluation = texts.calibration_text(local), texts.evaluation_text(local)
     assert calibration.documents + evaluation.documents == text_file.read_text().splitlines()
     assert "held-out last 10%" in evaluation.split and calibration.split == "first 90% of the characters"
-    assert local["evaluate_on"] == ["local"]
     other = node("local", path=text_file, eval_path=text_file)
     assert texts.calibration_text(other).documents == texts.evaluation_text(other).documents
 
@@ -281,10 +283,10 @@ def test_the_hubs_files(gpt2, tmp_path, monkeypatch):
 
     def load():
         for name, join in (("c4", " "), ("wikitext2", "\n\n"), ("ptb", " ")):
-            tokens, description = data.calibration_tokens(data.data_node(name), gpt2, nsamples=4, seqlen=64, seed=0)
+            tokens, description = data.calibration_tokens(DataSettings.named(name), gpt2, nsamples=4, seqlen=64, seed=0)
             assert tokens.shape == (4, 64) and description["revision"] == fake_hub.COMMIT
-            assert description["source"] == f"{data.data_node(name)['hub']} {description['split']}"
-            tokens, description = data.evaluation_tokens(data.data_node(name), gpt2, seqlen=64)
+            assert description["source"] == f"{DataSettings.named(name).hub} {description['split']}"
+            tokens, description = data.evaluation_tokens(DataSettings.named(name), gpt2, seqlen=64)
             text = join.join(rows[::-1] if name == "c4" else ["test", *rows])
             assert tokens.flatten().tolist() == ids(gpt2, text)[: tokens.numel()]
 
@@ -298,8 +300,8 @@ def test_the_hubs_files(gpt2, tmp_path, monkeypatch):
     load()
     shutil.rmtree(tmp_path / "cache")
     for name, also in (("c4", ""), ("wikitext2", ""), ("ptb", "datasets >= 4")):
-        words = (data.data_node(name)["hub"], "cannot be reached", "data=local data.path=FILE", also)
-        refused(lambda name=name: data.evaluation_tokens(data.data_node(name), gpt2, seqlen=64), *words)
+        words = (DataSettings.named(name).hub, "cannot be reached", "data=local data.path=FILE", also)
+        refused(lambda name=name: data.evaluation_tokens(DataSettings.named(name), gpt2, seqlen=64), *words)
 
 
 def test_too_short_texts_say_how_many_windows_there_are(gpt2, tmp_path, text_file):
@@ -313,11 +315,11 @@ def test_too_short_texts_say_how_many_windows_there_are(gpt2, tmp_path, text_fil
     assert calibrate(nsamples=available)()[0].shape == (available, 200)
     refused(lambda: data.evaluation_tokens(local, gpt2, seqlen=10**6), "only 0 windows", "evaluation")
     refused(lambda: data.evaluation_tokens(local, gpt2, seqlen=200, windows=10**4), "10000 were asked", "lower windows")
-    local["sampling"] = "documents"
+    local = dataclasses.replace(local, sampling="documents")
     refused(calibrate(seqlen=10**5), "no document is longer than seqlen=100000", "data.sampling=concatenated")
-    local["sampling"] = "random"
-    refused(calibrate(), "data.sampling=random", "concatenated")
-    local["sampling"] = "auto"
+    local = dataclasses.replace(local, sampling="random")
+    refused(calibrate(), "data.sampling='random'", "concatenated")
+    local = dataclasses.replace(local, sampling="auto")
     refused(calibrate(nsamples=0), "nsamples=0")
     refused(calibrate(seqlen=1), "seqlen=1")
 
@@ -348,7 +350,7 @@ def test_files_that_cannot_be_used(tmp_path, gpt2):
     refused(load("b.parquet", column="number"), "no text column 'number'", ": content")
     refused(load("c.txt", b"x", lines="poem"), "data.lines=poem", "plain")
     refused(load("c.txt", held_out=1.5), "data.held_out=1.5")
-    refused(lambda: data.data_node("wikitext"), "unknown data set 'wikitext'", "wikitext2")
+    refused(lambda: DataSettings.named("wikitext"), "unknown data set 'wikitext'", "wikitext2")
 
 
 def demo_tokenizer():
@@ -358,12 +360,12 @@ def demo_tokenizer():
         except UserError as error:
             pytest.skip(str(error))
     model = yaml.safe_load((CONF / "model" / "demo.yaml").read_text())
-    return loading.load_tokenizer(model)
+    return loading.load_tokenizer(loading.locate(model))
 
 
 @pytest.mark.slow
 def test_demo_data():
-    tokenizer, demo = demo_tokenizer(), data.data_node("demo")
+    tokenizer, demo = demo_tokenizer(), DataSettings.named("demo")
     tokens, description = data.calibration_tokens(demo, tokenizer, nsamples=16, seqlen=1024, seed=0)
     assert tokens.shape == (16, 1024) and description["sampling"] == "concatenated"
     assert description["source"] == "exllamav3 1.6.5 conversion/standard_cal_data/c4.utf8"
@@ -373,10 +375,11 @@ def test_demo_data():
 
 @pytest.mark.slow
 def test_the_seeds_of_the_smollm2_sweep_share_no_text():
-    tokenizer, demo = demo_tokenizer(), {**data.data_node("demo"), "disjoint_seeds": 3, "held_out": 0.15}
+    tokenizer, demo = demo_tokenizer(), node("demo", disjoint_seeds=3, held_out=0.15)
     draw = {"nsamples": 40, "seqlen": 2048}
     calibration = [data.calibration_tokens(demo, tokenizer, seed=seed, **draw)[0] for seed in range(3)]
-    held_out = [data.evaluation_tokens(node, tokenizer, seqlen=2048)[0] for node in (demo, data.data_node("demo_wiki"))]
+    nodes = demo, DataSettings.named("demo_wiki")
+    held_out = [data.evaluation_tokens(node, tokenizer, seqlen=2048)[0] for node in nodes]
     assert [len(windows) for windows in held_out] == [21, 113]
     every = torch.cat([*calibration, *held_out])
     assert len(every.unique(dim=0)) == len(every) == 3 * 40 + 21 + 113
@@ -386,14 +389,17 @@ def test_the_seeds_of_the_smollm2_sweep_share_no_text():
 @pytest.mark.slow
 def test_wikitext2_has_148_windows_for_the_demo_tokenizer(shared):
     path = shared / "data/wikitext-2/wiki.test.raw"
-    text = texts.evaluation_text(data.data_node("wikitext2"), str(path))
+    wikitext2 = DataSettings.named("wikitext2")
+    text = texts.evaluation_text(wikitext2, str(path))
     assert len(text.joined.encode()) == 1_296_370
-    tokens, description = data.evaluation_tokens(data.data_node("wikitext2"), demo_tokenizer(), seqlen=2048, path=path)
+    tokens, description = data.evaluation_tokens(
+        DataSettings.named("wikitext2"), demo_tokenizer(), seqlen=2048, path=path
+    )
     assert tokens.shape == (148, 2048) and not description["partial"]
 
 
 def test_real_web_text(shared):
-    tokenizer = loading.load_tokenizer({"name": "local", "path": str(shared / "data/stories260K")})
+    tokenizer = loading.load_tokenizer(loading.locate({"name": "local", "path": str(shared / "data/stories260K")}))
     file = shared / "data/webtext/c4_sample.jsonl.gz"
     tokens, description = data.calibration_tokens(node("c4", path=file), tokenizer, nsamples=8, seqlen=512, seed=0)
     assert tokens.shape == (8, 512) and description["sampling"] == "documents"
@@ -412,8 +418,9 @@ def test_every_data_yaml_has_the_same_keys_and_its_command():
         "wikitext2",
     ]
     for file in files:
-        fields = data.data_node(file.stem)
-        assert sorted(fields) == sorted(data.data_node("c4")) and fields["name"] == file.stem
+        fields = yaml.safe_load(file.read_text())
+        known = [field.name for field in dataclasses.fields(DataSettings)]
+        assert list(fields) == [*known, "evaluate_on"] and fields["name"] == file.stem
         assert file.read_text().startswith("# python -m alps_exp ")
 
 
@@ -541,9 +548,10 @@ def test_windows_with_ids_beyond_the_models_vocabulary_are_refused(text_file):
 def test_held_out_windows_come_from_no_copy_of_a_calibration_document(gpt2, tmp_path):
     one, other = (" ".join(tiny_models.documents(20, seed=seed)) for seed in (1, 2))
     local = node("local", path=json_lines(tmp_path / "a.jsonl", [one] * 20), eval_path=tmp_path / "a.jsonl")
-    local["sampling"] = "documents"
+    local = dataclasses.replace(local, sampling="documents")
     draw = {"nsamples": 2, "seqlen": 64, "seed": 0, "holdout": 1}
     refused(lambda: data.calibration_tokens(local, gpt2, **draw), "held-out", "only 0 windows")
-    local["path"] = local["eval_path"] = str(json_lines(tmp_path / "b.jsonl", [one] * 20 + [other]))
+    copied = str(json_lines(tmp_path / "b.jsonl", [one] * 20 + [other]))
+    local = dataclasses.replace(local, path=copied, eval_path=copied)
     rows = [gpt2.decode(row) for row in data.calibration_tokens(local, gpt2, **draw)[0]]
     assert all(row in one for row in rows[:2]) and rows[2] in other

@@ -3,11 +3,11 @@
 import importlib.util
 
 import pytest
-import torch
 from torch import nn
 
 import alps_exp
 from alps_exp.cli.overrides import compose
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 pytestmark = [
@@ -21,11 +21,11 @@ pytestmark = [
 
 def test_alps_below_sparsegpt_below_wanda_below_magnitude():
     workspace, losses = Workspace(keep=True), {}
-    cfg = compose(["nsamples=4", "seqlen=512"])
-    tokens, description = workspace.calibration(cfg)
+    settings = resolve(compose(["nsamples=4", "seqlen=512"]))
+    tokens, description = workspace.calibration(settings)
     assert tokens.shape == (4, 512) and description["sampling"] == "concatenated"
     for method in ("alps", "sparsegpt", "wanda", "magnitude"):
-        network = workspace.network(cfg, torch.float32)
+        network = workspace.network(settings)
         blocks = network.model.layers
         network.model.layers, network.config.num_hidden_layers = nn.ModuleList(blocks[:2]), 2
         try:

@@ -22,6 +22,7 @@ from alps_exp.evaluation import perplexity
 from alps_exp.model import faithful
 from alps_exp.model.blocks import BlockModel
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 KINDS = ("opt", "llama", "gpt2", "gemma3", "qwen3")
@@ -142,8 +143,9 @@ def test_protocols_from_the_hub_and_from_local_files(protocol, texts, tiny_opt, 
     with fake_hub.serving(texts) as (address, _):
         fake_hub.use(address, tmp_path / "cache", monkeypatch)
         for more in ([], [f"eval.path={{{paths}}}"]):
-            cfg = compose([*words, *more])
-            found.append({name: Workspace().evaluation(cfg, name) for name in names})
+            settings = resolve(compose([*words, *more]))
+            texts_of = {text.data.name: text for text in settings.evaluation.texts}
+            found.append({name: Workspace().evaluation(settings, texts_of[name]) for name in names})
     for name in names:
         stream, join, split = expected[name]
         for tokens, description in (found[0][name], found[1][name]):
@@ -179,14 +181,13 @@ def test_a_protocol_in_the_record(tiny_llama, text_file, tmp_path):
 def test_mistakes(words, part, tiny_llama, text_file):
     base = ["model=local", f"model.path={tiny_llama}", "method=dense", "eval=wanda"]
     with pytest.raises(UserError, match=part) as error:
-        runs.validate(compose([*base, *(word.replace("FILE", str(text_file)) for word in words)]))
+        resolve(compose([*base, *(word.replace("FILE", str(text_file)) for word in words)]))
     assert "\n" not in str(error.value)
 
 
 def test_windows_of_a_model_without_a_context(tiny_llama, monkeypatch):
-    from alps_exp.evaluation import protocol as evaluation
     from alps_exp.model import loading
 
     monkeypatch.setattr(loading, "context_length", lambda config: None)
     with pytest.raises(UserError, match="names no context length"):
-        evaluation.seqlen(compose(["model=local", f"model.path={tiny_llama}", "eval=wanda"]))
+        resolve(compose(["model=local", f"model.path={tiny_llama}", "method=dense", "eval=wanda"]))

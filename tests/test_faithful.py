@@ -249,7 +249,7 @@ def test_long_windows_are_cut(monkeypatch):
 
 def test_streamed_blocks_are_read_once_for_it_and_never_all_in_memory(tmp_path, monkeypatch):
     tiny_models.build("llama", tmp_path / "model", blocks=4)
-    network, source = loading.load_streamed({"name": "local", "path": str(tmp_path / "model")})
+    network, source = loading.load_streamed(loading.resolve({"name": "local", "path": str(tmp_path / "model")}))
     model, read, original = BlockModel(network, CPU, source=source), [], source._read
     monkeypatch.setattr(source, "_read", lambda index, shard: [read.append(index), original(index, shard)][1])
     loaded, forward = [], model.forward_block
@@ -267,7 +267,7 @@ def test_streamed_blocks_are_read_once_for_it_and_never_all_in_memory(tmp_path, 
 def test_a_streamed_model_is_refused_like_one_in_memory(tmp_path):
     family, options, message = REFUSED["keys and values of earlier blocks"]
     build(family, options).save_pretrained(tmp_path)
-    network, source = loading.load_streamed({"name": "local", "path": str(tmp_path)})
+    network, source = loading.load_streamed(loading.resolve({"name": "local", "path": str(tmp_path)}))
     with pytest.raises(UserError, match=message):
         HiddenStates(BlockModel(network, CPU, source=source), tokens(), 1)
     assert all(parameter.is_meta for parameter in find_blocks(network)[1].parameters())

@@ -1,5 +1,6 @@
 """Losses on windows that were not calibrated on: which windows, what is measured, where it shows."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.data import windows as data
+from alps_exp.data.settings import DataSettings
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.tables import archive, figures, layout, make, plots
 
 
@@ -56,9 +59,9 @@ def relative_losses(network, dense, pruned, ids: torch.Tensor, names: list[str])
 @pytest.mark.parametrize("more", [[], ["stream=true"], ["devices=2"]])
 def test_losses_are_those_of_the_held_out_windows(settings, tmp_path, tiny_llama, more):
     record = runs.run(compose([*settings, "save=true", *more]), tmp_path)
-    cfg = compose(settings)
+    node = resolve(compose(settings)).calibration.data
     tokenizer = tiny_models.tokenizer("llama")
-    windows, description = data.calibration_tokens(cfg["data"], tokenizer, nsamples=4, holdout=3, seqlen=64, seed=0)
+    windows, description = data.calibration_tokens(node, tokenizer, nsamples=4, holdout=3, seqlen=64, seed=0)
     assert record["calibration"]["held_out_windows"] == description["held_out_windows"] == 3
     dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, tmp_path / "model"))
     found = {row["name"]: row["held_out_loss"] for row in record["layers"]}
@@ -83,7 +86,7 @@ def test_it_changes_nothing_else(settings, tmp_path):
 
 @pytest.mark.parametrize("sampling", ["documents", "concatenated"])
 def test_windows_are_new_ones_and_the_others_stay(text_file, sampling):
-    node = data.data_node("local") | {"path": str(text_file), "sampling": sampling}
+    node = dataclasses.replace(DataSettings.named("local"), path=str(text_file), sampling=sampling)
     tokenizer = tiny_models.tokenizer("gpt2")
     few, many = (
         data.calibration_tokens(node, tokenizer, nsamples=12, holdout=holdout, seqlen=64, seed=3)[0]
@@ -95,7 +98,7 @@ def test_windows_are_new_ones_and_the_others_stay(text_file, sampling):
 
 @pytest.mark.parametrize("sampling", ["documents", "concatenated"])
 def test_too_few_are_left(text_file, sampling):
-    node = data.data_node("local") | {"path": str(text_file), "sampling": sampling}
+    node = dataclasses.replace(DataSettings.named("local"), path=str(text_file), sampling=sampling)
     with pytest.raises(UserError, match=r"held-out text has only \d+ windows.* lower data.holdout"):
         data.calibration_tokens(node, tiny_models.tokenizer("gpt2"), nsamples=4, holdout=100_000, seqlen=64, seed=0)
 
@@ -103,7 +106,7 @@ def test_too_few_are_left(text_file, sampling):
 @pytest.mark.parametrize("words", [["data.holdout=-1"], ["data.holdout=2", "losses=false"]])
 def test_refused(settings, words):
     with pytest.raises(UserError, match=r"data\.holdout"):
-        runs.validate(compose([*settings, *words]))
+        resolve(compose([*settings, *words]))
 
 
 def test_tables_and_plot(settings, tmp_path):

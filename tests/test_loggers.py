@@ -13,7 +13,7 @@ import pytest
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.runs import loggers
-from alps_exp.runs.loggers import check_logger, log_record
+from alps_exp.runs.loggers import LoggerSettings, log_record, resolve
 
 RECORD = {
     "status": "complete",
@@ -37,8 +37,8 @@ RECORD = {
 }
 
 
-def node(*overrides: str) -> dict:
-    return compose(["logger=wandb", *overrides]).logger
+def node(*overrides: str) -> LoggerSettings:
+    return resolve(compose(["logger=wandb", *overrides]).logger)
 
 
 def entries(path: Path) -> Iterator[bytes]:
@@ -105,7 +105,7 @@ def test_an_offline_run_holds_the_record(tmp_path, monkeypatch):
 def test_disabled_and_none_write_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert log_record(RECORD, node("logger.mode=disabled"), tmp_path) is None
-    assert log_record(RECORD, compose(["logger=none"]).logger, tmp_path) is None
+    assert log_record(RECORD, resolve(compose(["logger=none"]).logger), tmp_path) is None
     assert not list(tmp_path.rglob("*.wandb"))
 
 
@@ -167,14 +167,14 @@ def test_what_is_not_finite_reaches_it_as_a_number(tmp_path, monkeypatch):
 )
 def test_settings_are_checked_before_the_run(word, told):
     with pytest.raises(UserError, match=re.escape(told)) as error:
-        check_logger(node(word))
+        node(word)
     assert "\n" not in str(error.value)
 
 
 def test_the_environments_mode_is_checked_before_the_run(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "onlin")
     with pytest.raises(UserError, match="WANDB_MODE"):
-        check_logger(node())
+        node()
 
 
 @pytest.fixture(autouse=True)

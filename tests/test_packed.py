@@ -18,6 +18,7 @@ from alps_exp.checkpoints import packed
 from alps_exp.cli.overrides import compose
 from alps_exp.patterns import parse_sparsity
 from alps_exp.runs import run
+from alps_exp.runs.settings import resolve
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -303,7 +304,7 @@ def test_save_is_checked():
     with pytest.raises(UserError, match=r"save=false and save\.format=packed are inconsistent"):
         compose(["save=false", "save.format=packed"])
     with pytest.raises(UserError, match=r"save='zip' is not allowed; known: False, True, dense, packed"):
-        run.validate(compose(["save.format=zip"]))
+        resolve(compose(["save.format=zip"]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's semi-structured tensors need CUDA")

@@ -5,6 +5,11 @@ import pytest
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
+from alps_exp.runs.settings import resolve
+
+
+def plan_of(words: list[str]) -> str:
+    return plan(resolve(compose(words)))
 
 
 @pytest.fixture
@@ -14,7 +19,7 @@ def settings(tiny_llama, text_file) -> list[str]:
 
 
 def test_a_plan_names_layers_time_and_memory(settings):
-    text = plan(compose([*settings, "sparsity=2:4", "layers.exclude=[k_proj]", "save=true"]))
+    text = plan_of([*settings, "sparsity=2:4", "layers.exclude=[k_proj]", "save=true"])
     assert "12 of 14 linear layers" in text
     lines = {line.split()[2]: line.split() for line in text.splitlines() if " × " in line}
     assert lines["k_proj"][-1] == "dense" and lines["down_proj"][-1] == "2:4"
@@ -25,19 +30,19 @@ def test_a_plan_names_layers_time_and_memory(settings):
 
 
 def test_methods_that_need_less_are_planned_with_less(settings):
-    magnitude = plan(compose([*settings, "method=magnitude", "losses=false"]))
+    magnitude = plan_of([*settings, "method=magnitude", "losses=false"])
     assert "forward passes 0 s" in magnitude and "Gram matrices 0 s" in magnitude
 
 
 def test_a_plan_is_validated(settings):
     with pytest.raises(UserError, match="beyond the model's context"):
-        plan(compose([*settings, "seqlen=1000"]))
+        plan_of([*settings, "seqlen=1000"])
 
 
 def test_a_plan_counts_what_is_streamed_and_kept(settings):
-    whole = plan(compose([*settings, "stream=false", "resumable=false"]))
+    whole = plan_of([*settings, "stream=false", "resumable=false"])
     assert "for the model" in whole and "less than 1 MB for the record" in whole
-    streamed = plan(compose([*settings, "stream=true", "save=true", "hidden_states=disk"]))
+    streamed = plan_of([*settings, "stream=true", "save=true", "hidden_states=disk"])
     assert "three blocks and what lies outside them" in streamed
     assert "finished blocks (they become the saved model)" in streamed and "hidden states while it runs" in streamed
 
@@ -48,5 +53,5 @@ def test_a_plan_of_a_packed_model_counts_both_of_its_forms(settings):
         return {what: float(size) for size, what in re.findall(r"(\d+) MB for ([^,]+)", line)}
 
     settings = [*settings, "resumable=false", "sparsity=0.7"]
-    dense, packed = (saved(plan(compose([*settings, f"save={form}"]))) for form in ("true", "packed"))
+    dense, packed = (saved(plan_of([*settings, f"save={form}"])) for form in ("true", "packed"))
     assert packed["its dense form while it is packed"] == dense["the saved model"] > packed["the saved model"]

@@ -9,7 +9,7 @@ from alps_exp import baselines
 from alps_exp.base.errors import UserError
 from alps_exp.base.files import write_json
 from alps_exp.pruning.rows import LayerRow, PruneResult
-from alps_exp.runs import environment
+from alps_exp.runs import provenance
 from alps_exp.runs import record as records
 from alps_exp.runs.record import RunRecord, summarise, warnings_of
 
@@ -113,10 +113,10 @@ def test_a_later_form_is_told_as_such(tmp_path):
 def test_the_code_digest_covers_every_folder(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "one.py").write_text("1")
-    found = [environment.code_digest([tmp_path])]
+    found = [provenance.code_digest([tmp_path])]
 
     def changed() -> bool:
-        found.append(environment.code_digest([tmp_path]))
+        found.append(provenance.code_digest([tmp_path]))
         return found[-1] != found[-2]
 
     (tmp_path / "deep" / "er" / "new.py").write_text("2")
@@ -127,5 +127,5 @@ def test_the_code_digest_covers_every_folder(tmp_path):
     assert changed()
     (tmp_path / "demo.py").write_text("4")
     assert not changed()
-    package = Path(environment.__file__).parents[1]
-    assert environment.code_digest([package, *map(Path, baselines.__path__)])[:12] in environment.code_version()
+    package = Path(provenance.__file__).parents[1]
+    assert provenance.code_digest([package, *map(Path, baselines.__path__)])[:12] in provenance.code_version()

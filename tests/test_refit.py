@@ -24,6 +24,7 @@ from alps_exp.methods import refit
 from alps_exp.methods.refit import refitted
 from alps_exp.patterns import parse_sparsity
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 BOTH = ("pcg", "exact")
@@ -223,4 +224,4 @@ def test_a_run_refits_and_says_so(tiny_opt, text_file, tmp_path):
     dense = runs.run(compose([*words, "method=dense", "refit=exact"]), tmp_path / "dense")
     assert dense["layers"] == []
     with pytest.raises(UserError, match="refit='best' is not allowed"):
-        runs.validate(compose([*words, "refit=best"]))
+        resolve(compose([*words, "refit=best"]))

@@ -12,8 +12,8 @@ from tiny import execute, weights
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.pruning import stages, store
-from alps_exp.runs import resume
-from alps_exp.runs import run as runs
+from alps_exp.runs import provenance
+from alps_exp.runs.settings import resolve
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def change_weights(settings, monkeypatch):
 
 
 def change_code(settings, monkeypatch):
-    monkeypatch.setattr(resume, "_software", lambda: {"code": "0.0", "torch": "2", "transformers": "5"})
+    monkeypatch.setattr(provenance, "_software", lambda: {"code": "0.0", "torch": "2", "transformers": "5"})
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_a_directory_can_be_named(settings, tmp_path, monkeypatch):
         (["resumable=false"], "needs resumable=true"),
     ):
         with pytest.raises(UserError, match=message):
-            runs.validate(compose([*settings, again, *words]))
+            resolve(compose([*settings, again, *words]))
     with pytest.raises(UserError, match="holds no run"):
-        runs.validate(compose([*settings, f"resume={tmp_path}"]))
+        resolve(compose([*settings, f"resume={tmp_path}"]))
     assert str(compose([*settings, again]).resume) == str(place)
     with pytest.raises(UserError, match="is not where this run goes"):
         execute(settings, tmp_path / "elsewhere", again)

@@ -13,6 +13,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
 from alps_exp.runs import run as runs
 from alps_exp.runs import saving
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 
@@ -197,7 +198,7 @@ def test_seed_and_dtype_reach_the_run(settings, tmp_path):
 )
 def test_mistakes_are_found_before_anything_is_loaded(settings, override, message):
     with pytest.raises(UserError, match=message) as error:
-        runs.validate(compose([*settings, override]))
+        resolve(compose([*settings, override]))
     assert "\n" not in str(error.value)
 
 

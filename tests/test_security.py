@@ -21,8 +21,9 @@ from alps_exp.base.resources import resource_root
 from alps_exp.cli import command
 from alps_exp.cli.overrides import compose
 from alps_exp.model import loading
-from alps_exp.runs import naming, run
+from alps_exp.runs import loggers, naming, run
 from alps_exp.runs.loggers import log_record
+from alps_exp.runs.settings import resolve
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("alps_exp", "baselines", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -75,7 +76,7 @@ def test_a_bin_checkpoint_with_code_in_it_runs_nothing(copy, tmp_path, protocol)
     else:
         file.write_bytes(pickle.dumps(state))
     with pytest.raises(UserError, match=r"pytorch_model\.bin is truncated, damaged, or holds more") as error:
-        loading.load_model(local(copy))
+        loading.load_model(loading.resolve(local(copy)))
     assert "\n" not in str(error.value) and not marker.exists()
     # The bomb is one: whoever unpickles it, or trusts the file, sets it off.
     if protocol == "plain":
@@ -96,18 +97,18 @@ def test_model_code_is_not_run_unless_asked_for(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked whether to trust the code"))
     marker = tmp_path / "marker"
     with_code(copy, marker)
-    loading.load_model(local(copy))
-    loading.load_tokenizer(local(copy))
+    loading.load_model(loading.resolve(local(copy)))
+    loading.load_tokenizer(loading.locate(local(copy)))
     assert not marker.exists()
     with pytest.raises(UserError):
-        loading.load_model(local(copy, trust_remote_code=True))
+        loading.load_model(loading.resolve(local(copy, trust_remote_code=True)))
     assert marker.exists(), "asked for by name, it is run"
 
 
 @pytest.mark.parametrize("value", ["no", "false", "true", None, 2])
 def test_trust_is_true_or_false(copy, value):
     with pytest.raises(UserError, match=r"model\.trust_remote_code="):
-        loading.load_config(local(copy, trust_remote_code=value))
+        loading.resolve(local(copy, trust_remote_code=value))
 
 
 def test_no_configuration_trusts_code():
@@ -130,14 +131,14 @@ def test_names_of_runs_stay_in_their_folder(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["../../etc/hosts", "/etc/hosts", "../c4"])
 def test_names_of_data_sets_lead_to_no_other_file(name):
     with pytest.raises(UserError, match="unknown data set"):
-        run.validate(compose([f"eval.datasets=['{name}']"]))
+        resolve(compose([f"eval.datasets=['{name}']"]))
 
 
 def test_a_gguf_file_is_one_in_its_folder(copy, tmp_path):
     (tmp_path / "other.gguf").touch()
     for name in ("../other.gguf", str(tmp_path / "other.gguf"), "a/b.gguf"):
         with pytest.raises(UserError, match=r"model\.gguf_file=.* is not allowed"):
-            loading.load_config(local(copy, gguf_file=name))
+            loading.resolve(local(copy, gguf_file=name))
 
 
 @pytest.fixture
@@ -282,7 +283,9 @@ def test_weights_and_biases_gets_the_key_from_the_environment_and_writes_it_nowh
         **{"status": "complete", "model": "tiny", "method": "alps", "sparsity": "2:4", "seed": 3},
         **{"layers": [], "summary": {}, "phases": {}, "evaluations": [], "environment": {}},
     }
-    assert log_record(record, compose(["logger=wandb", "logger.mode=offline"]).logger, tmp_path) is None
+    assert (
+        log_record(record, loggers.resolve(compose(["logger=wandb", "logger.mode=offline"]).logger), tmp_path) is None
+    )
     assert list(tmp_path.rglob("*.wandb")) and not files_with(KEY, tmp_path)
 
 

@@ -23,7 +23,7 @@ from alps_exp.calibration.sharing import StatisticsCache
 from alps_exp.cli.overrides import compose
 from alps_exp.layer.inputs import Inputs, Statistics
 from alps_exp.model.hidden import HiddenStates
-from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 DENSE = "propagate=dense"
@@ -113,7 +113,7 @@ def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypat
     for number, change in enumerate(changes):
         with monkeypatch.context() as patch:
             if change == "code":
-                patch.setattr("alps_exp.runs.resume._software", lambda: {"code": "0.0"})
+                patch.setattr("alps_exp.runs.provenance._software", lambda: {"code": "0.0"})
             if change == "time":  # of the files, whose content seems to be the same
                 os.utime(Path(settings[1].removeprefix("model.path=")) / "model.safetensors", (1, time.time() + 5))
             words = [change] if "=" in change else []
@@ -142,7 +142,7 @@ def test_in_sweeps_only_unless_asked(settings, tmp_path):
 )
 def test_values_that_are_refused(settings, words, message):
     with pytest.raises(UserError, match=message):
-        runs.validate(compose([*settings, *words]))
+        resolve(compose([*settings, *words]))
 
 
 def cache(root: Path, name: str, limit: float = 1e9, needed: Statistics = Statistics.GRAM) -> StatisticsCache:

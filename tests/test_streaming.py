@@ -18,6 +18,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def node(folder: Path) -> dict:
 def assert_same_model(folder: Path, dtype="auto") -> None:
     """Parameters, buffers and generation settings are those of `from_pretrained`, bit by bit."""
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    network, source = loading.load_streamed(node(folder), dtype)
+    network, source = loading.load_streamed(loading.resolve(node(folder)), dtype)
     with BlockModel(network, CPU, source=source).whole() as whole:
         for kind in ("state_dict", "named_buffers"):
             one, other = dict(getattr(expected, kind)()), dict(getattr(whole, kind)())
@@ -85,7 +86,7 @@ def test_tables_and_masks_of_old_checkpoints_are_passed_over(tiny_gpt2, tmp_path
     old = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9)}
     rewrite(folder, lambda tensors: tensors | old)
     assert_same_model(folder)
-    assert loading.check_weights(node(folder)) == []
+    assert loading.check_weights(loading.resolve(node(folder))) == []
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -103,14 +104,14 @@ def test_a_missing_weight_is_named(tiny_llama, tmp_path):
     folder = copied(tiny_llama, tmp_path / "model")
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != "model.layers.1.mlp.up_proj.weight"})
     with pytest.raises(UserError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
-        loading.load_streamed(node(folder))
+        loading.load_streamed(loading.resolve(node(folder)))
 
 
 def test_a_weight_of_another_shape_is_named(tiny_llama, tmp_path):
     folder = copied(tiny_llama, tmp_path / "model")
     rewrite(folder, lambda tensors: {**tensors, "model.norm.weight": torch.ones(3)})
     with pytest.raises(UserError, match=r"other shapes for model\.norm\.weight"):
-        loading.load_streamed(node(folder))
+        loading.load_streamed(loading.resolve(node(folder)))
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -146,10 +147,10 @@ def test_checkpoints_on_the_hub_are_downloaded_once(tiny_opt, tmp_path, monkeypa
     hub_node = {"name": "tiny", "path": "owner/tiny"}
 
     def check() -> None:
-        network, source = loading.load_streamed(hub_node, "auto")
+        network, source = loading.load_streamed(loading.resolve(hub_node), "auto")
         with BlockModel(network, CPU, source=source).whole() as whole:
             assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.state_dict().items())
-        assert loading.identity(hub_node) == {"commit": fake_hub.COMMIT} | {
+        assert loading.identity(loading.locate(hub_node)) == {"commit": fake_hub.COMMIT} | {
             name: value for name, value in fingerprint(folder).items() if not name.startswith("tokenizer")
         }
 
@@ -175,7 +176,7 @@ def test_bin_files_are_never_executed_and_damage_is_named(tiny_opt, tmp_path, mo
         file.write_bytes(file.read_bytes()[:-100])
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"pytorch_model\.bin is truncated, damaged, or holds more than weights"):
-        loading.load_streamed(node(folder))
+        loading.load_streamed(loading.resolve(node(folder)))
     assert "executed" not in capfd.readouterr().out
     assert not any(path.is_dir() for path in (tmp_path / "assets").glob("**/model-*"))
 
@@ -221,7 +222,7 @@ def test_damaged_checkpoints_are_refused_before_anything_starts(settings, tiny_l
     folder = copied(tiny_llama, tmp_path / "model")
     damage(folder)
     with pytest.raises(UserError, match=message) as error:
-        runs.validate(compose([*settings, f"model.path={folder}"]))
+        resolve(compose([*settings, f"model.path={folder}"]))
     assert "\n" not in str(error.value)
 
 
@@ -290,7 +291,7 @@ def test_a_streamed_model_is_saved_packed_and_not_streamed_from_there(settings, 
     other = alps_exp.load_packed(tmp_path / "packed" / "model").state_dict()
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
     with pytest.raises(UserError, match="packed weights, which are not streamed"):
-        loading.load_streamed(node(tmp_path / "packed" / "model"))
+        loading.load_streamed(loading.resolve(node(tmp_path / "packed" / "model")))
 
 
 def test_models_larger_than_half_of_the_free_memory_are_streamed(settings, tmp_path, monkeypatch):
@@ -301,11 +302,11 @@ def test_models_larger_than_half_of_the_free_memory_are_streamed(settings, tmp_p
 
 def test_streaming_needs_a_place_for_what_is_pruned(settings):
     with pytest.raises(UserError, match="needs resumable=true"):
-        runs.validate(compose([*settings, "stream=true", "resumable=false"]))
+        resolve(compose([*settings, "stream=true", "resumable=false"]))
 
 
 def test_only_the_block_in_use_is_in_memory(tiny_llama):
-    network, source = loading.load_streamed(node(tiny_llama))
+    network, source = loading.load_streamed(loading.resolve(node(tiny_llama)))
     model = BlockModel(network, CPU, source=source)
     with model.block(1) as block:
         assert not any(parameter.is_meta for parameter in block.parameters())

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from alps_exp.base.errors import UserError
@@ -23,8 +22,9 @@ from alps_exp.model import faithful, loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
 from alps_exp.pruning import stages, store
-from alps_exp.runs import environment, workspace
+from alps_exp.runs import provenance, workspace
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 from alps_exp.tables import make
 
@@ -67,7 +67,7 @@ def ran(monkeypatch) -> list[str]:
     names, own = [], runs._execute
 
     def execute(*arguments):
-        names.append(arguments[3].name)
+        names.append(arguments[2].name)
         return own(*arguments)
 
     monkeypatch.setattr(runs, "_execute", execute)
@@ -106,7 +106,7 @@ def test_records_of_other_code_are_a_choice(words, capsys, ran, monkeypatch):
     assert call([*words, "sparsity=0.5"]) == 0
     old = {name: record(place)["started"] for name, place in folders().items()}
     ran.clear()
-    monkeypatch.setattr(environment, "code_version", lambda: "0.2 (other)")
+    monkeypatch.setattr(provenance, "code_version", lambda: "0.2 (other)")
     capsys.readouterr()
     assert call(words) == 2
     error = capsys.readouterr().err
@@ -145,16 +145,16 @@ def test_it_starts_no_run_that_would_take_too_long(words, capsys, monkeypatch):
 
 def test_a_failed_run_is_recorded_and_does_not_stop_the_others(words, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        own = runs.validate
+        own = runs.resolve
         checked = []
 
         def fail(cfg):
             checked.append(cfg)
-            if len(checked) > 4 and cfg["method"]["name"] == "dense":  # all four were checked beforehand
+            if cfg["method"]["name"] == "dense":
                 raise RuntimeError("out of luck\nand more")
             return own(cfg)
 
-        patch.setattr(runs, "validate", fail)
+        patch.setattr(runs, "resolve", fail)
         assert call(words) == 1
     captured = capsys.readouterr()
     place = folders()["tiny_llama-dense"]
@@ -259,8 +259,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     cfg = compose([*single, "method=magnitude", "sparsity=0.5"])
     shared = Workspace(keep=True)
     whole = runs.run(cfg, tmp_path / "whole", shared)
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    network = shared.network(plain, torch.float32)
+    network = shared.network(resolve(cfg))
     original, write = stages.solve_layers, store.write_tensors
 
     def failing_later(layers, *rest):
@@ -276,7 +275,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "run", shared)
         assert (tmp_path / "run/.progress/block-00000.json").is_file()
-        assert shared.network(plain, torch.float32) is network
+        assert shared.network(resolve(cfg)) is network
     with monkeypatch.context() as patch:
         patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)
         patch.setattr(HiddenStates, "advance", lambda *_: None)
@@ -290,7 +289,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
 
 def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch):
     cfg, shared = compose([*single, "method=dense"]), Workspace(keep=True)
-    network = shared.network(OmegaConf.to_container(cfg, resolve=True), torch.float32)
+    network = shared.network(resolve(cfg))
     size = 4 * sum(parameter.numel() for parameter in network.parameters())
     # A workspace keeps the network and a copy of it, which may take half of the free memory.
     for number, (place, free, streamed) in enumerate(

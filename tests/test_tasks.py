@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
-from alps_exp.evaluation import protocol
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 from alps_exp.tables import figures
 
@@ -145,7 +145,8 @@ def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, s
     from alps_exp.evaluation import tasks
 
     def chosen(*more):
-        return tasks.prepare(compose([*settings, "eval.tasks=[arc_easy]", *more]))[0]
+        asked = resolve(compose([*settings, "eval.tasks=[arc_easy]", *more]))
+        return tasks.prepare(asked.model, asked.evaluation.tasks)[0]
 
     drawn = chosen("eval.limit=8", "eval.limit_seed=5").samples["arc_easy"]
     assert drawn == chosen("eval.limit=8", "eval.limit_seed=5").samples["arc_easy"]
@@ -166,12 +167,13 @@ def test_tasks_are_prepared_once_until_the_tokenizer_changes(tiny_llama, source,
     from alps_exp.evaluation import tasks
 
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    cfg = compose([*tiny_tasks.settings(model, source), "eval.tasks=[arc_easy]"])
-    assert tasks.prepare(cfg) is tasks.prepare(cfg)
+    asked = resolve(compose([*tiny_tasks.settings(model, source), "eval.tasks=[arc_easy]"]))
+    passes = tasks.prepare(asked.model, asked.evaluation.tasks)
+    assert tasks.prepare(asked.model, asked.evaluation.tasks) is passes
     for file in model.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(UserError, match="has no tokenizer"):
-        tasks.prepare(cfg)
+        tasks.prepare(asked.model, asked.evaluation.tasks)
 
 
 def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeypatch):
@@ -251,7 +253,7 @@ def test_the_tokenizer_is_left_as_it_was(settings, tiny_llama, tmp_path):
     workspace = Workspace()
     cfg = compose([*settings, f"model.path={tmp_path / 'plain'}", "eval.tasks=[piqa]", "eval.limit=5"])
     runs.run(cfg, tmp_path / "run", workspace)
-    assert workspace.tokenizer(cfg).pad_token is None
+    assert workspace.tokenizer(resolve(cfg)).pad_token is None
 
 
 def test_bos_reaches_the_prompts(tiny_qwen3):
@@ -274,7 +276,7 @@ def test_options_are_checked_without_lm_eval_where_there_are_no_tasks(settings, 
     import sys
 
     monkeypatch.setitem(sys.modules, "alps_exp.evaluation.tasks", None)
-    protocol.check(compose([*settings, "eval.tasks=[]"]))
+    resolve(compose([*settings, "eval.tasks=[]"]))
 
 
 def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_path):
@@ -287,9 +289,9 @@ def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_pa
     file.write_text(json.dumps(content))
     words = [*settings, f"model.path={tmp_path / 'model'}", "eval.tasks=[piqa]"]
     with pytest.raises(UserError, match=r"adds </s> after each text: give eval\.bos=false"):
-        runs.validate(compose(words))
+        resolve(compose(words))
     for rule in ("true", "false"):
-        runs.validate(compose([*words, f"eval.bos={rule}"]))
+        resolve(compose([*words, f"eval.bos={rule}"]))
 
 
 def test_tokens_beyond_the_vocabulary(settings, tiny_llama, tmp_path):
@@ -303,7 +305,7 @@ def test_tokens_beyond_the_vocabulary(settings, tiny_llama, tmp_path):
             tokenizer.add_tokens(["sailor"])
         tokenizer.save_pretrained(tmp_path / name)
     with pytest.raises(UserError, match="task piqa has the token 'sailor', whose id 384"):
-        runs.validate(compose([*settings, f"model.path={tmp_path / 'word'}", "eval.tasks=[piqa]"]))
+        resolve(compose([*settings, f"model.path={tmp_path / 'word'}", "eval.tasks=[piqa]"]))
     found, wanted = (
         runs.run(compose([*settings, f"model.path={model}", "eval.tasks=[piqa]"]), tmp_path / f"run-{model.name}")
         for model in (tmp_path / "pad", tiny_llama)

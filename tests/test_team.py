@@ -24,8 +24,8 @@ from alps_exp.methods.alps import Alps
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.store import HeldError
 from alps_exp.pruning.team import Team
-from alps_exp.runs import run as runs
-from alps_exp.runs import together as launch
+from alps_exp.runs import together
+from alps_exp.runs.settings import resolve
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -92,7 +92,7 @@ def test_a_process_that_fails_fails_the_run_in_one_line(settings, tmp_path, tiny
 )
 def test_refused_before_anything_starts(settings, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
-        runs.validate(compose([*settings, *more]))
+        resolve(compose([*settings, *more]))
 
 
 def test_work_goes_to_whoever_has_least():
@@ -112,7 +112,7 @@ def test_alps_reaches_the_loss_of_one_process(settings, tmp_path):
 
 def test_idle_processes_take_parts_of_the_costliest_group(tmp_path):
     """ALPS's four inverses of the wide layer are divided over two processes; a part is taken once."""
-    port = launch._free_port()
+    port = together._free_port()
     torch.multiprocessing.spawn(_divide, (port, tmp_path), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert (one["own"], one["share"], two["own"], two["share"]) == ([1], [0, 1], [0], [2, 3])
@@ -162,8 +162,8 @@ def test_killed_processes_go_on(settings, tmp_path):
         "from alps_exp.runs import run; from alps_exp.cli.overrides import compose\n"
         "run.run(compose(sys.argv[2:]), Path(sys.argv[1]))"
     )
-    together = [*settings, "devices=2"]
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder), *together], stderr=subprocess.DEVNULL)
+    words = [*settings, "devices=2"]
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder), *words], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / ".progress" / "block-00000.json").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -196,10 +196,10 @@ def _alive(pid: int) -> bool:
 
 def test_processes_end_with_a_parent_that_is_killed_while_they_are_starting(settings, tmp_path):
     """At any moment: they have not imported anything yet, or are at it."""
-    cfg = json.dumps(OmegaConf.to_container(compose(settings), resolve=True) | {"devices": 2})
+    cfg = json.dumps(OmegaConf.to_container(compose(settings), resolve=True))
     script = (
         "import json, sys; from pathlib import Path; import torch; from alps_exp.runs import together\n"
-        "together.prune_together(json.loads(sys.argv[2]), 'a', Path(sys.argv[1]), torch.device('cpu'))"
+        "together.prune_together(json.loads(sys.argv[2]), Path(sys.argv[1]), torch.device('cpu'), 2)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), cfg], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -208,17 +208,17 @@ def test_processes_end_with_a_parent_that_is_killed_while_they_are_starting(sett
         time.sleep(0.005)
     assert (tmp_path / ".team.lock").exists()
     process.kill()
-    launch.outlast(tmp_path)  # their lock is held until they have ended
+    together.outlast(tmp_path)  # their lock is held until they have ended
     assert not any(_alive(child) for child in children) and not (tmp_path / ".team.lock").exists()
     process.wait()
 
 
 def test_a_team_does_not_begin_beside_an_earlier_one(tmp_path, monkeypatch):
-    launch.outlast(tmp_path)
-    with launch._team_lock(tmp_path):
-        monkeypatch.setattr(launch, "_PATIENCE", 0.2)
+    together.outlast(tmp_path)
+    with together._team_lock(tmp_path):
+        monkeypatch.setattr(together, "_PATIENCE", 0.2)
         with pytest.raises(HeldError, match="still at work"):
-            launch.outlast(tmp_path)
+            together.outlast(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.evaluation.perplexity import prompt_ids
 from alps_exp.model import loading, tokenization
 from alps_exp.runs import run as runs
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 TEXT = " The old  sailor repairs 1921 boats\n\nby the river, café 日本. "
@@ -20,6 +21,10 @@ TEXT = " The old  sailor repairs 1921 boats\n\nby the river, café 日本. "
 
 def local(folder):
     return {"name": "local", "path": str(folder)}
+
+
+def load_tokenizer(node):
+    return loading.load_tokenizer(loading.locate(node))
 
 
 def under_class(model, folder, name):
@@ -44,10 +49,10 @@ def appending_eos(model, folder, first=""):
 def test_the_file_decides_about_the_tokens_whatever_class_is_named(tiny_llama, tmp_path, name):
     file = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
     copy = under_class(tiny_llama, tmp_path / "model", name)
-    tokenizer = loading.load_tokenizer(local(copy))
+    tokenizer = load_tokenizer(local(copy))
     assert tokenizer(TEXT).input_ids == file.encode(TEXT).ids
     alike = AutoTokenizer.from_pretrained(copy)(TEXT).input_ids == file.encode(TEXT).ids
-    note = loading.tokenizer_note(local(copy))
+    note = loading.tokenizer_note(loading.locate(local(copy)))
     assert (note is None) == alike
     if name == "LlamaTokenizerFast":
         assert "tokenizer.json splits texts otherwise than transformers' LlamaTokenizer" in note
@@ -59,8 +64,8 @@ def test_the_file_decides_about_the_tokens_whatever_class_is_named(tiny_llama, t
 
 def test_a_class_that_agrees_with_the_file_is_kept(tiny_gpt2, tmp_path):
     copy = under_class(tiny_gpt2, tmp_path / "model", "GPT2Tokenizer")
-    tokenizer = loading.load_tokenizer(local(copy))
-    assert isinstance(tokenizer, GPT2TokenizerFast) and loading.tokenizer_note(local(copy)) is None
+    tokenizer = load_tokenizer(local(copy))
+    assert isinstance(tokenizer, GPT2TokenizerFast) and loading.tokenizer_note(loading.locate(local(copy))) is None
 
 
 def test_a_class_that_cannot_read_the_file_is_refused(tiny_llama, tmp_path):
@@ -68,7 +73,7 @@ def test_a_class_that_cannot_read_the_file_is_refused(tiny_llama, tmp_path):
     with pytest.raises(
         UserError, match=r"tokenizer of .* cannot be read .* set tokenizer_class .* to TokenizersBackend"
     ):
-        loading.load_tokenizer(local(copy))
+        load_tokenizer(local(copy))
 
 
 def test_tokens_added_beside_the_file_are_kept(tiny_llama, tmp_path):
@@ -76,16 +81,19 @@ def test_tokens_added_beside_the_file_are_kept(tiny_llama, tmp_path):
     file = copy / "tokenizer_config.json"
     added = {"384": {"content": "sailor", "special": False}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens_decoder": added}))
-    assert 384 in loading.load_tokenizer(local(copy))(TEXT).input_ids and loading.tokenizer_note(local(copy)) is None
+    assert (
+        384 in load_tokenizer(local(copy))(TEXT).input_ids
+        and loading.tokenizer_note(loading.locate(local(copy))) is None
+    )
 
 
 def test_a_changed_file_is_read_again(tiny_llama, tmp_path):
     copy = under_class(tiny_llama, tmp_path / "model", "TokenizersBackend")
-    assert loading.load_tokenizer(local(copy)) is loading.load_tokenizer(local(copy))
-    before = loading.load_tokenizer(local(copy))("a").input_ids
+    assert load_tokenizer(local(copy)) is load_tokenizer(local(copy))
+    before = load_tokenizer(local(copy))("a").input_ids
     shutil.rmtree(copy)
     appending_eos(tiny_llama, copy)
-    assert loading.load_tokenizer(local(copy))("a").input_ids == [before[-1], 2]
+    assert load_tokenizer(local(copy))("a").input_ids == [before[-1], 2]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "opt", "qwen3"])
@@ -99,7 +107,7 @@ def test_a_checkpoint_without_a_vocabulary_is_refused(request, tmp_path, kind, l
     if left in content:
         (tmp_path / left).write_text(content[left])
     with pytest.raises(UserError) as caught:
-        loading.load_tokenizer(local(tmp_path))
+        load_tokenizer(local(tmp_path))
     message = str(caught.value)
     assert ("no tokenizer" in message or left == "vocab.json") and "copy" in message and "\n" not in message
 
@@ -110,10 +118,10 @@ def test_a_vocabulary_without_a_tokenizer_json_will_do(tiny_gpt2, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(content["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, content["merges"])))
     wanted = AutoTokenizer.from_pretrained(tiny_gpt2)(TEXT).input_ids
-    assert loading.load_tokenizer(local(tmp_path))(TEXT).input_ids == wanted
+    assert load_tokenizer(local(tmp_path))(TEXT).input_ids == wanted
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer|`merges` must be"):
-        loading.load_tokenizer(local(tmp_path))
+        load_tokenizer(local(tmp_path))
 
 
 def test_damaged_files_are_named(tiny_llama, tmp_path):
@@ -123,7 +131,7 @@ def test_damaged_files_are_named(tiny_llama, tmp_path):
             shutil.copytree(tiny_llama, copy)
             (copy / file).write_text(content, encoding="latin-1")
             try:
-                loading.load_tokenizer(local(copy))
+                load_tokenizer(local(copy))
             except UserError as error:
                 assert f"tokenizer of model.path={copy} cannot be read" in str(error) and "\n" not in str(error)
             else:
@@ -134,21 +142,21 @@ def test_special_tokens_at_both_ends(tiny_llama, tmp_path):
     describe = tokenization.describe_bos
     assert describe(tiny_models.tokenizer("llama"), "auto") == "auto: the tokenizer adds <s> to each text"
     assert describe(tiny_models.tokenizer("gpt2"), "auto") == "auto: the tokenizer adds none"
-    after = loading.load_tokenizer(local(appending_eos(tiny_llama, tmp_path / "after")))
+    after = load_tokenizer(local(appending_eos(tiny_llama, tmp_path / "after")))
     assert tokenization.special_tokens(after) == ([], ["</s>"])
     assert describe(after, "auto") == "auto: the tokenizer adds </s> after each text"
-    both = loading.load_tokenizer(local(appending_eos(tiny_llama, tmp_path / "both", "<s>")))
+    both = load_tokenizer(local(appending_eos(tiny_llama, tmp_path / "both", "<s>")))
     assert tokenization.special_tokens(both) == (["<s>"], ["</s>"])
     assert describe(both, "auto") == "auto: the tokenizer adds <s> before and </s> after each text"
     assert describe(both, "false") == "none"
     # A prompt is to be continued: nothing ends it.
-    config = loading.load_config(local(tiny_llama))
+    config = loading.resolve(local(tiny_llama)).config
     plain = both("The boat", add_special_tokens=False).input_ids
     assert prompt_ids(both, "The boat", 4, config) == [1, *plain] and prompt_ids(after, "The boat", 4, config) == plain
 
 
 def test_prompts_that_cannot_be_continued(tiny_llama):
-    tokenizer, config = tiny_models.tokenizer("llama"), loading.load_config(local(tiny_llama))
+    tokenizer, config = tiny_models.tokenizer("llama"), loading.resolve(local(tiny_llama)).config
     tokenizer.add_tokens(["harbour"])
     for prompt, tokens, words in (
         ("The harbour", 4, "'harbour', whose id 384 is beyond the model's 384 embeddings"),
@@ -213,4 +221,4 @@ def test_what_is_wrong_with_texts_is_found_in_validation(tiny_llama, text_file, 
     value = "null" if file is None else tmp_path / file
     words = words_of(tiny_llama, text_file, "eval=perplexity", "plan=true", "eval.seqlen=64", f"{key}={value}")
     with pytest.raises(UserError, match=part):
-        runs.validate(compose(words))
+        resolve(compose(words))

@@ -4,6 +4,7 @@ import torch
 
 from alps_exp.cli.overrides import compose
 from alps_exp.model import loading
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 
@@ -14,7 +15,8 @@ def held(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_kept_network_is_restored_with_all_that_its_blocks_hold(tiny_gpt2, monkeypatch):
     """Also biases, norms and buffers, which some methods may change one day."""
-    cfg, workspace = compose(["model=local", f"model.path={tiny_gpt2}", "data=local"]), Workspace(keep=True)
+    words = ["model=local", f"model.path={tiny_gpt2}", "data=local", "eval=none", "method=dense", "device=cpu"]
+    settings, workspace = resolve(compose(words)), Workspace(keep=True)
     load_model = loading.load_model
 
     def with_a_buffer(*arguments):
@@ -23,11 +25,11 @@ def test_a_kept_network_is_restored_with_all_that_its_blocks_hold(tiny_gpt2, mon
         return network
 
     monkeypatch.setattr(loading, "load_model", with_a_buffer)
-    network = workspace.network(cfg, torch.float32)
+    network = workspace.network(settings)
     before = {name: tensor.clone() for name, tensor in held(network).items()}
     for tensor in held(network).values():
         tensor.data.fill_(7)
-    assert workspace.network(cfg, torch.float32) is network
+    assert workspace.network(settings) is network
     after = held(network)
     assert {name.rpartition(".")[2] for name in before} == {"weight", "bias", "scale"}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

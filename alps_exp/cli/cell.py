@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,9 @@ from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..base.terminal import settle
 from ..runs import naming
+
+if TYPE_CHECKING:
+    from ..runs.settings import Settings
 
 # Seconds of the longest run that this process has made for a sweep, by the sweep's start.
 _longest: dict[float, float] = {}
@@ -45,11 +48,17 @@ class Outcome:
     new: bool = True
 
 
-def single(cfg: DictConfig) -> Outcome:
-    """One run, in the directory that Hydra made for it."""
+def single(cfg: DictConfig, settings: Settings | None = None) -> Outcome:
+    """One run, in the directory that Hydra made for it.
+
+    Args:
+        cfg: its configuration.
+        settings: what that was resolved to, where this process has done so.
+    """
     from ..runs import run
 
-    return _guarded(lambda directory: run.run(cfg, directory, finished=lambda directory: _note(cfg, directory)))
+    asked = settings or cfg
+    return _guarded(lambda directory: run.run(asked, directory, finished=lambda directory: _note(cfg, directory)))
 
 
 def _note(cfg: DictConfig, directory: Path) -> None:
@@ -128,26 +137,28 @@ def mark(directory: Path) -> tuple | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def is_done(record: Mapping, cfg: DictConfig, new: bool) -> bool:
+def is_done(record: Mapping, cfg: DictConfig, new: bool, settings: Settings | None = None) -> bool:
     """Whether a complete record makes its run superfluous.
 
     Args:
         record: of the run's configuration.
         cfg: the configuration; its key `complete` decides.
         new: whether the record was made since the sweep was started.
+        settings: what the configuration was resolved to, where this process has done so.
     """
+    from ..runs.settings import resolve
+
     if cfg.complete == "again":
         return new
-    return cfg.complete == "skip" or not changes(record, cfg)
+    return cfg.complete == "skip" or not changes(record, settings or resolve(cfg))
 
 
-def changes(record: Mapping, cfg: DictConfig) -> list[str]:
+def changes(record: Mapping, settings: Settings) -> list[str]:
     """What has changed since a record was made, of all that its configuration does not say: code, checkpoint, texts."""
-    from ..runs.environment import code_version
-    from ..runs.inputs import inputs_of
+    from ..runs.provenance import code_version, inputs_of
 
     environment = record.get("environment") or {}
-    now = inputs_of(OmegaConf.to_container(cfg, resolve=True))
+    now = inputs_of(settings)
     before = environment.get("inputs") or {}
     found = [] if environment.get("code") == code_version() else ["code"]
     names, commit = {*now, *before}, "checkpoint commit"

@@ -14,9 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -29,6 +30,9 @@ from ..base.redaction import redacted
 from ..base.terminal import INTERRUPTED, interrupted, settle
 from . import overrides, sweep
 from .cell import Outcome, describe_error, full_error, single
+
+if TYPE_CHECKING:
+    from ..runs.settings import Settings
 
 USER_ERROR, FAILURE = 2, 1
 
@@ -152,13 +156,14 @@ def _single(app: Any, name: str, words: list[str]) -> int:
     cfg = overrides.compose_prepared(words, name, with_hydra=True)
     if cfg.hydra.sweeper.get("params") or cfg.hydra.mode == RunMode.MULTIRUN:
         raise UserError("this is a grid of runs: add -m, as in python -m alps_exp -m +sweeps=demo")
-    _validate(cfg)
+    settings = _resolved(cfg)
     if cfg.plan:
-        _print_plans([cfg])
+        _print_plans([settings])
         return 0
-    _refuse_other(cfg)
+    _refuse_other(cfg, settings)
     with _making_directories():
-        outcome = app.run(config_name=name, task_function=single, overrides=words).return_value
+        job = partial(single, settings=settings)
+        outcome = app.run(config_name=name, task_function=job, overrides=words).return_value
     return _exit_status([outcome])
 
 
@@ -167,7 +172,7 @@ def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
     words, jobs = overrides.expand(words, name)
     runs = sweep.cells(jobs, name)
     if runs and all(cell.cfg.plan for cell in runs):
-        _print_plans([cell.cfg for cell in runs])
+        _print_plans([cell.settings for cell in runs])
         return 0
     with _making_directories():
         if runs:
@@ -192,24 +197,25 @@ def _making_directories() -> Iterator[None]:
         ) from error
 
 
-def _validate(cfg: DictConfig) -> None:
-    from ..runs import run
+def _resolved(cfg: DictConfig) -> Settings:
+    from ..runs.settings import resolve
 
-    run.validate(overrides.without_hydra(cfg))
+    settings = resolve(cfg)
     overrides.check_places(cfg)
+    return settings
 
 
-def _refuse_other(cfg: DictConfig) -> None:
+def _refuse_other(cfg: DictConfig, settings: Settings) -> None:
     """Raise UserError for a directory with a run of another configuration, before the log is opened there."""
     from ..runs.resume import refuse_other
 
-    refuse_other(Path(str(cfg.hydra.run.dir)), overrides.without_hydra(cfg))
+    refuse_other(Path(str(cfg.hydra.run.dir)), settings.configuration)
 
 
-def _print_plans(configs: list[DictConfig]) -> None:
+def _print_plans(runs: list[Settings]) -> None:
     from .plan import plan
 
-    print("\n\n".join(plan(overrides.without_hydra(cfg)) for cfg in configs))
+    print("\n\n".join(map(plan, runs)))
 
 
 def _exit_status(outcomes: list[Outcome], sweep: bool = False) -> int:

@@ -11,42 +11,32 @@ from pathlib import Path
 import torch
 
 from ..allocation.prunable import linear_shapes
-from ..base.checks import parse_device
 from ..checkpoints.packed import packed_size
-from ..evaluation.protocol import seqlen
 from ..layer.inputs import Statistics
-from ..layer.registry import build
-from ..methods.refit import refitted
-from ..model import loading
 from ..model.hidden import choose_place
 from ..model.structure import blocks_of, count, find_blocks
-from ..runs.naming import run_name
-from ..runs.run import DTYPES, dtype_of, selection_of, validate
+from ..runs.settings import Settings
 from ..runs.workspace import streams
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
 _WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
 
 
-def plan(cfg: Mapping) -> str:
+def plan(settings: Settings) -> str:
     """A text: layers with their patterns, estimated time, device, host and disk memory.
 
     Everything is derived from the model's configuration; the time is the work in floating-point operations over the
     rate of a matrix product measured on the device just now, and good to a factor of about two.
-
-    Raises:
-        UserError: as `validate`.
     """
-    patterns = validate(cfg)
-    device = parse_device(cfg["device"])
-    config = loading.load_config(cfg["model"])
-    skeleton = loading.empty_model(cfg["model"])
-    shapes = linear_shapes(skeleton, selection_of(cfg))
-    solver = refitted(build(cfg["method"]), cfg["refit"])
-    needed = solver.statistics | (Statistics.GRAM if cfg["losses"] and patterns else Statistics.NONE)
+    needed = settings.solver.statistics | (Statistics.GRAM if settings.losses and settings.prunes else Statistics.NONE)
+    patterns, skeleton = settings.patterns, settings.model.skeleton
+    shapes = settings.shapes or linear_shapes(skeleton, settings.selection)
 
-    source = cfg["model"].get("path") or cfg["model"].get("package")
-    lines = [f"run        {run_name(cfg)}", f"model      {cfg['model']['name']} ({source})"]
+    node = settings.configuration.content["model"]
+    lines = [
+        f"run        {settings.configuration.name}",
+        f"model      {node['name']} ({node.get('path') or node.get('package')})",
+    ]
     kinds = Counter(
         (name.rsplit(".", 1)[-1], shapes[name], str(patterns[name]) if name in patterns else "dense") for name in shapes
     )
@@ -59,45 +49,47 @@ def plan(cfg: Mapping) -> str:
         f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
         for (suffix, shape, pattern), count in kinds.items()
     ]
-    lines += _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device)
-    lines += _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device)
+    lines += _time_lines(settings, shapes, needed)
+    lines += _memory_lines(settings, shapes, needed)
     return "\n".join(lines)
 
 
-def _time_lines(cfg, skeleton, shapes, patterns, solver, needed, device) -> list[str]:
+def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list[str]:
+    skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
+    windows, asked = settings.calibration, settings.evaluation
     prefix, blocks = find_blocks(skeleton)
     end = max(blocks_of(patterns, prefix), default=-1) + 1
     block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
-    tokens = cfg["nsamples"] * cfg["seqlen"]
-    passes = 0 if not needed else 1 if cfg["propagate"] == "dense" else 2
+    tokens = windows.nsamples * windows.seqlen
+    passes = 0 if not needed else 1 if settings.propagate == "dense" else 2
     forward = 2 * block_weights * tokens * passes
     inputs = _distinct_inputs(patterns, shapes)
     gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
-    solving = sum(solver.flops(*shapes[name]) for name in patterns)
-    windows = cfg["eval"]["windows"]
+    solving = sum(settings.solver.flops(*shapes[name]) for name in patterns)
     everything = sum(p.numel() for p in skeleton.parameters())
-    texts = len(cfg["eval"]["datasets"])
-    evaluation = 2 * everything * (windows or 0) * texts * (seqlen(cfg) if texts else 0)
+    texts = len(asked.texts)
+    evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
     rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
-    missing = ["evaluation on whole texts (eval.windows)"] if texts and not windows else []
-    missing += ["tasks"] if cfg["eval"]["tasks"] else []
+    missing = ["evaluation on whole texts (eval.windows)"] if texts and not asked.windows else []
+    missing += ["tasks"] if asked.tasks.names else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     return [
-        f"tokens     {cfg['nsamples']} windows of {cfg['seqlen']}",
+        f"tokens     {windows.nsamples} windows of {windows.seqlen}",
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
 
 
-def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> list[str]:
+def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list[str]:
+    skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
     _, blocks = find_blocks(skeleton)
-    size = _element_size(cfg, config, device)
+    size, windows = settings.itemsize, settings.calibration
     weights = sum(p.numel() for p in skeleton.parameters())
     block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
     outside = weights - sum(p.numel() for p in blocks.parameters())
-    hidden = cfg["nsamples"] * cfg["seqlen"] * getattr(config, "hidden_size", 0) * size
+    hidden = windows.nsamples * windows.seqlen * getattr(settings.model.config, "hidden_size", 0) * size
     statistics = workspace = 0
     if patterns:
         first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
@@ -106,8 +98,9 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> li
         copies = _WORKSPACE[Statistics.GRAM if Statistics.GRAM in needed else needed]
         workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
     model_bytes, block_bytes, outside_bytes = weights * size, block * size, outside * size
-    streamed = streams(cfg, dtype_of(cfg, device))
-    place = _place(cfg, device, hidden) if needed else None
+    streamed, place = streams(settings), None
+    if needed:
+        place = choose_place(device, hidden) if settings.hidden_states == "auto" else settings.hidden_states
     step = statistics + workspace
     # Streamed, one block is in use, one on its way in, and one on its way out.
     held = outside_bytes + 3 * block_bytes if streamed else model_bytes
@@ -122,28 +115,23 @@ def _memory_lines(cfg, config, skeleton, shapes, patterns, needed, device) -> li
         rest = step + (hidden if place in ("host", "device") else 0)
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
-    local = cfg["model"].get("path") is None or Path(str(cfg["model"]["path"])).expanduser().exists()
     dense, disk = outside_bytes if streamed and patterns else model_bytes, []
-    if cfg["save"] == "packed":
+    if settings.save == "packed":
         less = sum(
             math.prod(shapes[name]) * size - packed_size(shapes[name], pattern.sparsity, size)
             for name, pattern in patterns.items()
         )
         disk = [("the saved model", model_bytes - less), ("its dense form while it is packed", dense)]
-    elif cfg["save"]:
+    elif settings.save:
         disk = [("the saved model", dense)]
-    disk += [] if local else [("the download", model_bytes)]
-    if patterns and cfg["resumable"]:
-        kept = " (they become the saved model)" if cfg["save"] in (True, "dense") and streamed else " while it runs"
+    disk += [] if Path(settings.model.source.path).exists() else [("the download", model_bytes)]
+    if patterns and settings.resumable:
+        kept = " (they become the saved model)" if settings.save is True and streamed else " while it runs"
         disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
     disk += [("hidden states while it runs", hidden)] if place == "disk" else []
     parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
     lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
     return lines
-
-
-def _place(cfg, device, hidden: int) -> str:
-    return choose_place(device, hidden) if cfg["hidden_states"] == "auto" else cfg["hidden_states"]
 
 
 def _distinct_inputs(names, shapes) -> list[int]:
@@ -159,13 +147,6 @@ def _distinct_inputs(names, shapes) -> list[int]:
 def _block_of(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
-
-
-def _element_size(cfg, config, device) -> int:
-    if cfg["dtype"] != "auto":
-        return DTYPES[cfg["dtype"]].itemsize
-    dtype = getattr(config, "dtype", None)
-    return 4 if device.type == "cpu" or not isinstance(dtype, torch.dtype) else dtype.itemsize
 
 
 def _measured_rate(device: torch.device) -> float:

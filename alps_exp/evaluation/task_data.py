@@ -273,11 +273,11 @@ def _missing(leaf: Leaf, split: str, source: FolderSource | PackageSource) -> Us
     )
 
 
-def stamps(setting: str) -> list:
+def stamps(setting: str) -> tuple:
     """What tells whether the files of `eval.task_source` have changed within the life of a process."""
     root = Path(setting).expanduser()
     files = sorted(root.glob("*/*.jsonl*")) if root.is_dir() else []
-    return [(str(file), *_stamp(file)) for file in files]
+    return tuple((str(file), *_stamp(file)) for file in files)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -7,25 +7,25 @@ network is called.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
-import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from lm_eval import evaluator
-from omegaconf import OmegaConf
 
-from ..base.checks import one_of, require
 from ..base.errors import UserError
-from ..model import loading
 from ..model.blocks import BlockModel
-from ..model.tokenization import refuse_unknown, special_tokens, vocabulary_of
+from ..model.loading import ModelSettings, context_length, load_tokenizer
+from ..model.loading import stamps as model_stamps
+from ..model.tokenization import refuse_unknown, special_tokens
 from .perplexity import whole_model
+from .settings import TaskSettings
 from .task_data import stamps
 from .task_names import Request, calling_lm_eval, load, request
 
@@ -59,23 +59,7 @@ class Pass:
     truncated: Mapping[str, int]
 
 
-def check_options(options: Mapping) -> None:
-    """Raise UserError for a value of the `eval` node that no task evaluation could use, without importing any data."""
-    names = options["tasks"]
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise UserError(f"eval.tasks={names} is not allowed: give a list, as in 'eval.tasks=[arc_easy,mmlu@5]'")
-    if options["task_batch_size"] != "auto":
-        require("eval.task_batch_size", options["task_batch_size"], int, 1, float("inf"))
-    one_of("eval.truncate", options["truncate"], (True, False))
-    limits = options["limit"].values() if isinstance(options["limit"], Mapping) else [options["limit"]]
-    for limit in limits:
-        if limit is not None:
-            require("eval.limit", limit, int, 1, float("inf"))
-    if options["limit_seed"] is not None:
-        require("eval.limit_seed", options["limit_seed"], int, 0, float("inf"))
-
-
-def prepare(cfg: Mapping) -> tuple[Pass, ...]:
+def prepare(model: ModelSettings, options: TaskSettings) -> tuple[Pass, ...]:
     """Everything about the configured tasks that needs no weights: data read, examples chosen, lengths checked.
 
     The same tasks of the same model are prepared once per process, unless their files change.
@@ -84,31 +68,29 @@ def prepare(cfg: Mapping) -> tuple[Pass, ...]:
         UserError: unknown task (names the nearest), data that cannot be had, a tokenizer without the tokens
             that lm-eval needs, prompts beyond the model's context.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    options = {key: plain["eval"][key] for key in ("tasks", "task_source", "limit", "limit_seed", "truncate", "bos")}
-    files = [stamps(options["task_source"]), loading.stamps(plain["model"])]
-    return _prepared(json.dumps([plain["model"], options, files], sort_keys=True))
+    # The batch size has no part in it.
+    asked, files = dataclasses.replace(options, batch_size="auto"), (stamps(options.source), model_stamps(model.source))
+    return _prepared(model, asked, files)
 
 
 @lru_cache(maxsize=4)
-def _prepared(key: str) -> tuple[Pass, ...]:
-    model, options, _ = json.loads(key)
-    tokenizer = loading.load_tokenizer(model)
+def _prepared(model: ModelSettings, options: TaskSettings, files: tuple) -> tuple[Pass, ...]:
+    tokenizer = load_tokenizer(model.source)
     by_shots: dict[int | None, list[Request]] = {}
-    for asked in map(request, options["tasks"]):
+    for asked in map(request, options.names):
         by_shots.setdefault(asked.shots, []).append(asked)
-    limits = _Limits(options["limit"], options["limit_seed"])
+    limits = _Limits(options)
     passes = []
     for shots, group in by_shots.items():
         suffix = "" if shots is None else f"@{shots}"
         names = [asked.name for asked in group]
-        loaded, sources = load(names, shots, options["task_source"])
+        loaded, sources = load(names, shots, options.source)
         samples, sampling = {}, {}
         for name, task in loaded["tasks"].items():
             task.set_config("num_fewshot", task.config.num_fewshot or 0 if shots is None else shots)
             samples[name], sampling[name] = limits.choose(name, suffix, loaded, len(task.eval_docs))
         chosen = {name: rows for name, rows in samples.items() if rows is not None}
-        lengths = _Lengths(tokenizer, loading.load_config(model), options)
+        lengths = _Lengths(tokenizer, model.context, model.vocabulary, options)
         truncated = {name: lengths.beyond(name, task, chosen.get(name)) for name, task in loaded["tasks"].items()}
         passes.append(Pass(suffix, tuple(names), loaded, chosen, sampling, sources, truncated))
     limits.refuse_unused()
@@ -118,10 +100,9 @@ def _prepared(key: str) -> tuple[Pass, ...]:
 class _Limits:
     """Which rows of a task are evaluated."""
 
-    def __init__(self, limit: int | Mapping | None, seed: int | None) -> None:
-        self.by_name = limit if isinstance(limit, Mapping) else {}
-        self.everywhere = None if isinstance(limit, Mapping) else limit
-        self.seed, self.used = seed, set()
+    def __init__(self, options: TaskSettings) -> None:
+        self.by_name, self.everywhere = dict(options.limits), options.limit
+        self.seed, self.used = options.limit_seed, set()
 
     def choose(self, name: str, suffix: str, loaded: Mapping, rows: int) -> tuple[list[int] | None, str]:
         """The rows, None for all, and how they were chosen. A group's limit holds for each of its tasks."""
@@ -147,12 +128,11 @@ class _Limits:
 class _Lengths:
     """Compares prompts with the model's context, as lm-eval's own model cuts them, and with its vocabulary."""
 
-    def __init__(self, tokenizer, config, options: Mapping) -> None:
-        self.tokenizer, self.context, self.options = tokenizer, loading.context_length(config), options
-        self.vocabulary = vocabulary_of(config)
+    def __init__(self, tokenizer, context: int | None, vocabulary: int | None, options: TaskSettings) -> None:
+        self.tokenizer, self.context, self.vocabulary, self.options = tokenizer, context, vocabulary, options
         largest = max(tokenizer.get_vocab().values())
         self.all_known = self.vocabulary is None or largest < self.vocabulary
-        rule, (_, after) = str(options["bos"]).lower(), special_tokens(tokenizer)
+        rule, (_, after) = str(options.bos).lower(), special_tokens(tokenizer)
         if after and rule == "auto":  # lm-eval takes the tokens of a continuation from where its context's end
             raise UserError(
                 f"eval.tasks cannot be scored with a tokenizer that adds {' '.join(after)} after each text: give "
@@ -196,12 +176,12 @@ class _Lengths:
                 )
         else:  # the last token of a continuation is predicted, not read
             texts, longest = ["".join(instance.args) for instance in task.instances], self.context + 1
-        longest -= str(self.options["bos"]).lower() in ("true", "window")
+        longest -= str(self.options.bos).lower() in ("true", "window")
         # A token is at least a byte, so short texts need no tokenising.
         texts = [text for text in texts if len(text.encode()) + 8 > longest]
         lengths = [len(row) for row in self.tokenizer(texts, verbose=False)["input_ids"]] if texts else []
         count = sum(length > longest for length in lengths)
-        if count and not self.options["truncate"]:
+        if count and not self.options.truncate:
             raise UserError(
                 f"task {name}: {count} of {len(task.instances)} prompts are beyond the model's context of "
                 f"{self.context} tokens (the longest has {max(lengths)}): eval.truncate=true drops their beginnings, "
@@ -210,12 +190,12 @@ class _Lengths:
         return count
 
 
-def measure(passes: tuple[Pass, ...], cfg: Mapping, model: BlockModel, tokenizer) -> list[dict]:
+def measure(passes: tuple[Pass, ...], options: TaskSettings, model: BlockModel, tokenizer) -> list[dict]:
     """Evaluate prepared tasks.
 
     Args:
-        passes: what `prepare` returned for this configuration.
-        cfg: the composed configuration.
+        passes: what `prepare` returned for these settings.
+        options: the settings.
         model: the network, which may be larger than its device.
         tokenizer: the model's; it is not changed.
 
@@ -224,7 +204,7 @@ def measure(passes: tuple[Pass, ...], cfg: Mapping, model: BlockModel, tokenizer
     """
     from .task_model import TaskModel
 
-    size, device = cfg["eval"]["task_batch_size"], model.device
+    size, device = options.batch_size, model.device
     if size == "auto" and device.type == "cpu":
         size = _CPU_BATCH
     rows = []
@@ -236,8 +216,8 @@ def measure(passes: tuple[Pass, ...], cfg: Mapping, model: BlockModel, tokenizer
             device=device,
             batch_size=size,
             max_batch_size=_MOST_BATCH,
-            context=loading.context_length(model.model.config),
-            bos=cfg["eval"]["bos"],
+            context=context_length(model.model.config),
+            bos=options.bos,
         )
         for step in passes:
             rows += _rows(step, _evaluate(step, network), network.describe_bos())

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,7 +61,7 @@ _REMEDY = "give a folder with model=local model.path=DIR"
 
 
 @dataclass(frozen=True)
-class _Source:
+class ModelSource:
     """Where `from_pretrained` finds the model: a hub id or a folder, and how to speak of it."""
 
     path: str
@@ -77,16 +77,54 @@ class _Source:
         }
 
 
-def load_config(model: Mapping) -> PreTrainedConfig:
-    """The configuration of a model, without its weights.
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is known of a model without its weights.
+
+    Attributes:
+        source: where it is.
+        config: of config.json; it is shared, so nobody changes it.
+        skeleton: the network without weights (see `skeleton`), shared likewise.
+    """
+
+    source: ModelSource
+    config: PreTrainedConfig = field(compare=False)
+    skeleton: PreTrainedModel = field(compare=False, repr=False)
+
+    @property
+    def context(self) -> int | None:
+        """See `context_length`."""
+        return context_length(self.config)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """See `tokenization.vocabulary_of`."""
+        return tokenization.vocabulary_of(self.config)
+
+
+def resolve(node: Mapping) -> ModelSettings:
+    """What a model node names. That of a local model is the same object until its files change.
 
     Raises:
-        UserError: the model cannot be found or read (see `load_model`), or its weights are stored quantised.
+        UserError: the model cannot be found or read (see `load_model`), its weights are stored quantised, or it is no
+            causal language model.
     """
-    return _config(_locate(model))
+    source = locate(node)
+    folder = Path(source.path)
+    return _kept(source, _state(folder)) if folder.is_dir() else _described(source)
 
 
-def load_tokenizer(model: Mapping) -> PreTrainedTokenizerBase:
+@lru_cache(maxsize=4)
+def _kept(source: ModelSource, state: str) -> ModelSettings:
+    return _described(source)
+
+
+def _described(source: ModelSource) -> ModelSettings:
+    config = _config(source)
+    return ModelSettings(source, config, skeleton(config, trust_remote_code=source.trust_remote_code))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model, which splits texts as its tokenizer.json says.
 
     A local one is the same object at every call until its files change: copy it before you change it.
@@ -94,37 +132,32 @@ def load_tokenizer(model: Mapping) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the model cannot be found, or has no tokenizer that can be read.
     """
-    return _tokenizer(model)[0]
+    return _tokenizer(source)[0]
 
 
-def tokenizer_note(model: Mapping) -> str | None:
+def tokenizer_note(source: ModelSource) -> str | None:
     """What was unusual about loading a model's tokenizer, see `tokenization.as_its_file_says`."""
-    return _tokenizer(model)[1]
+    return _tokenizer(source)[1]
 
 
-def stamps(model: Mapping) -> tuple[tuple[str, int, int], ...]:
+def stamps(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
     """What tells whether the files of a local model have changed within the life of a process; none of another."""
-    return _stamps(_locate(model))
-
-
-def _stamps(source: _Source) -> tuple[tuple[str, int, int], ...]:
     stats = ((file.name, file.stat()) for file in sorted(Path(source.path).glob("*")) if file.is_file())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _tokenizer(model: Mapping) -> tuple[PreTrainedTokenizerBase, str | None]:
-    source = _locate(model)
+def _tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, str | None]:
     if not Path(source.path).is_dir():
         return _read_tokenizer(source)
-    return _kept_tokenizer(source, _stamps(source))
+    return _kept_tokenizer(source, stamps(source))
 
 
 @lru_cache(maxsize=4)
-def _kept_tokenizer(source: _Source, files: tuple) -> tuple[PreTrainedTokenizerBase, str | None]:
+def _kept_tokenizer(source: ModelSource, files: tuple) -> tuple[PreTrainedTokenizerBase, str | None]:
     return _read_tokenizer(source)
 
 
-def _read_tokenizer(source: _Source) -> tuple[PreTrainedTokenizerBase, str | None]:
+def _read_tokenizer(source: ModelSource) -> tuple[PreTrainedTokenizerBase, str | None]:
     folder, where = Path(source.path), source.arguments()
     lacks = (
         f"{source.what} has no tokenizer, neither {tokenization.FILE} nor the vocabulary of another kind: copy the "
@@ -150,31 +183,30 @@ def _read_tokenizer(source: _Source) -> tuple[PreTrainedTokenizerBase, str | Non
         raise UserError(why) from None
 
 
-def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(model: ModelSettings, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The model with its weights on the CPU, in eval mode, frozen, with the key-value cache switched off.
 
     Args:
-        model: a model node.
+        model: what `resolve` gives.
         dtype: of the weights; "auto" is the checkpoint's own.
 
     Raises:
         UserError: no such folder, no config.json in it, weights that are missing, damaged or of other shapes, hub not
             reachable, gated model without a token, unknown architecture, model code of its own, package not installed.
     """
-    source = _locate(model)
-    config = _config(source)
+    source = model.source
     check_weights(model, download=True)
     kind, where = AutoModelForCausalLM, source.arguments()
     if packed.is_packed(Path(source.path)):
         # Tensors instead of files: the model's own class takes them, the automatic one wants a path.
-        kind = type(skeleton(config, trust_remote_code=source.trust_remote_code))
+        kind = type(model.skeleton)
         where = {"pretrained_model_name_or_path": None, "state_dict": packed.read_folder(Path(source.path))}
     try:
         with _errors_only():
             # Mismatched sizes are let pass here because the report names them, and are refused below.
             loaded, report = kind.from_pretrained(
                 **where,
-                config=config,
+                config=copy.deepcopy(model.config),
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -189,25 +221,24 @@ def load_model(model: Mapping, dtype: torch.dtype | str = "auto") -> PreTrainedM
         refuse_names(source.what, loaded, problem, names)
     if kind is not AutoModelForCausalLM:
         loaded.generation_config = _generation_config(Path(source.path))
-    loaded.own_dtype = _own_dtype(config, _downloaded(source))
+    loaded.own_dtype = _own_dtype(model.config, _downloaded(source))
     return _freeze(loaded)
 
 
 def load_streamed(
-    model: Mapping, dtype: torch.dtype | str = "auto", pin: bool = False
+    model: ModelSettings, dtype: torch.dtype | str = "auto", pin: bool = False
 ) -> tuple[PreTrainedModel, StreamedBlocks]:
     """The model with the weights outside its decoder blocks, and the source from which the blocks are read.
 
     Args:
-        model: a model node; a checkpoint on the hub is downloaded, one in `.bin` files converted, once.
+        model: what `resolve` gives; a checkpoint on the hub is downloaded, one in `.bin` files converted, once.
         dtype: of the weights; "auto" is the checkpoint's own.
         pin: read blocks into page-locked memory, for a CUDA device.
 
     Raises:
         UserError: as `load_model`; also a model whose weights cannot be read block by block.
     """
-    source = _locate(model)
-    config = _config(source)
+    source = model.source
     if source.trust_remote_code:
         raise UserError(f"{source.what} brings model code of its own, which is not streamed: give stream=false")
     check_weights(model, download=True)
@@ -215,8 +246,8 @@ def load_streamed(
     if packed.is_packed(folder):
         raise UserError(f"{source.what} holds packed weights, which are not streamed: give stream=false")
     checkpoint = Checkpoint(safetensors_folder(folder))
-    own = _own_dtype(config, folder)
-    network = skeleton(config, own if dtype == "auto" else dtype)
+    own = _own_dtype(model.config, folder)
+    network = skeleton(model.config, own if dtype == "auto" else dtype)
     network.own_dtype = own
     network.config.name_or_path = source.path
     network.generation_config = _generation_config(folder)
@@ -242,11 +273,11 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return bin_entries(folder) if has_bin(folder) else Checkpoint(folder).entries
 
 
-def check_weights(model: Mapping, download: bool = False) -> list[str]:
+def check_weights(model: ModelSettings, download: bool = False) -> list[str]:
     """Look at a checkpoint's files, and at the names, shapes and dtypes of its tensors, without reading its weights.
 
     Args:
-        model: a model node.
+        model: what `resolve` gives.
         download: one on the hub, too, which is downloaded for it.
 
     Returns:
@@ -255,36 +286,34 @@ def check_weights(model: Mapping, download: bool = False) -> list[str]:
     Raises:
         UserError: files are missing, truncated or damaged, or hold other tensors than the configuration asks for.
     """
-    source = _locate(model)
-    if not download and not Path(source.path).is_dir():
+    if not download and not Path(model.source.path).is_dir():
         return []
-    folder = _downloaded(source)
-    return list(_checked(source, folder, _state(folder)))
+    folder = _downloaded(model.source)
+    return list(_checked(model, folder, _state(folder)))
 
 
 @lru_cache(maxsize=16)
-def _checked(source: _Source, folder: Path, state: str) -> tuple[str, ...]:
+def _checked(model: ModelSettings, folder: Path, state: str) -> tuple[str, ...]:
+    what = model.source.what
     try:
         _generation_config(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"generation_config.json of {source.what} cannot be read ({hub.first_line(error)}): mend it, or delete it"
+            f"generation_config.json of {what} cannot be read ({hub.first_line(error)}): mend it, or delete it"
         ) from None
     entries = _entries(folder)
-    network = skeleton(_config(source), trust_remote_code=source.trust_remote_code)
-    prefix, blocks = find_blocks(network)
-    return tuple(check_tensors(network, entries, prefix, len(blocks), source.what))
+    prefix, blocks = find_blocks(model.skeleton)
+    return tuple(check_tensors(model.skeleton, entries, prefix, len(blocks), what))
 
 
-def _downloaded(source: _Source) -> Path:
+def _downloaded(source: ModelSource) -> Path:
     """The folder with the weights, of a model on the hub that in its cache."""
     folder = Path(source.path)
     return folder if folder.is_dir() else hub.checkpoint_folder(source.path, source.revision, PRECEDENCE, _REMEDY)
 
 
-def _cached(model: Mapping) -> Path:
+def _cached(source: ModelSource) -> Path:
     """The folder with what is here of a model: its own, or that in the hub's cache."""
-    source = _locate(model)
     folder = Path(source.path)
     if not folder.is_dir():
         _config(source)  # puts its file into the cache, whose folders are named by their commits
@@ -292,16 +321,16 @@ def _cached(model: Mapping) -> Path:
     return folder
 
 
-def identity(model: Mapping) -> dict[str, str]:
+def identity(source: ModelSource) -> dict[str, str]:
     """What tells this checkpoint from others: its files that are here (`fingerprint`), and its commit on the hub."""
-    folder = _cached(model)
+    folder = _cached(source)
     commit = hub.commit(folder)
     return ({} if commit is None else {"commit": commit}) | fingerprint(folder)
 
 
-def changed(model: Mapping) -> str:
+def changed(source: ModelSource) -> str:
     """When a checkpoint's files were last written, as a digest, which tells of changes that `identity` does not see."""
-    return _state(_cached(model))
+    return _state(_cached(source))
 
 
 def _state(folder: Path) -> str:
@@ -309,12 +338,12 @@ def _state(folder: Path) -> str:
     return sha256(repr(stats))[:16]
 
 
-def doubts(model: Mapping, network: PreTrainedModel) -> list[str]:
+def doubts(model: ModelSettings, network: PreTrainedModel) -> list[str]:
     """In words what of a loaded model's checkpoint was left out or contradicts its configuration; empty as a rule."""
     found = check_weights(model, download=True)
     if is_untied(network):
         found.append(
-            f"config.json of {_locate(model).what} ties the head to the embedding, and the weights hold different "
+            f"config.json of {model.source.what} ties the head to the embedding, and the weights hold different "
             "ones: they are left apart, as in transformers"
         )
     return found
@@ -325,15 +354,6 @@ def is_untied(network: PreTrainedModel) -> bool:
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     tied = getattr(network.config.get_text_config(decoder=True), "tie_word_embeddings", False)
     return bool(tied) and head is not None and head.weight is not embedding.weight
-
-
-def empty_model(model: Mapping) -> PreTrainedModel:
-    """A model without its weights (see `skeleton`).
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    return skeleton(load_config(model), trust_remote_code=model.get("trust_remote_code", False))
 
 
 def skeleton(
@@ -392,7 +412,7 @@ def _errors_only() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _config(source: _Source) -> PreTrainedConfig:
+def _config(source: ModelSource) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(**source.arguments())
     except MemoryError:
@@ -421,8 +441,12 @@ def _config(source: _Source) -> PreTrainedConfig:
     return config
 
 
-def _locate(model: Mapping) -> _Source:
-    """Where a model node's files are; local ones are looked at, the hub is asked whether it can be reached."""
+def locate(model: Mapping) -> ModelSource:
+    """Where a model node's files are; local ones are looked at, the hub is asked whether it can be reached.
+
+    Raises:
+        UserError: they are not there, or the node contradicts itself.
+    """
     name, path = model.get("name"), model.get("path")
     gguf_file, package = model.get("gguf_file"), model.get("package")
     revision, trust = model.get("revision"), model.get("trust_remote_code", False)
@@ -436,15 +460,15 @@ def _locate(model: Mapping) -> _Source:
                 f"give model=local model.path={path}"
             )
         folder = package_folder(package, f"model={name}")
-        return _Source(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust)
+        return ModelSource(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust)
     if not path:
         raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
     path = str(path)
-    local = Path(path).expanduser()
+    local = Path(path).expanduser().absolute()
     if local_model(model):
         if revision:
             raise UserError(f"model.revision={revision} goes with a hub id, and model.path={path} is a local folder")
-        return _Source(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust)
+        return ModelSource(str(_local(local, gguf_file, f"model.path={path}")), f"model.path={path}", None, trust)
     if gguf_file:
         raise UserError(
             f"model.gguf_file={gguf_file} needs a local folder and model.path={path} is none: download the file, "
@@ -458,7 +482,7 @@ def _locate(model: Mapping) -> _Source:
     found = hub.cached_model(path, revision, _REMEDY) if offline else path
     if offline and (found / ADAPTER).is_file():
         _refuse_adapter(found, f"model {path!r}", has_weights(found))
-    return _Source(str(found), f"model {path!r}", revision, trust)
+    return ModelSource(str(found), f"model {path!r}", revision, trust)
 
 
 def _local(path: Path, gguf_file: str | None, what: str) -> Path:
@@ -501,7 +525,7 @@ def _listing(folder: Path, pattern: str) -> str:
     return f"its {pattern} files: {', '.join(names[:5])}" if names else f"it has no {pattern} file"
 
 
-def _why(source: _Source, error: Exception, part: str) -> str:
+def _why(source: ModelSource, error: Exception, part: str) -> str:
     """One line for a failure of transformers to load `part` of a model."""
     text = str(error)
     if "trust_remote_code" in text and not source.trust_remote_code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.checks import one_of
@@ -17,10 +18,26 @@ _MODES = ("online", "offline", "disabled", "shared")
 _unreachable: list[str] = []
 
 
-def check_logger(node: Mapping) -> None:
-    """Raise UserError for a logger's setting that W&B would refuse only after the run."""
+@dataclass(frozen=True)
+class LoggerSettings:
+    """A `logger` node; that of `none` has a name alone."""
+
+    name: str
+    project: str | None = None
+    entity: str | None = None
+    mode: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def resolve(node: Mapping) -> LoggerSettings:
+    """What a `logger` node says.
+
+    Raises:
+        UserError: a setting that W&B would refuse only after the run.
+    """
     if node["name"] != "wandb":
-        return
+        return LoggerSettings(node["name"])
     one_of("logger.mode", node["mode"], (None, *_MODES))
     one_of("WANDB_MODE", os.environ.get("WANDB_MODE"), (None, "", *_MODES, "dryrun", "run"))
     for key in ("project", "entity", "group"):
@@ -30,57 +47,60 @@ def check_logger(node: Mapping) -> None:
         raise UserError(f"logger.tags={node['tags']} is not allowed: give a list, as in 'logger.tags=[a,b]'")
     import wandb
 
+    keys = ("project", "entity", "mode", "group")
+    found = LoggerSettings(node["name"], **{key: node[key] for key in keys}, tags=tuple(node["tags"]))
     try:
-        wandb.Settings(project=node["project"], entity=node["entity"], run_group=node["group"], run_tags=node["tags"])
+        wandb.Settings(project=found.project, entity=found.entity, run_group=found.group, run_tags=found.tags)
     except (wandb.errors.UsageError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UserError(f"logger: W&B refuses its settings: {' '.join(lines[1:3]) or lines[0]}") from None
+    return found
 
 
-def log_record(record: Mapping, node: Mapping, directory: Path) -> str | None:
+def log_record(record: Mapping, settings: LoggerSettings, directory: Path) -> str | None:
     """Send a record to the logger that the configuration names.
 
     Args:
         record: a run record as plain values.
-        node: the composed `logger` node.
+        settings: of the logger.
         directory: the run's directory, under which offline files go.
 
     Returns:
         None, or one line saying why nothing was logged.
     """
-    if node["name"] == "none":
+    if settings.name == "none":
         return None
     line = None
-    if _unreachable and _online(node):
+    if _unreachable and _online(settings):
         line = f"W&B was not asked again ({_unreachable[0]})"
     else:
         try:
-            _log_wandb(record, node, directory)
+            _log_wandb(record, settings, directory)
         except Exception as error:  # whatever W&B raises, the record on disk is the result
             first = redacted(str(error).splitlines()[0]) if str(error) else ""
             line = f"W&B logging failed ({type(error).__name__}: {first})"
-            if _online(node):
+            if _online(settings):
                 _unreachable.append(line)
     if line is not None:
         print(f"alps_exp: {line}; the record is complete without it", file=sys.stderr)
     return line
 
 
-def _online(node: Mapping) -> bool:
-    return (node["mode"] or os.environ.get("WANDB_MODE") or "online") in ("online", "run", "shared")
+def _online(settings: LoggerSettings) -> bool:
+    return (settings.mode or os.environ.get("WANDB_MODE") or "online") in ("online", "run", "shared")
 
 
-def _log_wandb(record: Mapping, node: Mapping, directory: Path) -> None:
+def _log_wandb(record: Mapping, settings: LoggerSettings, directory: Path) -> None:
     import wandb
 
     record = _with_numbers(record)
     name = f"{record['model']}-{record['method']}-{record['sparsity'].replace(':', 'of')}-s{record['seed']}"
     with wandb.init(
-        project=node["project"],
-        entity=node["entity"],
-        mode=node["mode"] or os.environ.get("WANDB_MODE"),  # W&B reads it once per process only
-        group=node["group"],
-        tags=list(node["tags"]),
+        project=settings.project,
+        entity=settings.entity,
+        mode=settings.mode or os.environ.get("WANDB_MODE"),  # W&B reads it once per process only
+        group=settings.group,
+        tags=list(settings.tags),
         name=name,
         id=record["config_hash"],  # the same configuration is the same W&B run
         resume="allow",

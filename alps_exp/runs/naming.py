@@ -6,12 +6,18 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..base.files import sha256
 from ..checkpoints.location import local_model
+
+if TYPE_CHECKING:
+    from ..layer.solver import Solver
+    from ..patterns import Pattern
 
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
 # cache when, change neither weights nor evaluations.
@@ -23,14 +29,71 @@ _EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")
 _CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout", "disjoint_seeds")}
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration in the one form that the record, the hash and the names are made from.
+
+    Attributes:
+        content: what `canonical` gives, without what a sweep's file says about tables.
+        digest: see `config_hash`.
+        model: the model's name.
+        solver: the method.
+        pattern: the sparsity.
+        name: of the run, see `run_name`.
+    """
+
+    content: Mapping
+    digest: str
+    model: str
+    solver: Solver
+    pattern: Pattern
+    name: str
+
+    @classmethod
+    def of(cls, cfg: Mapping) -> Configuration:
+        """That of a composed configuration.
+
+        Raises:
+            UserError: a method or a sparsity that is not allowed.
+        """
+        from ..layer.registry import build
+        from ..patterns.written import pattern_of
+
+        content = canonical(cfg)
+        content.pop("table", None)
+        solver, pattern = build(content["method"]), pattern_of(content["sparsity"])
+        kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
+        decides = json.dumps(kept if solver.prunes else _evaluated(kept), sort_keys=True)
+        digest, model = sha256(decides), _model_name(content["model"])
+        words = f"{model}-{content['method']['name']}"
+        if solver.prunes:
+            words += f"-{pattern.slug}-s{content['seed']}"
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", words).lstrip(".-")[:120]
+        return cls(content, digest, model, solver, pattern, f"{safe}-{digest[:8]}")
+
+
 def config_hash(cfg: Mapping) -> str:
     """sha256 (hex) of the `canonical` configuration, without Hydra's own part and the keys that change no result.
 
     For a method that prunes nothing, these are all keys but those that an evaluation depends on.
     """
-    kept = _that_decides({key: value for key, value in canonical(cfg).items() if key not in NOT_HASHED})
-    content = kept if prunes(cfg) else _evaluated(kept)
-    return sha256(json.dumps(content, sort_keys=True))
+    return Configuration.of(cfg).digest
+
+
+def run_name(cfg: Mapping) -> str:
+    """<model>-<method>-<sparsity>-s<seed>-<hash>: safe as a file name, unique to the configuration.
+
+    <model>-<method>-<hash> where the method prunes nothing.
+    """
+    return Configuration.of(cfg).name
+
+
+def plain(cfg: Mapping) -> Mapping:
+    """A composed configuration as plain values, as it was written, without Hydra's part."""
+    if isinstance(cfg, DictConfig):
+        kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
+    return cfg
 
 
 def canonical(cfg: Mapping) -> dict:
@@ -39,10 +102,7 @@ def canonical(cfg: Mapping) -> dict:
     Local paths are absolute; whole numbers are floats where a method's field is one; save=dense is true;
     globs are sorted where their order says nothing.
     """
-    if isinstance(cfg, DictConfig):
-        kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        cfg = OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
-    content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in cfg.items()}
+    content = {key: dict(value) if isinstance(value, Mapping) else value for key, value in plain(cfg).items()}
     if local_model(content["model"]):
         content["model"]["path"] = _absolute(content["model"]["path"])
     for key in ("path", "eval_path"):
@@ -69,7 +129,10 @@ def canonical(cfg: Mapping) -> dict:
 def _absolute(path) -> str | None:
     if path is None:
         return None
-    found = Path(str(path)).expanduser()
+    try:
+        found = Path(str(path)).expanduser()
+    except RuntimeError:  # no such user: whoever reads the file says so
+        return str(path)
     # The last part stays though it may be a link: those of a hub's cache lead to names without a suffix.
     return str(found.resolve() if found.name in ("", "..") else found.parent.resolve() / found.name)
 
@@ -98,14 +161,6 @@ def _that_decides(content: dict) -> dict:
     }
 
 
-def prunes(cfg: Mapping) -> bool:
-    """Whether the configuration's method changes any weight."""
-    from ..layer.registry import build
-
-    node = cfg["method"]
-    return build(OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node).prunes
-
-
 def _evaluated(content: dict) -> dict:
     """The part of a configuration on which the evaluations of an unpruned model depend."""
     content = {key: content[key] for key in _EVALUATED}
@@ -119,26 +174,12 @@ def _evaluated(content: dict) -> dict:
     return content
 
 
-def model_name(cfg: DictConfig) -> str:
+def _model_name(node: Mapping) -> str:
     """The model's name; for a local folder that folder's name, or that of the run that saved it as RUN/model."""
-    if cfg.model.name == "local" and cfg.model.get("path"):
-        path = Path(str(cfg.model.path)).expanduser().resolve()
+    if node["name"] == "local" and node.get("path"):
+        path = Path(str(node["path"])).expanduser().resolve()
         return path.parent.name if path.name == "model" else path.name
-    return str(cfg.model.name)
-
-
-def run_name(cfg: DictConfig) -> str:
-    """<model>-<method>-<sparsity>-s<seed>-<hash>: safe as a file name, unique to the configuration.
-
-    <model>-<method>-<hash> where the method prunes nothing.
-    """
-    from ..patterns.written import pattern_of
-
-    words = f"{model_name(cfg)}-{cfg.method.name}"
-    if prunes(cfg):
-        words += f"-{pattern_of(cfg.sparsity).slug}-s{cfg.seed}"
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", words).lstrip(".-")[:120]
-    return f"{safe}-{config_hash(cfg)[:8]}"
+    return str(node["name"])
 
 
 def register() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 import sys
@@ -10,62 +9,31 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..base.errors import UserError
-from ..base.files import leftovers, remove, sha256
-from ..model import loading
+from ..base.files import leftovers, remove
 from ..pruning.store import FOLDER, HeldError, ProgressStore, locked
-from .environment import code_version
-from .naming import NOT_HASHED, canonical, config_hash
+from .naming import NOT_HASHED, Configuration
 from .record import FILE, find, load, set_aside
 
 
-def identity(cfg: Mapping, digest: str, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
-    """All that decides a run's weights, by name.
-
-    Args:
-        cfg: the configuration.
-        digest: its hash.
-        device: where it runs.
-        dtype: of the model.
-        tokens: (windows, seqlen) calibration windows.
-    """
-    return {
-        "configuration": digest[:16],
-        **_software(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "calibration": sha256(tokens.numpy().tobytes())[:16],
-        **{f"checkpoint {name}": value for name, value in loading.identity(cfg["model"]).items()},
-    }
-
-
-def _software() -> dict[str, str]:
-    return {
-        "code": code_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
-
-
-def check(cfg: Mapping, place: Path | None = None) -> None:
+def check(configuration: Configuration, resume: str | bool, resumable: bool, place: Path | None = None) -> None:
     """Look at the keys `resume` and `resumable`; of a directory to go on in, compare the configuration.
 
     Args:
-        cfg: the configuration.
+        configuration: the run's.
+        resume, resumable: its keys.
         place: the directory that the run was given, where it is known.
 
     Raises:
         UserError: a value that is not allowed, no run there, one that is complete, or one of another configuration.
     """
-    if cfg["resume"] in ("auto", False):
+    if resume in ("auto", False):
         return
-    if not isinstance(cfg["resume"], str):
-        raise UserError(f"resume={cfg['resume']} is not allowed: give auto, false, or the directory of a run")
-    if not cfg["resumable"]:
-        raise UserError(f"resume={cfg['resume']} needs resumable=true")
-    directory = Path(cfg["resume"]).expanduser()
+    if not isinstance(resume, str):
+        raise UserError(f"resume={resume} is not allowed: give auto, false, or the directory of a run")
+    if not resumable:
+        raise UserError(f"resume={resume} needs resumable=true")
+    directory = Path(resume).expanduser()
     if place is not None and place.resolve() != directory.resolve():
         raise UserError(f"resume={directory} is not where this run goes ({place}): leave out -m and hydra.run.dir")
     if not (directory / FILE).is_file():
@@ -73,39 +41,41 @@ def check(cfg: Mapping, place: Path | None = None) -> None:
     record = load(directory / FILE)
     if record["status"] == "complete":
         raise UserError(f"resume={directory} holds a complete run: there is nothing to go on with")
-    if different := _differences(record, cfg):
+    if different := _differences(record, configuration):
         raise UserError(f"resume={directory} is a run of another configuration: {different}; leave out resume=")
 
 
-def refuse_other(directory: Path, cfg: Mapping) -> None:
+def refuse_other(directory: Path, configuration: Configuration) -> None:
     """Raise UserError if a directory holds a run of another configuration, complete or not: it would be lost."""
     record = find(directory)
-    if record is not None and (different := _differences(record, cfg)):
+    if record is not None and (different := _differences(record, configuration)):
         raise UserError(
             f"{directory} holds a run of another configuration ({record['status']}; {different}), which would be lost: "
             "give another directory with hydra.run.dir=DIR, or move that one elsewhere"
         )
 
 
-def _differences(record: Mapping, cfg: Mapping) -> str:
+def _differences(record: Mapping, configuration: Configuration) -> str:
     """In what a record's configuration differs from another, in words; "" where both are the same run."""
-    digest = config_hash(cfg)
     try:
-        if digest in (record["config_hash"], config_hash(record["config"])):
+        if configuration.digest == record["config_hash"]:
             return ""
-        earlier = canonical(record["config"])
+        recorded = Configuration.of(record["config"])
+        if configuration.digest == recorded.digest:
+            return ""
+        earlier = recorded.content
     except (KeyError, TypeError, AttributeError, UserError):  # of another version, or edited
         earlier = record["config"]
-    earlier, now = _flat(earlier), _flat(canonical(cfg))
+    earlier, now = _flat(earlier), _flat(configuration.content)
     different = [key for key in sorted(earlier.keys() | now.keys()) if earlier.get(key) != now.get(key)]
     shown = ", ".join(f"{key} {earlier.get(key)} → {now.get(key)}" for key in different[:4])
     return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
-def _flat(cfg: Mapping, prefix: str = "") -> dict[str, str]:
+def _flat(content: Mapping, prefix: str = "") -> dict[str, str]:
     """Dotted key → value as JSON, without the keys that change no result."""
     flat = {}
-    for key, value in cfg.items():
+    for key, value in content.items():
         if (not prefix and key in NOT_HASHED) or str(key).startswith("_"):
             continue
         if isinstance(value, Mapping) and value:
@@ -145,7 +115,7 @@ def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:
 
     Args:
         directory: the run's.
-        same: what `identity` gives.
+        same: what `provenance.identity` gives.
 
     Raises:
         UserError: an earlier attempt has finished blocks there, and something that decides the weights has changed.

@@ -34,9 +34,17 @@ from ..model.blocks import BlockModel
 from ..pruning.rows import LayerRow
 from ..pruning.store import ProgressStore, write_tensors
 from .record import RunRecord
+from .settings import Settings
 
 
-def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store: ProgressStore | None = None) -> Path:
+def save(
+    model: BlockModel,
+    tokenizer,
+    settings: Settings,
+    record: RunRecord,
+    directory: Path,
+    store: ProgressStore | None = None,
+) -> Path:
     """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
 
     With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder
@@ -47,9 +55,9 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
         UserError: not enough space.
         RuntimeError: what was written is not the model.
     """
-    target, packed, auto = directory / "model", record.config["save"] == "packed", record.config["dtype"] == "auto"
-    dtype = _saved_dtype(model) if auto else model.model.dtype
-    if auto and dtype != (own := getattr(model.model, "own_dtype", dtype)):
+    target, packed = directory / "model", settings.save == "packed"
+    dtype = _saved_dtype(model) if settings.own_dtype else model.model.dtype
+    if settings.own_dtype and dtype != (own := getattr(model.model, "own_dtype", dtype)):
         record.warnings.append(
             f"the model was saved in {_name(dtype)} although its checkpoint is in {_name(own)}: that cannot hold the "
             f"weights as they were solved and evaluated; dtype={_name(own)} prunes and saves in it"
@@ -69,7 +77,7 @@ def save(model: BlockModel, tokenizer, record: RunRecord, directory: Path, store
         if packed:
             record.saved = pack_folder(temporary)
         tokenizer.save_pretrained(temporary)
-        record.warnings += _verify(model, store, temporary, packed, record.config["model"])
+        record.warnings += _verify(model, store, temporary, packed, settings.model.source.trust_remote_code)
         dataclasses.replace(record, status="complete").write(temporary)
         open_to_readers(temporary)
     return target
@@ -207,7 +215,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _verify(model: BlockModel, store: ProgressStore | None, folder: Path, packed: bool, node: Mapping) -> list[str]:
+def _verify(model: BlockModel, store: ProgressStore | None, folder: Path, packed: bool, own_code: bool) -> list[str]:
     """Read back what was written, a tensor at a time, and compare it with the model bit for bit.
 
     A streamed model's shards that the folder shares with the store are compared with their checksums.
@@ -222,7 +230,8 @@ def _verify(model: BlockModel, store: ProgressStore | None, folder: Path, packed
     entries = packed_entries(folder) if packed else Checkpoint(folder).entries
     found = match(network, entries)
     own = {key: name for name, key in found.keys.items()}
-    _same_model(network, folder, node)
+    if not own_code:  # its code would run once more
+        _same_model(network, folder)
     if wrong := [*found.missing, *found.strays.values()]:
         raise _unlike(folder, wrong)
     shards = {} if store is None or packed or model.source is None else _shared_shards(model, store, entries)
@@ -235,7 +244,7 @@ def _verify(model: BlockModel, store: ProgressStore | None, folder: Path, packed
     for key, tensor in read:
         if key in own and not _same_bits(tensor, expected(own[key])):
             raise _unlike(folder, [key])
-    return _reload(model, folder, set(network.state_dict()) - set(found.keys), node) if found.converted else []
+    return _reload(model, folder, set(network.state_dict()) - set(found.keys), own_code) if found.converted else []
 
 
 def _unlike(folder: Path, names: Iterable[str]) -> RuntimeError:
@@ -245,11 +254,9 @@ def _unlike(folder: Path, names: Iterable[str]) -> RuntimeError:
     )
 
 
-def _same_model(network, folder: Path, node: Mapping) -> None:
+def _same_model(network, folder: Path) -> None:
     """The written configuration makes a model of the same tensors, tied alike."""
-    if node.get("trust_remote_code"):  # its code would run once more
-        return
-    again = loading.empty_model({"name": "local", "path": str(folder)})
+    again = loading.resolve({"name": "local", "path": str(folder)}).skeleton
     one, other = (({n: tuple(t.shape) for n, t in each.state_dict().items()}) for each in (network, again))
     if type(again) is not type(network) or one != other:
         raise _unlike(folder, ["config.json"])
@@ -294,12 +301,12 @@ def _same_bits(stored: Tensor, expected: Tensor) -> bool:
     return stored.shape == expected.shape and torch.equal(one, other)
 
 
-def _reload(model: BlockModel, folder: Path, names: set[str], node: Mapping) -> list[str]:
+def _reload(model: BlockModel, folder: Path, names: set[str], own_code: bool) -> list[str]:
     """Compare tensors that transformers stores in another layout, by loading the folder beside the model."""
     if 1.2 * model.size > free_host():
         return [f"{len(names)} saved tensors were not compared with the model's, since memory does not hold both"]
-    where = {"name": "local", "path": str(folder), "trust_remote_code": node.get("trust_remote_code", False)}
-    state, again = model.model.state_dict(), loading.load_model(where, model.model.dtype).state_dict()
+    written = loading.resolve({"name": "local", "path": str(folder), "trust_remote_code": own_code})
+    state, again = model.model.state_dict(), loading.load_model(written, model.model.dtype).state_dict()
     if wrong := [name for name in names if not _same_bits(again[name], state[name])]:
         raise _unlike(folder, wrong)
     return []

@@ -23,33 +23,32 @@ _LOCK = ".team.lock"
 _PATIENCE = 30.0  # seconds that processes of a killed run may take to end
 
 
-def check(cfg: Mapping) -> None:
-    """Look at the key `devices`.
+def check(count: int, device: str, nsamples: int, resumable: bool) -> None:
+    """Look at the key `devices`; the others are the configuration's of these names.
 
     Raises:
         UserError: more than there are, or what does not go with it.
     """
-    count, device = cfg["devices"], str(cfg["device"])
     if count == 1:
         return
-    if not cfg["resumable"]:
+    if not resumable:
         raise UserError(f"devices={count} needs resumable=true: the processes hand their blocks over on the disk")
     if device.startswith("cuda:"):
         raise UserError(f"devices={count} goes with device=auto, cuda or cpu, and device={device} names one device")
     if device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise UserError(f"devices={count}, and there are {torch.cuda.device_count()}: give at most that many")
-    if cfg["nsamples"] < count:
-        raise UserError(f"devices={count} is more than the windows to divide (nsamples={cfg['nsamples']}): give fewer")
+    if nsamples < count:
+        raise UserError(f"devices={count} is more than the windows to divide (nsamples={nsamples}): give fewer")
 
 
-def prune_together(cfg: Mapping, digest: str, directory: Path, device: torch.device) -> int | None:
-    """Prune with `devices` processes; the finished blocks are in the directory afterwards.
+def prune_together(content: Mapping, directory: Path, device: torch.device, count: int) -> int | None:
+    """Prune with several processes; the finished blocks are in the directory afterwards.
 
     Args:
-        cfg: the configuration, plain values.
-        digest: its hash.
+        content: the configuration, which each process resolves for itself.
         directory: the run's.
         device: its type is that of the processes' devices.
+        count: of processes.
 
     Returns:
         Peak bytes on a device, the largest of all processes; None on CPUs.
@@ -59,10 +58,10 @@ def prune_together(cfg: Mapping, digest: str, directory: Path, device: torch.dev
     """
     with _team_lock(directory) as held, tempfile.TemporaryDirectory(prefix=".team-", dir=directory) as folder:
         request = Path(folder) / "request.json"
-        asked = {"config": cfg, "config_hash": digest, "directory": str(directory), "device": device.type}
+        asked = {"config": content, "directory": str(directory), "device": device.type}
         request.write_text(json.dumps(asked), encoding="utf-8")
         port = _free_port()
-        processes = [_start(request, rank, cfg["devices"], port, held) for rank in range(cfg["devices"])]
+        processes = [_start(request, rank, count, port, held) for rank in range(count)]
         try:
             return _wait(processes, request.parent)
         finally:

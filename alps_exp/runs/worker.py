@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(request: Path) -> None:
-    """Do what the file says: `config`, `config_hash`, `directory`, `device`."""
+    """Do what the file says: `config`, `directory`, `device`."""
     from ..base.errors import UserError
     from ..base.files import read_json
 
@@ -36,31 +36,29 @@ def _work(asked: dict) -> dict:
     import torch
     import torch.distributed as dist
 
-    from ..layer.registry import build
     from ..pruning.loop import prune_blocks
     from ..pruning.store import ProgressStore
     from ..pruning.team import Team
     from ..pruning.tools import Tools
-    from .environment import peak_memory
-    from .resume import identity, open_store
-    from .run import dtype_of, job_of, layer_patterns
+    from .provenance import identity, peak_memory
+    from .resume import open_store
+    from .run import job_of
+    from .settings import resolve
     from .workspace import Workspace
 
-    cfg, directory = asked["config"], Path(asked["directory"])
-    team = Team.join(asked["device"])
-    torch.manual_seed(cfg["seed"])
-    workspace, patterns = Workspace(), layer_patterns(cfg)
+    directory, team = Path(asked["directory"]), Team.join(asked["device"])
+    torch.manual_seed(asked["config"]["seed"])
+    settings, workspace = resolve(asked["config"], whole=False), Workspace()
     if not team.leads:
         dist.barrier()  # one process at a time fetches and converts files
-    tokens, _ = workspace.calibration(cfg)
-    model = workspace.model(cfg, team.device, dtype_of(cfg, team.device), directory)
+    tokens, _ = workspace.calibration(settings)
+    model = workspace.model(settings, team.device, directory)
     if team.leads:
         dist.barrier()
-    same = identity(cfg, asked["config_hash"], team.device, model.model.dtype, tokens)
+    same = identity(settings, team.device, model.model.dtype, tokens)
     store = open_store(directory, same) if team.leads else ProgressStore(directory, same, writes=False)
     store.finished = team.tell(store.finished)
-    job = job_of(cfg, build(cfg["method"]), patterns, tokens, quiet=not team.leads)
-    prune_blocks(model, job, Tools(store, team=team))
+    prune_blocks(model, job_of(settings, tokens, quiet=not team.leads), Tools(store, team=team))
     team.leave()
     return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +12,15 @@ from torch import Tensor
 from ..base.memory import free_host
 from ..data import windows
 from ..evaluation import perplexity, protocol
-from ..model import loading, tokenization
+from ..evaluation.settings import EvaluationText
+from ..model import loading
 from ..model.blocks import BlockModel
 from ..model.structure import find_blocks
+from .settings import Settings
 
 
 class Workspace:
-    """Tokenizer, windows and network of a configuration.
+    """Tokenizers, windows and the network that runs are made of.
 
     Args:
         keep: keep the network in memory, with a copy of all that its decoder blocks hold, and hand it out restored.
@@ -31,71 +31,70 @@ class Workspace:
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
-        self._texts: dict[str, tuple[Tensor, dict]] = {}
-        self._tokenizers: dict[str, object] = {}
-        self._samples: dict[str, str | None] = {}
-        self._network: tuple[str, torch.nn.Module, dict[str, Tensor]] | None = None
+        self._texts: dict[tuple, tuple[Tensor, dict]] = {}
+        self._tokenizers: dict[loading.ModelSource, object] = {}
+        self._samples: dict[tuple, str | None] = {}
+        self._network: tuple[tuple, torch.nn.Module, dict[str, Tensor]] | None = None
 
-    def tokenizer(self, cfg: Mapping):
+    def tokenizer(self, settings: Settings):
         """The model's tokenizer."""
-        key = _key(cfg["model"])
-        if key not in self._tokenizers:
-            self._tokenizers[key] = loading.load_tokenizer(cfg["model"])
-        return self._tokenizers[key]
+        source = settings.model.source
+        if source not in self._tokenizers:
+            self._tokenizers[source] = loading.load_tokenizer(source)
+        return self._tokenizers[source]
 
-    def calibration(self, cfg: Mapping) -> tuple[Tensor, dict]:
+    def calibration(self, settings: Settings) -> tuple[Tensor, dict]:
         """Calibration windows (nsamples + data.holdout, seqlen), those to hold out last, and where they came from."""
-        key = _key(cfg["model"], cfg["data"], cfg["nsamples"], cfg["seqlen"], cfg["seed"])
+        asked = settings.calibration
+        key = settings.model.source, asked
         if key not in self._texts:
             self._texts[key] = windows.calibration_tokens(
-                cfg["data"],
-                self.tokenizer(cfg),
-                nsamples=cfg["nsamples"],
-                holdout=cfg["data"]["holdout"],
-                seqlen=cfg["seqlen"],
-                seed=cfg["seed"],
-                bos=cfg["model"]["bos"],
-                vocabulary=_vocabulary(cfg),
+                asked.data,
+                self.tokenizer(settings),
+                nsamples=asked.nsamples,
+                holdout=asked.data.holdout,
+                seqlen=asked.seqlen,
+                seed=asked.seed,
+                bos=asked.bos,
+                vocabulary=settings.model.vocabulary,
             )
         return self._texts[key]
 
-    def evaluation(self, cfg: Mapping, name: str) -> tuple[Tensor, dict]:
-        """Evaluation windows (windows, seqlen) of the data set `name`, and where they came from."""
-        options, seqlen = cfg["eval"], protocol.seqlen(cfg)
-        path = protocol.local_path(options, name)
-        node = cfg["data"] if name == cfg["data"]["name"] else windows.data_node(name)
-        key = _key(cfg["model"], node, seqlen, options["windows"], options["bos"], path)
+    def evaluation(self, settings: Settings, text: EvaluationText) -> tuple[Tensor, dict]:
+        """Evaluation windows (windows, seqlen) of a text, and where they came from."""
+        asked = settings.evaluation
+        key = settings.model.source, text, asked.seqlen, asked.windows, asked.bos
         if key not in self._texts:
             self._texts[key] = windows.evaluation_tokens(
-                node,
-                self.tokenizer(cfg),
-                seqlen=seqlen,
-                windows=options["windows"],
-                bos=options["bos"],
-                path=path,
-                vocabulary=_vocabulary(cfg),
+                text.data,
+                self.tokenizer(settings),
+                seqlen=asked.seqlen,
+                windows=asked.windows,
+                bos=asked.bos,
+                path=text.path,
+                vocabulary=settings.model.vocabulary,
             )
         return self._texts[key]
 
-    def prepared(self, cfg: Mapping) -> protocol.Prepared:
-        """The texts and tasks that a configuration's evaluation reads.
+    def prepared(self, settings: Settings) -> protocol.Prepared:
+        """The texts and tasks that an evaluation reads.
 
         Raises:
             UserError: see `windows.evaluation_tokens` and `tasks.prepare`.
         """
-        texts = [(name, *self.evaluation(cfg, name)) for name in cfg["eval"]["datasets"]]
-        passes = ()
-        if cfg["eval"]["tasks"]:
+        asked = settings.evaluation
+        texts, passes = [(text.data.name, *self.evaluation(settings, text)) for text in asked.texts], ()
+        if asked.tasks.names:
             from ..evaluation import tasks
 
-            passes = tasks.prepare(cfg)
+            passes = tasks.prepare(settings.model, asked.tasks)
         return protocol.Prepared(texts, passes)
 
-    def network(self, cfg: Mapping, dtype: torch.dtype | str) -> torch.nn.Module:
+    def network(self, settings: Settings) -> torch.nn.Module:
         """The dense model on the host, in evaluation mode."""
-        if not self._holds(cfg, dtype):
+        if not self._holds(settings):
             self._release()
-            network = loading.load_model(cfg["model"], dtype)
+            network = loading.load_model(settings.model, settings.dtype)
             if not self.keep:
                 return network
             prefix, _ = find_blocks(network)
@@ -104,46 +103,43 @@ class Workspace:
                 for name, tensor in _tensors(network).items()
                 if name.startswith(f"{prefix}.")
             }
-            self._network = (_key(cfg["model"], str(dtype)), network, pristine)
+            self._network = (settings.model.source, settings.dtype), network, pristine
         _, network, pristine = self._network
         held = _tensors(network)
         for name, tensor in pristine.items():
             held[name].data.copy_(tensor)
         return network
 
-    def _holds(self, cfg: Mapping, dtype: torch.dtype | str) -> bool:
+    def _holds(self, settings: Settings) -> bool:
         """Whether the network is here from an earlier run."""
-        return self._network is not None and self._network[0] == _key(cfg["model"], str(dtype))
+        return self._network is not None and self._network[0] == (settings.model.source, settings.dtype)
 
     def _release(self) -> None:
         self._network = None
         gc.collect()  # networks refer to themselves
 
-    def model(self, cfg: Mapping, device: torch.device, dtype: torch.dtype | str, scratch: Path) -> BlockModel:
+    def model(self, settings: Settings, device: torch.device, scratch: Path) -> BlockModel:
         """The dense model, in memory as a whole or streamed from its files.
 
         Args:
-            cfg: the configuration.
+            settings: the run's.
             device: where the blocks compute.
-            dtype: of the weights; "auto" is the checkpoint's own.
             scratch: folder for hidden states on disk.
         """
-        options = {"hidden_states": cfg["hidden_states"], "scratch": scratch}
-        if not self._holds(cfg, dtype):
+        options = {"hidden_states": settings.hidden_states, "scratch": scratch}
+        if not self._holds(settings):
             self._release()  # before it is asked how much memory is free
-        if cfg["stream"] is True or (not self._holds(cfg, dtype) and streams(cfg, dtype, 2 if self.keep else 1)):
-            network, source = loading.load_streamed(cfg["model"], dtype, pin=device.type == "cuda")
+        if settings.stream is True or (not self._holds(settings) and streams(settings, 2 if self.keep else 1)):
+            network, source = loading.load_streamed(settings.model, settings.dtype, pin=device.type == "cuda")
             return BlockModel(network, device, source=source, **options)
-        return BlockModel(self.network(cfg, dtype), device, **options)
+        return BlockModel(self.network(settings), device, **options)
 
-    def dense_sample(self, cfg: Mapping, model: BlockModel) -> str | None:
+    def dense_sample(self, settings: Settings, model: BlockModel) -> str | None:
         """The dense model's continuation of the prompt."""
-        key = _key(cfg["model"], cfg["eval"]["prompt"], cfg["eval"]["sample_tokens"], str(model.model.dtype))
+        asked = settings.evaluation
+        key = settings.model.source, asked.prompt, asked.sample_tokens, model.model.dtype
         if key not in self._samples:
-            options = cfg["eval"]
-            self._samples[key] = perplexity.sample(
-                model, self.tokenizer(cfg), options["prompt"], options["sample_tokens"]
-            )
+            self._samples[key] = perplexity.sample(model, self.tokenizer(settings), asked.prompt, asked.sample_tokens)
         return self._samples[key]
 
 
@@ -153,26 +149,15 @@ def shared() -> Workspace:
     return Workspace(keep=True)
 
 
-def streams(cfg: Mapping, dtype: torch.dtype | str, copies: int = 1) -> bool:
+def streams(settings: Settings, copies: int = 1) -> bool:
     """Whether the blocks are read from files one at a time: as asked, or where `copies` of the model would fill half of
     the free host memory and finished blocks are kept on disk."""
-    if cfg["stream"] != "auto":
-        return cfg["stream"]
-    config = loading.load_config(cfg["model"])
-    if dtype == "auto":
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    size = sum(parameter.numel() for parameter in loading.empty_model(cfg["model"]).parameters()) * dtype.itemsize
-    return cfg["resumable"] and copies * size > 0.5 * free_host()
+    if settings.stream != "auto":
+        return settings.stream
+    size = sum(parameter.numel() for parameter in settings.model.skeleton.parameters()) * settings.itemsize
+    return settings.resumable and copies * size > 0.5 * free_host()
 
 
 def _tensors(network: torch.nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, also those buffers that a checkpoint does not have."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-
-def _vocabulary(cfg: Mapping) -> int | None:
-    return tokenization.vocabulary_of(loading.load_config(cfg["model"]))
-
-
-def _key(*parts) -> str:
-    return json.dumps(parts, sort_keys=True, default=str)

@@ -1,9 +1,11 @@
-"""What a result depends on beside its configuration: versions, code, device; and what it took in memory."""
+"""What a result depends on beside its configuration: versions, code, device, files; and what it took in memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 import resource
 import subprocess
@@ -13,8 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import __version__, baselines
+from ..base.files import file_sha256, sha256
+from ..model import loading
+from .settings import Settings
 
 _PACKAGE = Path(__file__).parents[1]
 # Rooms and modules of the package that show, plan and arrange results without taking part in making them; and, of a
@@ -59,6 +65,61 @@ def code_digest(folders: Iterable[Path]) -> str:
             if not name.startswith(_ARRANGING):
                 digest.update(f"{name}\n{file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def identity(settings: Settings, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
+    """All that decides a run's weights, by name.
+
+    Args:
+        settings: the run's.
+        device: where it runs.
+        dtype: of the model.
+        tokens: (windows, seqlen) calibration windows.
+    """
+    return {
+        "configuration": settings.configuration.digest[:16],
+        **_software(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "calibration": sha256(tokens.numpy().tobytes())[:16],
+        **{f"checkpoint {name}": value for name, value in loading.identity(settings.model.source).items()},
+    }
+
+
+def _software() -> dict[str, str]:
+    return {
+        "code": code_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def inputs_of(settings: Settings) -> dict[str, str]:
+    """Digests of the checkpoint, of local texts, and of the descriptions of the data sets evaluated on, by name."""
+    source, data = settings.model.source, settings.calibration.data
+    found = dict(_checkpoint(source, loading.changed(source)))
+    paths = {"path": data.path, "eval_path": data.eval_path}
+    for text in settings.evaluation.texts:
+        name = text.data.name
+        if name != data.name:
+            described = json.dumps(dataclasses.asdict(text.data))
+            found[f"data {name}"] = sha256(described)[:16]
+        paths[name] = text.path
+    for key, path in paths.items():
+        if path is not None:
+            file = Path(str(path)).expanduser()
+            stat = file.stat()
+            found[f"text {key}"] = _text(file, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+@cache
+def _checkpoint(source: loading.ModelSource, changed: str) -> tuple[tuple[str, str], ...]:
+    return tuple((f"checkpoint {name}", value) for name, value in loading.identity(source).items())
+
+
+@cache
+def _text(file: Path, size: int, modified: int) -> str:
+    return file_sha256(file)[:16]
 
 
 def _git_commit() -> str | None:

@@ -1,0 +1,105 @@
+"""What a configuration says about a data set and about calibration windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from ..base.checks import one_of, require
+from ..base.errors import UserError, nearest
+from ..base.resources import resource_root
+
+SAMPLINGS = ("auto", "documents", "concatenated")
+EVALUATION_SAMPLINGS = ("consecutive", "documents")
+BOS_RULES = ("auto", "window", "true", "false")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """A data set, as conf/data/*.yaml describe it key by key: where its texts are, and how windows are drawn."""
+
+    name: str
+    hub: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    calibration_file: str | None = None
+    evaluation_file: str | None = None
+    column: str | None = None
+    lines: str | None = None
+    join: str | None = None
+    sampling: str | None = None
+    holdout: int = 0
+    disjoint_seeds: int | None = None
+    held_out: float | None = None
+    evaluation_documents: int | None = None
+    evaluation_windows: int | None = None
+    evaluation_sampling: str | None = None
+    path: str | None = None
+    eval_path: str | None = None
+
+    @classmethod
+    def parse(cls, node: Mapping) -> DataSettings:
+        """Those of a `data` node."""
+        return cls(**{field.name: node[field.name] for field in dataclasses.fields(cls) if field.name in node})
+
+    @classmethod
+    def named(cls, name: str) -> DataSettings:
+        """Those of conf/data/NAME.yaml, for evaluation on another data set than the calibrating one.
+
+        Raises:
+            UserError: no such data set.
+        """
+        folder = resource_root() / "conf" / "data"
+        known = [path.stem for path in folder.glob("*.yaml")]
+        if name not in known:
+            raise UserError(f"unknown data set {name!r}; {nearest(name, known)}")
+        return cls.parse(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+
+    def check(self, seed: int = 0) -> None:
+        """Raise UserError for a value that is not allowed, before any text is read.
+
+        Args:
+            seed: of the windows; `disjoint_seeds` must have a part for it.
+        """
+        one_of("data.sampling", str(self.sampling or "auto"), SAMPLINGS)
+        one_of("data.evaluation_sampling", self.evaluation_sampling or "consecutive", EVALUATION_SAMPLINGS)
+        for key in ("join", "column"):
+            if not isinstance(value := getattr(self, key), (str, type(None))):
+                raise UserError(f"data.{key}={value} is not allowed: give a text, quoted where it is a number")
+        if self.held_out is not None:
+            require("data.held_out", self.held_out, float, 0, 0.99)
+        if (parts := self.disjoint_seeds) is None:
+            return
+        require("data.disjoint_seeds", parts, int, 2, float("inf"))
+        if self.sampling != "concatenated":
+            raise UserError(
+                f"data.disjoint_seeds={parts} deals out pieces of a joined text: give data.sampling=concatenated"
+            )
+        if seed >= parts:
+            raise UserError(
+                f"seed={seed} has no part of data.disjoint_seeds={parts}: give a seed from 0 to {parts - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """The windows to calibrate on, as `windows.calibration_tokens` takes them; `data.holdout` more are held out."""
+
+    data: DataSettings
+    nsamples: int
+    seqlen: int
+    seed: int
+    bos: str | bool
+
+
+def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise UserError for a rule for BOS that is not allowed, or that the tokenizer has no token for."""
+    one_of(key, str(rule).lower(), BOS_RULES)
+    if tokenizer is not None and str(rule).lower() in ("true", "window") and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"{key}={str(rule).lower()} needs a tokenizer with a BOS token, and the model's has none: give {key}=auto"
+        )

@@ -1,0 +1,68 @@
+"""What a configuration says about evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data.settings import DataSettings
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to measure perplexity on.
+
+    Attributes:
+        data: the data set.
+        path: a local file that stands in for its text; None without one.
+    """
+
+    data: DataSettings
+    path: str | None
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Tasks of lm-eval, as the keys of the `eval` node of these names say.
+
+    Attributes:
+        limit: at most so many rows of every task; None is all.
+        limits: the same by a task's or a group's name, in place of `limit`.
+        bos: see `TaskModel`.
+    """
+
+    names: tuple[str, ...] = ()
+    source: str = "hub"
+    batch_size: int | str = "auto"
+    limit: int | None = None
+    limits: tuple[tuple[str, int], ...] = ()
+    limit_seed: int | None = None
+    truncate: bool = False
+    bos: str | bool = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured of a model, as the keys of the `eval` node of these names say.
+
+    Attributes:
+        protocol: the name of the choice.
+        texts: to measure perplexity on.
+        seqlen: tokens in a window, the model's context where that was asked for.
+        windows: of each text; None is all.
+        tasks: without names where there are none.
+    """
+
+    protocol: str
+    texts: tuple[EvaluationText, ...]
+    windows: int | None
+    seqlen: int
+    bos: str | bool
+    batch_size: int
+    sample_tokens: int
+    prompt: str
+    tasks: TaskSettings
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything of it needs the model's tokenizer."""
+        return bool(self.texts or self.tasks.names or self.sample_tokens)

@@ -1,0 +1,222 @@
+"""What a run is asked to do, resolved once: below `Settings` nobody reads a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..allocation.prunable import linear_shapes, other_names
+from ..allocation.selection import Selection
+from ..base.checks import local_path, one_of, parse_device, require
+from ..base.errors import UserError
+from ..base.redaction import refuse_keys
+from ..data import texts
+from ..data.settings import CalibrationSettings, DataSettings, check_bos
+from ..evaluation import perplexity, protocol
+from ..evaluation.settings import EvaluationSettings
+from ..layer.registry import build
+from ..layer.solver import Solver
+from ..methods.refit import REFITS, refitted
+from ..model import loading
+from ..model.hidden import PLACES
+from ..model.loading import ModelSettings
+from ..patterns import Pattern
+from ..patterns.written import pattern_of
+from ..pruning.job import PROPAGATE
+from . import loggers, resume, together
+from .loggers import LoggerSettings
+from .naming import Configuration, plain
+
+SAVE = (False, True, "dense", "packed")
+COMPLETE = ("auto", "skip", "renew", "again")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's configuration, checked, with all that can be known without the weights and the texts.
+
+    Attributes:
+        configuration: for the record, with its hash and the run's name.
+        model: where it is, its config.json and its empty network.
+        calibration: the windows.
+        evaluation, logger: what is measured, and where it is told; None in a process that only prunes with others.
+        solver: the method, with its refit.
+        selection: the choice of layers.
+        shapes: layer name → (out, in), of all linear layers of the decoder blocks; empty where nothing is pruned.
+        patterns: layer name → pattern, for every layer that is pruned.
+        device: where the blocks compute.
+        dtype: of the weights; "auto" is the checkpoint's own, which CPUs compute slowly: there it is float32.
+        own_dtype: whether the configuration leaves the dtype to the checkpoint.
+        statistics_cache: GB, or "auto".
+        save: False, True or "packed".
+
+    The others are the configuration's keys of these names.
+    """
+
+    configuration: Configuration
+    model: ModelSettings
+    calibration: CalibrationSettings
+    evaluation: EvaluationSettings | None
+    solver: Solver
+    selection: Selection
+    shapes: Mapping[str, tuple[int, int]]
+    patterns: Mapping[str, Pattern]
+    device: torch.device
+    dtype: torch.dtype | str
+    own_dtype: bool
+    devices: int
+    batch_size: int
+    propagate: str
+    losses: bool
+    stream: str | bool
+    hidden_states: str
+    resumable: bool
+    resume: str | bool
+    statistics_cache: float | str
+    save: str | bool
+    logger: LoggerSettings | None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the method changes any weight."""
+        return self.solver.prunes
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the run has any use for the model's tokenizer."""
+        return bool(self.prunes or self.evaluation.reads_text or self.save)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight, as far as config.json tells."""
+        dtype = self.model.config.dtype if self.dtype == "auto" else self.dtype
+        return dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+
+
+def resolve(cfg: Mapping, whole: bool = True) -> Settings:
+    """Check a configuration, as far as that goes without the weights and the texts, and give what it says.
+
+    Args:
+        cfg: the composed configuration.
+        whole: False leaves the evaluation and the logger alone, for a process that only prunes with others.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    cfg = plain(cfg)
+    refuse_keys(cfg)
+    _check_paths(cfg)
+    prunes = build(cfg["method"]).prunes
+    layers = cfg["layers"]
+    selection = Selection.parse(layers["include"], layers["exclude"], layers["sparsity"])
+    pattern = pattern_of(cfg["sparsity"])
+    _check_values(cfg)
+    if cfg["stream"] is True and not cfg["resumable"] and prunes:
+        raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
+    configuration = Configuration.of(cfg)
+    resume.check(configuration, cfg["resume"], cfg["resumable"])
+    device = parse_device(cfg["device"])
+    logger = loggers.resolve(cfg["logger"]) if whole else None
+    data = DataSettings.parse(cfg["data"])
+    _check_texts(cfg, data, prunes)
+
+    model = loading.resolve(cfg["model"])
+    loading.check_weights(model)
+    if prunes and model.context is not None and cfg["seqlen"] > model.context:
+        raise UserError(
+            f"seqlen={cfg['seqlen']} is beyond the model's context of {model.context} tokens: give at most that"
+        )
+    shapes, patterns = {}, {}
+    if prunes:
+        shapes = linear_shapes(model.skeleton, selection)
+        patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
+    settings = Settings(
+        configuration=configuration,
+        model=model,
+        calibration=CalibrationSettings(data, cfg["nsamples"], cfg["seqlen"], cfg["seed"], cfg["model"]["bos"]),
+        evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
+        solver=refitted(configuration.solver, cfg["refit"]),
+        selection=selection,
+        shapes=shapes,
+        patterns=patterns,
+        device=device,
+        dtype=_dtype(cfg["dtype"], device),
+        own_dtype=cfg["dtype"] == "auto",
+        save=configuration.content["save"],
+        logger=logger,
+        **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
+        **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache")},
+    )
+    if whole and settings.reads_text:
+        _check_tokenizer(settings)
+    return settings
+
+
+def _check_values(cfg: Mapping) -> None:
+    for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
+        require(key, cfg[key], int, low, float("inf"))
+    together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
+    require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
+    if cfg["data"]["holdout"] and not cfg["losses"]:
+        raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
+    one_of("propagate", cfg["propagate"], PROPAGATE)
+    one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
+    one_of("refit", cfg["refit"], REFITS)
+    for key in ("losses", "plan", "resumable"):
+        one_of(key, cfg[key], (True, False))
+    one_of("complete", cfg["complete"], COMPLETE)
+    if cfg["minutes"] is not None:
+        require("minutes", cfg["minutes"], float, 0, float("inf"), open_low=True)
+    one_of("save", cfg["save"], SAVE)
+    one_of("stream", cfg["stream"], ("auto", True, False))
+    one_of("hidden_states", cfg["hidden_states"], PLACES)
+    if (limit := cfg["statistics_cache"]) == "auto":
+        return
+    if isinstance(limit, str):
+        raise UserError(f"statistics_cache={limit} is not allowed: give auto, or a number of GB (0: none)")
+    require("statistics_cache", limit, float, 0, float("inf"))
+    if limit and cfg["devices"] > 1:
+        raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+
+
+def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:
+    """What the configuration says about calibration texts, and about BOS, without reading them."""
+    for key in ("model", "eval"):
+        check_bos(f"{key}.bos", cfg[key]["bos"])
+    data.check(cfg["seed"])
+    if prunes:
+        texts.check_source(data)
+    for key in ("path", "eval_path"):
+        if (path := getattr(data, key)) is not None:
+            texts.local_file(path, f"data.{key}={path}")
+
+
+def _check_tokenizer(settings: Settings) -> None:
+    """Whether the model has a tokenizer that can do what the run asks of it."""
+    asked, tokenizer = settings.evaluation, loading.load_tokenizer(settings.model.source)
+    if settings.prunes:
+        check_bos("model.bos", settings.calibration.bos, tokenizer)
+    if asked.texts or asked.tasks.names:
+        check_bos("eval.bos", asked.bos, tokenizer)
+    if asked.sample_tokens:
+        perplexity.prompt_ids(tokenizer, asked.prompt, asked.sample_tokens, settings.model.config)
+
+
+def _check_paths(cfg: Mapping) -> None:
+    """That the folders which a configuration names can be looked at, and the files of a local model be read."""
+    paths = {"model.path": cfg["model"].get("path"), "eval.task_source": cfg["eval"]["task_source"]}
+    paths |= {"resume": cfg["resume"]} if cfg["resume"] not in ("auto", False) else {}
+    found = {key: local_path(key, path) for key, path in paths.items() if path is not None}
+    if (folder := found.get("model.path")) and folder.is_dir():
+        for kind in ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model"):
+            for file in sorted(folder.glob(kind)):
+                local_path("model.path", file)
+
+
+def _dtype(asked: str, device: torch.device) -> torch.dtype | str:
+    if asked != "auto":
+        return DTYPES[asked]
+    return torch.float32 if device.type == "cpu" else "auto"
