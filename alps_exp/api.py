@@ -49,7 +49,7 @@ def prune_layer(
         sequences: number of sequences behind `gram`, or into which a (tokens, in) `inputs` divides.
         method: a name in conf/method ("alps", "sparsegpt", "wanda", "dsnot", "magnitude", "dense"), or a solver.
         sparsity: 0.7, "0.7", "2:4", or a pattern.
-        refit: "pcg" or "exact" replaces the weights on the method's support by the best ones there; "none".
+        refit: "pcg", "exact" or "admm" replaces the weights on the method's support by better ones there; "none".
         **hyperparameters: the method's, by name.
 
     Returns:

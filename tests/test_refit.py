@@ -28,6 +28,7 @@ from alps_exp.runs.settings import resolve
 
 METHODS = ("magnitude", "wanda", "dsnot", "sparsegpt", "alps")
 BOTH = ("pcg", "exact")
+EVERY = (*BOTH, "admm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def test_shared_gram_matrices_and_batches_of_rows(monkeypatch):
     torch.testing.assert_close(solver.solve(problem, pattern).weight, one.weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("how", EVERY)
 def test_rows_that_keep_nothing_or_all(how):
     problem = planted(dtype=torch.float64)
     support = parse_sparsity("0.5").keep(problem.weight.abs())
@@ -113,7 +114,7 @@ def test_rows_that_keep_nothing_or_all(how):
     assert float(delta @ problem.gram @ delta) < 1e-4 * float(problem.weight[4] @ problem.gram @ problem.weight[4])
 
 
-@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("how", EVERY)
 def test_weights_of_dead_inputs_stay_as_the_method_left_them(how):
     problem = planted(dead=(2, 5))
     support = torch.ones_like(problem.weight, dtype=torch.bool)
@@ -125,7 +126,7 @@ def test_weights_of_dead_inputs_stay_as_the_method_left_them(how):
     assert loss(problem, weight) < 0.9 * loss(problem, start)
 
 
-@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("how", EVERY)
 def test_an_optimum_is_left_alone_and_a_better_start_kept(how):
     x, support = planted_inputs(400, 48, 7), parse_sparsity("0.5").keep(planted().weight.abs())
     problem = LayerProblem.from_inputs(planted().weight, x)
@@ -143,7 +144,7 @@ def test_fewer_tokens_than_kept_inputs_are_fitted_without_large_weights():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("how", EVERY)
 @bounded(15)
 @given(data=st.data())
 def test_degenerate_layers_never_lose(method, how, data):
@@ -215,12 +216,14 @@ def test_prune_model_refits_any_method(tiny_llama):
 def test_a_run_refits_and_says_so(tiny_opt, text_file, tmp_path):
     words = ["model=local", f"model.path={tiny_opt}", "data=local", f"data.path={text_file}", "nsamples=4", "seqlen=64"]
     words += ["device=cpu", "eval=none", "method=wanda"]
-    records = {how: runs.run(compose([*words, f"refit={how}"]), tmp_path / how) for how in ("none", *BOTH)}
-    assert len({record["config_hash"] for record in records.values()}) == 3
+    records = {how: runs.run(compose([*words, f"refit={how}"]), tmp_path / how) for how in ("none", *EVERY)}
+    assert len({record["config_hash"] for record in records.values()}) == 4
     assert {record["method"] for record in records.values()} == {"wanda"}
     first = {how: record["layers"][0] for how, record in records.items()}
     assert "refit" in first["pcg"]["seconds_by_phase"] and first["pcg"]["stats"]["refit_iterations"] > 0
     assert first["exact"]["relative_loss"] <= first["pcg"]["relative_loss"] < first["none"]["relative_loss"]
+    assert first["exact"]["relative_loss"] <= first["admm"]["relative_loss"] < first["none"]["relative_loss"]
+    assert first["admm"]["stats"]["refit_iterations"] == 20
     dense = runs.run(compose([*words, "method=dense", "refit=exact"]), tmp_path / "dense")
     assert dense["layers"] == []
     with pytest.raises(UserError, match="refit='best' is not allowed"):

@@ -161,7 +161,8 @@ def test_yaml_mirrors_the_class(method):
     target = getattr(importlib.import_module(module), name)
     default = dataclasses.asdict(target())
     assert node.keys() == default.keys()
-    preset = "-" in method  # a preset is another choice of values for a method's fields
+    # A preset is another choice of values for the fields of the method after which it is named.
+    preset = any(method.startswith(f"{other}-") for other in METHODS)
     assert (node != default) is preset
     assert text.startswith(f"# python -m alps_exp method={method}")
 

@@ -5,6 +5,7 @@ With S the kept and N the pruned inputs of one output row w, the optimum is ŵ_S
     none     the method's own weights
     pcg      conjugate gradients on all rows at once, from the method's weights on, as ALPS ends (its `pcg_…` defaults)
     exact    each row's normal equations by a Cholesky factorisation in float64 (the paper's backsolve)
+    admm     ADMM-Grad's iteration from the dense weights on, at its defaults (Boža's weight update for a given mask)
 
 The Gram matrix has a unit diagonal here (that of ALPS without its damping). `exact` adds λI to G with
 λ = 10⁻⁶ · mean(diag G), which draws what the inputs leave open to the dense weights; where a row's matrix is not
@@ -30,9 +31,10 @@ from ..layer.solver import Solution, Solver
 from ..numerics.fit import fit_on_support
 from ..numerics.precision import Multiplier
 from ..patterns import Pattern
+from .admm import DAMPING, ITERATIONS, PlainAdmm
 from .alps import Alps
 
-REFITS = ("none", "pcg", "exact")
+REFITS = ("none", "pcg", "exact", "admm")
 
 _DAMPING = 1e-6
 # Numbers in the matrices that are factorised at once, 0.5 GB; a factorisation takes about three times that.
@@ -57,7 +59,7 @@ class Refitted(Solver):
 
     Attributes:
         method: finds the supports.
-        refit: "pcg" or "exact".
+        refit: "pcg", "exact" or "admm".
     """
 
     method: Solver
@@ -72,9 +74,7 @@ class Refitted(Solver):
         return self.method.selection
 
     def flops(self, rows: int, width: int) -> float:
-        # Thirty steps of the iteration, or a factorisation of half the inputs for every row.
-        fit = 30 * 2 * rows * width**2 if self.refit == "pcg" else rows * (width / 2) ** 3 / 3
-        return self.method.flops(rows, width) + fit
+        return self.method.flops(rows, width) + _FITS[self.refit].flops(rows, width)
 
     def parts(self) -> int:
         return self.method.parts()
@@ -88,7 +88,7 @@ class Refitted(Solver):
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         solutions = self.method.solve_group(problems, patterns)
         watch = Stopwatch(problems[0].weight.device)
-        fit = _Pcg(problems[0]) if self.refit == "pcg" else _Exact(problems[0])
+        fit = _FITS[self.refit](problems[0])
         results = []
         for problem, solution in zip(problems, solutions, strict=True):
             weight, stats = fit(problem.weight, solution)
@@ -99,6 +99,10 @@ class Refitted(Solver):
 
 class _Pcg:
     """Conjugate gradients on layers that share a Gram matrix."""
+
+    @staticmethod
+    def flops(rows: int, width: int) -> float:
+        return 30 * 2 * rows * width**2  # thirty steps, about
 
     def __init__(self, problem: LayerProblem) -> None:
         self._gram = problem.gram
@@ -120,6 +124,10 @@ class _Pcg:
 
 class _Exact:
     """The normal equations of layers that share a Gram matrix, row by row, in float64."""
+
+    @staticmethod
+    def flops(rows: int, width: int) -> float:
+        return rows * (width / 2) ** 3 / 3  # a factorisation of half the inputs for every row
 
     def __init__(self, problem: LayerProblem) -> None:
         self._name, self._gram = problem.name, problem.gram
@@ -163,6 +171,26 @@ class _Exact:
             factor[bad], info[bad] = torch.linalg.cholesky_ex(matrix[bad])
             more *= 10
         return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0].mul_(kept)
+
+
+class _Admm:
+    """ADMM on layers that share a Gram matrix."""
+
+    @staticmethod
+    def flops(rows: int, width: int) -> float:
+        return 5 / 3 * width**3 + ITERATIONS * 2 * rows * width**2  # an inverse, and the iterations
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self._gram, self._dead = problem.gram, problem.dead
+        self._admm = PlainAdmm(problem, DAMPING)
+
+    def __call__(self, dense: Tensor, solution: Solution) -> tuple[Tensor, dict]:
+        weight, _ = self._admm(dense, lambda iteration, score: solution.support, ITERATIONS)
+        weight = torch.where(self._dead, solution.weight, weight)
+        return _better(self._gram, dense, solution.weight, weight), {"refit_iterations": ITERATIONS}
+
+
+_FITS = {"pcg": _Pcg, "exact": _Exact, "admm": _Admm}
 
 
 def _better(gram: Tensor, dense: Tensor, before: Tensor, after: Tensor) -> Tensor:
