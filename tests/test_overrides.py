@@ -10,12 +10,14 @@ import shlex
 
 import hydra
 import pytest
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli import overrides
 from alps_exp.cli.overrides import compose, prepare
+from alps_exp.cli.repository import Repository
 from alps_exp.patterns import NM, Unstructured
 from alps_exp.patterns.written import pattern_of
 from alps_exp.runs import naming
@@ -89,6 +91,28 @@ def test_a_value_and_a_foreign_key_are_inconsistent(words):
 def test_nodes_that_are_no_pattern(node, message):
     with pytest.raises(UserError, match=message):
         pattern_of(OmegaConf.create(node))
+
+
+def test_a_file_of_the_package_is_parsed_once_while_it_says_the_same(tmp_path, monkeypatch):
+    first = compose(SMALL)
+    (tmp_path / "own_conf").mkdir()
+    file = tmp_path / "own_conf" / "x.yaml"
+    (tmp_path / "own_conf" / "__init__.py").touch()
+    file.write_text("a: [1]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = ConfigSearchPathImpl()
+    path.append("main", "pkg://own_conf")
+    store = Repository(path)
+    parsed = []
+    monkeypatch.setattr(OmegaConf, "load", lambda stream, own=OmegaConf.load: parsed.append(stream.name) or own(stream))
+    store.load_config("x").config.a.append(2)  # as Hydra does with what it gets
+    assert store.load_config("x").config == copy.deepcopy(store).load_config("x").config == {"a": [1]}
+    assert parsed == [str(file)]
+    file.write_text("a: [3]\n")
+    assert store.load_config("x").config == {"a": [3]}
+    parsed.clear()
+    first.layers.include.append("x")
+    assert compose(SMALL).layers.include == ["*"] and not parsed
 
 
 def test_lists_are_quoted_value_by_value():

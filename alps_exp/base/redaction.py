@@ -27,10 +27,18 @@ _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
 
 def redacted(text: str) -> str:
     """The text with the values of the environment's keys replaced by the variables' names, and other keys left out."""
-    for name, value in os.environ.items():
-        shortest = _SHORTEST if name in VARIABLES else _SHORTEST_OF_OTHERS
-        if len(value) >= shortest and _KEY_NAME.search(name):
-            text = text.replace(value, f"<{name}>")
+    return _without(_keys(), text)
+
+
+def _keys() -> list[tuple[str, str]]:
+    """Name and value of the environment's variables that are keys."""
+    found = [(name, value) for name, value in os.environ.items() if _KEY_NAME.search(name)]
+    return [(n, v) for n, v in found if len(v) >= (_SHORTEST if n in VARIABLES else _SHORTEST_OF_OTHERS)]
+
+
+def _without(keys: list[tuple[str, str]], text: str) -> str:
+    for name, value in keys:
+        text = text.replace(value, f"<{name}>")
     return _KEY.sub("<key>", text)
 
 
@@ -40,16 +48,18 @@ def refuse_keys(cfg: Mapping) -> None:
     Args:
         cfg: a configuration, also of Hydra; references in it may be unresolved.
     """
+    keys = _keys()
     for path, value in _leaves(cfg, ""):
-        if _holds_key(path, value):
+        if _holds_key(path, value, keys):
             raise _refused(path)
 
 
 def refuse_keys_in(words: Sequence[str]) -> None:
     """Raise UserError if overrides carry a key, which Hydra and a sweep's list of runs would keep as they are given."""
+    keys = _keys()
     for word in words:
         path, _, value = word.lstrip("+~").partition("=")
-        if _holds_key(path, value) or _holds_key("", path):
+        if _holds_key(path, value, keys) or _holds_key("", path, keys):
             raise _refused(redacted(path))
 
 
@@ -60,7 +70,7 @@ def _refused(path: str) -> UserError:
     )
 
 
-def _holds_key(path: str, value) -> bool:
+def _holds_key(path: str, value, keys: list[tuple[str, str]]) -> bool:
     if not isinstance(value, str):
         return value is not None and not isinstance(value, bool) and _is_key_name(path)
     if value in ("", "null", "???"):
@@ -68,7 +78,7 @@ def _holds_key(path: str, value) -> bool:
     if any(_KEY_NAME.search(name) for name in _FROM_ENVIRONMENT.findall(value)):
         return True
     plain = _FROM_ENVIRONMENT.sub(lambda match: os.environ.get(match[1], ""), value)
-    return _is_key_name(path) or redacted(plain) != plain or _ASSIGNED.search(value) is not None
+    return _is_key_name(path) or _without(keys, plain) != plain or _ASSIGNED.search(value) is not None
 
 
 def _is_key_name(path: str) -> bool:

@@ -21,7 +21,7 @@ import hydra
 import yaml
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, OverrideType, Quote, QuotedString, RangeSweep
@@ -35,6 +35,7 @@ from ..patterns import Pattern, parse_sparsity
 from ..patterns.written import inconsistent, node_of, read
 from ..runs import naming
 from .names import NAMES
+from .repository import Repository
 
 # Hydra 1.3 falls back to the behaviour of 1.1 unless told; 1.4 warns when told.
 _BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -138,19 +139,18 @@ def initialized(folder: Path | None = None) -> Iterator[None]:
         folder: of configuration files beside the project's own.
     """
     naming.register()
-    _register_sweeps()
     instance, store = GlobalHydra.instance(), ConfigStore.instance()
+    store.repo.setdefault("sweeps", {}).update(_sweeps())
     outer, instance.hydra = instance.hydra, None
     theirs = store.repo["hydra"]["config.yaml"]
-    defaults = [{key: _HYDRA.get(key, value) for key, value in part.items()} for part in HydraConf().defaults]
-    store.store("config", HydraConf(defaults=defaults), group="hydra", provider="hydra")
+    store.repo["hydra"]["config.yaml"] = _hydra()
     try:
         hydra.initialize_config_module("alps_exp.conf", job_name="alps_exp", **_BEHAVIOUR)
+        loader: Any = GlobalHydra.instance().config_loader()
+        path = loader.get_search_path()
         if folder is not None:
-            loader: Any = GlobalHydra.instance().config_loader()
-            path = loader.get_search_path()
             path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
-            loader.repository.initialize_sources(path)
+        loader.repository = Repository(path)
         yield
     finally:
         store.repo["hydra"]["config.yaml"] = theirs
@@ -297,14 +297,22 @@ def _explained(function, words: list[str], *rest):
         raise UserError(explain(error, words, *rest[:1])) from error
 
 
-def _register_sweeps() -> None:
+@cache
+def _sweeps() -> dict[str, ConfigNode]:
     # Registered rather than searched: the folder lies beside conf/, and Hydra's search path takes whole roots only.
+    found = {}
     for resource in files("alps_exp.sweeps").iterdir():
-        name, _, suffix = resource.name.rpartition(".")
-        if suffix == "yaml":
+        if resource.name.endswith(".yaml"):
             node = OmegaConf.create(resource.read_text(encoding="utf-8"))
             node.pop("table", None)  # how its table looks: docs/tables.md
-            ConfigStore.instance().store(name, node, group="sweeps", package="_global_", provider="alps_exp")
+            found[resource.name] = ConfigNode(resource.name, node, "sweeps", "_global_", "alps_exp")
+    return found
+
+
+@cache
+def _hydra() -> ConfigNode:
+    defaults = [{key: _HYDRA.get(key, value) for key, value in part.items()} for part in HydraConf().defaults]
+    return ConfigNode("config.yaml", OmegaConf.structured(HydraConf(defaults=defaults)), "hydra", None, "hydra")
 
 
 def _with_plain_keys(word: str) -> str:
