@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from alps_exp.base import files
 
@@ -44,6 +46,24 @@ def test_a_folder_is_replaced_with_all_that_it_holds(tmp_path):
         temporary.mkdir()
         raise ValueError
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "b"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
+def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with files.replacing(tmp_path / "one.safetensors") as temporary:
+            save_file({"x": torch.ones(2)}, temporary)
+        with files.replacing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            save_file({"x": torch.ones(2)}, temporary / "two.safetensors")
+    finally:
+        os.umask(before)
+    written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert [(path.name, path.stat().st_mode & 0o777) for path in written] == [
+        ("two.safetensors", mode),
+        ("one.safetensors", mode),
+    ]
 
 
 def test_what_a_killed_process_leaves_is_found_by_name(tmp_path):

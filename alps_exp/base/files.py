@@ -20,12 +20,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file or folder written there takes the place of `path` at the end.
 
     A reader sees the old content or the new one, never a part, and the new one stays when the power goes. After an
-    error the old content stays. What a killed process leaves is found by `leftovers`.
+    error the old content stays. What a killed process leaves is found by `leftovers`. Who may read the files is what
+    the umask says, whatever wrote them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        _open_to_readers(temporary)
         if temporary.is_dir():
             if path.exists():
                 shutil.rmtree(path)  # a folder does not take the place of one that holds files
@@ -48,6 +50,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Give a file, or those of a folder, the umask's permissions: safetensors makes its files for their owner alone."""
+    probe = path.with_name(f"{path.stem}.umask.tmp")  # one of the `leftovers`, should this process be killed
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _sync(path: Path) -> None:

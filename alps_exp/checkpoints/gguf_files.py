@@ -62,19 +62,7 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
                 with replacing(target) as scratch:
                     scratch.mkdir()
                     make(scratch)
-                    open_to_readers(scratch)
     return target
-
-
-def open_to_readers(folder: Path) -> None:
-    """Give files the permissions that the umask asks for: safetensors makes its files for their owner alone."""
-    probe = folder / ".umask"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for file in folder.iterdir():
-        if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -26,7 +26,6 @@ from ..base.errors import UserError
 from ..base.files import replacing, write_json
 from ..base.memory import free_host
 from ..checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, Entry, listed, match, tied_names
-from ..checkpoints.gguf_files import open_to_readers
 from ..checkpoints.hub import first_line
 from ..checkpoints.packed import pack_folder, packed_entries, packed_size, read_tensors
 from ..model import loading
@@ -79,7 +78,6 @@ def save(
         tokenizer.save_pretrained(temporary)
         record.warnings += _verify(model, store, temporary, packed, settings.model.source.trust_remote_code)
         dataclasses.replace(record, status="complete").write(temporary)
-        open_to_readers(temporary)
     return target
 
 
