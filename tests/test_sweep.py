@@ -383,7 +383,7 @@ def test_what_is_refused_for_another_process_writes_nothing(single, words, capsy
     cell.directory.mkdir(parents=True)
     with store.locked(cell.directory):
         assert call([*single, "method=magnitude", "sparsity=0.5"]) == 2
-        assert "another process runs this configuration" in capsys.readouterr().err
+        assert "another process is at work" in capsys.readouterr().err
         outcome = call(["-m", *single, "method=magnitude", "sparsity=0.5", "minutes=0.001"])
         assert outcome == 0 and not list(cell.directory.iterdir())
     assert call([*single, "method=magnitude", "sparsity=0.5"]) == 0
@@ -411,6 +411,26 @@ def test_a_directory_of_another_configuration_is_refused_before_anything_runs(si
     assert (
         call([*own, "method=magnitude", f"model.path={os.path.relpath(record(place)['config']['model']['path'])}"]) == 0
     )
+
+
+@pytest.mark.parametrize("left", ["nothing", "model", "block", "previous"])
+def test_a_directory_in_which_nothing_was_begun_is_free(single, capsys, ran, monkeypatch, left):
+    own, place = [*single, "eval=none", "method=magnitude", "hydra.run.dir=mine"], Path("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_execute", refuse)
+        assert call(own) == 2
+    assert record(place)["status"] == "failed"
+    file = {"model": "model/x", "block": ".progress/block-00000.json", "previous": "record.previous.json"}.get(left)
+    if file:
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text("{}")
+    assert call([*own, "nsamples=3"]) == (2 if file else 0)
+    assert ("which would be lost" in capsys.readouterr().err) == bool(file)
+    assert (record(place)["status"], len(ran)) == (("failed", 0) if file else ("complete", 1))
+
+
+def refuse(*arguments):
+    raise UserError("no")
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         if lock(descriptor) is False:
             raise HeldError(
-                f"another process runs this configuration in {directory}: wait for it, or give another directory with "
+                f"another process is at work in {directory}: wait for it, or give another directory with "
                 "hydra.run.dir=DIR"
             )
         yield

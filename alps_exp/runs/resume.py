@@ -15,6 +15,8 @@ from ..pruning.store import FOLDER, HeldError, ProgressStore, locked
 from .naming import NOT_HASHED, Configuration
 from .record import FILE, find, load, set_aside
 
+PREVIOUS = "record.previous.json"
+
 
 def check(configuration: Configuration, resume: str | bool, resumable: bool, place: Path | None = None) -> None:
     """Look at the keys `resume` and `resumable`; of a directory to go on in, compare the configuration.
@@ -46,13 +48,20 @@ def check(configuration: Configuration, resume: str | bool, resumable: bool, pla
 
 
 def refuse_other(directory: Path, configuration: Configuration) -> None:
-    """Raise UserError if a directory holds a run of another configuration, complete or not: it would be lost."""
+    """Raise UserError if a directory holds something of a run of another configuration: it would be lost."""
     record = find(directory)
-    if record is not None and (different := _differences(record, configuration)):
+    if record is not None and _holds(directory, record) and (different := _differences(record, configuration)):
         raise UserError(
             f"{directory} holds a run of another configuration ({record['status']}; {different}), which would be lost: "
             "give another directory with hydra.run.dir=DIR, or move that one elsewhere"
         )
+
+
+def _holds(directory: Path, record: Mapping) -> bool:
+    """Whether a run has left more than the word that it was begun: a result, a model, or finished blocks."""
+    results = record["status"] == "complete" or record["layers"] or record["evaluations"]
+    places = [directory / "model", directory / PREVIOUS, *(directory / FOLDER).glob("block-*.json")]
+    return bool(results) or any(place.exists() for place in places)
 
 
 def _differences(record: Mapping, configuration: Configuration) -> str:
@@ -99,7 +108,7 @@ def prepare(directory: Path, resume: str | bool) -> None:
     if complete or resume is False:
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
     if complete:
-        (directory / FILE).replace(directory / "record.previous.json")
+        (directory / FILE).replace(directory / PREVIOUS)
 
 
 def tidy(directory: Path) -> None:
