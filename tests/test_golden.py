@@ -148,3 +148,9 @@ def test_admm_grad_lies_between_sparsegpt_and_alps(golden, layer, written):
     assert found < 0.8 * recorded["sparsegpt"] / recorded["alps"]
     # At 50 % ADMM-Grad is below what was recorded for ALPS on the first layer, and there above ours only.
     assert found > (ratio("alps", golden, layer, written) if layer == LAYERS[0] else 1)
+
+
+@every_cell
+def test_sparseswaps_from_wanda_is_below_dsnot_after_five_swaps(golden, layer, written):
+    found = ratio("dsnot", golden, layer, written, ours="sparseswaps", max_swaps=5)
+    assert found < min(0.96, ratio("dsnot", golden, layer, written))

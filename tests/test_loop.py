@@ -53,7 +53,9 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("method", "sparsity"), [("wanda", "0.5"), ("sparsegpt", "2:4"), ("dsnot", "0.6")])
+@pytest.mark.parametrize(
+    ("method", "sparsity"), [("wanda", "0.5"), ("sparsegpt", "2:4"), ("dsnot", "0.6"), ("admm-grad", "0.5")]
+)
 def test_weights_and_losses_are_those_of_a_plain_loop(request, family, method, sparsity):
     folder, ids = request.getfixturevalue(f"tiny_{family}"), tokens()
     network, expected = load(folder), load(folder)
