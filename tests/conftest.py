@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -23,6 +24,13 @@ def _own_log_handlers():
     before = list(logging.root.handlers)
     yield
     logging.root.handlers[:] = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage():
+    """A run looks for networks to free among all objects, most of which are the libraries'."""
+    gc.collect()
+    gc.freeze()
 
 
 def _tiny(kind: str, steps: int):
