@@ -90,6 +90,13 @@ def test_documents_are_drawn_as_sparsegpt_draws_them(opt, tmp_path):
     assert description["source"].startswith("c4.json.gz (sha256 ")
 
 
+def test_documents_without_text_do_not_count(opt, tmp_path):
+    rows = [text for document in tiny_models.documents(60, seed=4) for text in (document, "", " \n")]
+    asked = node("c4", path=json_lines(tmp_path / "x.jsonl", rows), sampling="concatenated")
+    _, description = data.calibration_tokens(asked, opt, nsamples=4, seqlen=32, seed=0)
+    assert (description["documents"], description["documents_available"]) == (60, 60)
+
+
 def test_seeds(gpt2, text_file):
     local = node("local", path=text_file)
     state = random.getstate(), torch.get_rng_state()
@@ -343,7 +350,7 @@ def test_files_that_cannot_be_used(tmp_path, gpt2):
     refused(load("b.txt.gz", gzip.compress(b"some text" * 99)[:-9]), "b.txt.gz cannot be read")
     refused(load("a.jsonl", b'{"text": "x"}\n{"text"\n'), "line 2 is not JSON")
     refused(load("b.jsonl", b'{"content": "x", "number": 1}\n'), "no text column 'text'", "data.column", ": content")
-    refused(load("c.jsonl", b"[1]\n"), "no text column 'text'", "none")
+    refused(load("c.jsonl", b"[1]\n"), "no text column 'text', nor any other", "a text in each row")
     refused(load("a.parquet", b"PAR1 not really"), "not a parquet file")
     parquet(tmp_path / "b.parquet", ["x"], column="content")
     refused(load("b.parquet"), "no text column 'text'", ": content")
@@ -490,7 +497,7 @@ def test_parquet_types_of_texts(tmp_path):
         for file in (parquet(tmp_path / f"n{number}.parquet", rows), json_lines(tmp_path / f"n{number}.jsonl", rows)):
             read = lambda file=file: texts.read_documents(file, "x", "text")  # noqa: E731
             refused(read, "column 'text' holds a ", "instead of a text", "apply_chat_template")
-    refused(lambda: texts.read_documents(parquet(tmp_path / "b.parquet", [b"x"]), "x", "text"), "no text column 'text'")
+    refused(lambda: texts.read_documents(parquet(tmp_path / "b.parquet", [b"x"]), "x", "text"), "nor any other")
 
 
 UNREADABLE = [

@@ -349,7 +349,9 @@ def _is_text(kind) -> bool:
 
 
 def _no_column(where: str, column: str, has: list[str]) -> UserError:
-    return UserError(f"{where} has no text column {column!r}; set data.column to one of: {', '.join(has) or 'none'}")
+    if not has:
+        return UserError(f"{where} has no text column {column!r}, nor any other: give a file with a text in each row")
+    return UserError(f"{where} has no text column {column!r}; set data.column to one of: {', '.join(has)}")
 
 
 def _no_text(where: str, column: str, kind: str) -> UserError:

@@ -89,7 +89,7 @@ def calibration_tokens(
     description = _description(data, text, encoder, nsamples) | facts
     if holdout:
         description["held_out_windows"] = holdout
-    description |= {"partial": False, "documents_available": len(text.documents), "seed": seed}
+    description |= {"partial": False, "documents_available": _holding_text(text.documents), "seed": seed}
     return _known(rows, encoder, vocabulary, f"data={data.name}: the calibration text"), description
 
 
@@ -254,7 +254,11 @@ def _from_stream(
     if available - nsamples < holdout:
         raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
     picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
-    return [encoder.window(ids, pick * encoder.payload) for pick in picks], len(documents), total
+    return [encoder.window(ids, pick * encoder.payload) for pick in picks], _holding_text(documents), total
+
+
+def _holding_text(documents: list[str]) -> int:
+    return sum(bool(document.strip()) for document in documents)
 
 
 def _run_of(documents: list[str], generator: random.Random) -> list[str]:
