@@ -112,8 +112,8 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
 def _remedy(override: Override) -> str:
     from .explain import options
 
-    if isinstance(override._value, Glob):
-        return f"known: {', '.join(options(override.key_or_group))}"
+    if isinstance(override._value, Glob) and (known := options(override.key_or_group)):
+        return f"known: {', '.join(known)}"
     return f"give its values, as in {override.get_key_element()}=0,1,2"
 
 

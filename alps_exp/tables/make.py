@@ -20,8 +20,13 @@ RUNS, KEPT, TABLES = Path("results/runs"), Path("results/records"), Path("result
 COMPARISON = "comparison"
 
 
-def make(runs: archive.RunSet, folder: Path) -> list[Path]:
+def make(runs: archive.RunSet, folder: Path, drawn: bool = True) -> list[Path]:
     """Write the tables and plots of one set of runs, and remove plots of it that are no longer made.
+
+    Args:
+        runs: their records.
+        folder: where to.
+        drawn: draw the plots; otherwise their files hold only the digest of what would be drawn.
 
     Returns:
         The files written.
@@ -32,7 +37,7 @@ def make(runs: archive.RunSet, folder: Path) -> list[Path]:
     spec = spec_of(runs.name, runs.table)
     found = _aggregate(runs.records, runs.absent, spec)
     table = grid(found, spec)
-    pictures = plots.draw(found, spec, folder, runs.name)
+    pictures = plots.draw(found, spec, folder, runs.name, drawn)
     for old in _files_of(runs.name, folder):
         if old.stem != runs.name and old not in pictures:
             old.unlink()
@@ -107,7 +112,7 @@ def check(kept: Path, tables: Path) -> list[str]:
             found += runs.unreadable.values()
             if not runs.records:
                 continue
-            new = make(runs, Path(folder) / runs.name)
+            new = make(runs, Path(folder) / runs.name, drawn=False)
             names = {path.name for path in new}
             for path in new:
                 there = tables / path.name

@@ -31,8 +31,8 @@ _COLUMNS = 3
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
 
-def draw(found: Aggregate, spec: Spec, folder: Path, name: str) -> list[Path]:
-    """Draw the plots that a table asks for and for which there are data.
+def draw(found: Aggregate, spec: Spec, folder: Path, name: str, drawn: bool = True) -> list[Path]:
+    """Draw the plots that a table asks for and for which there are data; or write their digests alone.
 
     Returns:
         The files written, NAME-PLOT.svg and .png, in the order of `spec.plots`.
@@ -44,7 +44,13 @@ def draw(found: Aggregate, spec: Spec, folder: Path, name: str) -> list[Path]:
         if panels:
             folder.mkdir(parents=True, exist_ok=True)
             files = [folder / f"{name}-{kind}.{suffix}" for suffix in FORMATS]
-            _save(panels, panel, files)
+            data = json.dumps([panel.__name__, panels], sort_keys=True)
+            mark = f"alps_exp data {sha256(data)}"
+            if drawn:
+                _save(panels, panel, files, mark)
+            else:
+                for file in files:
+                    file.write_text(mark)
             paths += files
     return paths
 
@@ -55,7 +61,7 @@ def digest_of(path: Path) -> bytes | None:
     return match[1] if match else None
 
 
-def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
+def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -63,8 +69,6 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path]) -> None:
 
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    data = json.dumps([panel.__name__, panels], sort_keys=True)
-    mark = f"alps_exp data {sha256(data)}"
     with matplotlib.rc_context({"svg.hashsalt": "alps_exp", "font.size": 9, "hatch.linewidth": 0.6}):
         size = (0.4 + 3.4 * columns + (1.2 if columns == 1 else 0), 0.8 + 2.7 * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
