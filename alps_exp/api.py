@@ -163,7 +163,9 @@ def prune_model(
     selection = Selection.parse(include, exclude, layer_sparsity)
     patterns = {}
     if chosen.prunes:
-        patterns = selection.patterns_for(linear_shapes(model, selection), pattern, other_names(model))
+        shapes = linear_shapes(model, selection)
+        patterns = selection.patterns_for(shapes, pattern, other_names(model))
+        fitting = fitting.for_layers(patterns, shapes)
     job = PruneJob(fitting, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
     record = RunRecord(
         status="complete",

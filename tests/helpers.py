@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.patterns import NM, Pattern
 
@@ -80,6 +81,11 @@ def stable_top(score: np.ndarray, count: int) -> np.ndarray:
     mask = np.zeros(score.shape, dtype=bool)
     mask[np.argsort(-score, kind="stable")[:count]] = True
     return mask
+
+
+def methods_for_a_layer() -> list[str]:
+    """The methods that need nothing but a layer; `given` needs a checkpoint."""
+    return [name for name in registry.methods() if name != "given"]
 
 
 def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import math
 
 import pytest
 import torch
-from helpers import planted_inputs, selection_blocks
+from helpers import methods_for_a_layer, planted_inputs, selection_blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.patterns import NM, parse_sparsity
 
 PATTERNS = ("0.5", "0.9", "2:4", "4:8", "1:4")
-METHODS = [name for name in registry.methods() if registry.solver(name).prunes]
+METHODS = [name for name in methods_for_a_layer() if registry.solver(name).prunes]
 VARIANTS = [(name, {}) for name in METHODS] + [
     ("dsnot", {"start": "sparsegpt"}),
     ("dsnot", {"start": "magnitude", "same_sign": False}),
@@ -198,7 +198,7 @@ def test_a_matrix_that_is_no_gram_matrix_is_refused_or_does_no_harm(method, opti
     assert_valid(solution, problem, written, solver.selection)
 
 
-@pytest.mark.parametrize("method", registry.methods())
+@pytest.mark.parametrize("method", methods_for_a_layer())
 @bounded(8)
 @given(
     bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
@@ -260,7 +260,7 @@ def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny
 
 
 def test_one_token_is_enough(tiny_llama):
-    for method in registry.methods():
+    for method in methods_for_a_layer():
         network = AutoModelForCausalLM.from_pretrained(tiny_llama)
         record = alps_exp.prune_model(network, tokens()[:1, :2], method=method, sparsity="2:4")
         assert all(math.isfinite(row["relative_loss"]) for row in record["layers"])

@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 import yaml
+from helpers import methods_for_a_layer
 
 from alps_exp import Pattern, prune_layer
 from alps_exp.base.errors import UserError
@@ -94,7 +95,7 @@ def test_a_pattern_is_one_class_and_one_yaml(checkered_is_there):
 
 
 @each
-@pytest.mark.parametrize("method", registry.methods())
+@pytest.mark.parametrize("method", methods_for_a_layer())
 def test_a_method_keeps_a_pattern_or_refuses_it_by_name(pattern, method):
     solver = registry.solver(method)
     if not solver.prunes:

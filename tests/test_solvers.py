@@ -8,16 +8,17 @@ import importlib
 import pytest
 import torch
 import yaml
-from helpers import PATTERNS, assert_exact, planted
+from helpers import PATTERNS, assert_exact, methods_for_a_layer, planted
 
 from alps_exp.base.errors import UserError
 from alps_exp.base.resources import resource_root
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.methods.refit import refitted
 from alps_exp.patterns import parse_sparsity
 
-METHODS = registry.methods()
+METHODS = methods_for_a_layer()
 PRUNING = [name for name in METHODS if registry.solver(name).prunes]
 # What asks for the whole Gram matrix minimises the loss; Wanda and DSnoT do not, and DSnoT can end above magnitude.
 OPTIMISING = [name for name in PRUNING if registry.solver(name).statistics is Statistics.GRAM]
@@ -149,6 +150,19 @@ def test_missing_statistics_are_refused(method):
 def test_a_pattern_that_does_not_fit_is_refused(method):
     with pytest.raises(UserError, match="not a multiple of 4"):
         solve(method, planted(width=50), "2:4")
+
+
+@pytest.mark.parametrize("refit", ["none", "pcg"])
+def test_a_pattern_that_a_method_cannot_keep_is_refused_once_the_layers_are_known(refit):
+    @dataclasses.dataclass(frozen=True)
+    class Narrow(type(registry.solver("magnitude"))):
+        kinds = frozenset({"nm"})
+
+    solver, shapes = refitted(Narrow(), refit), {"layers.0.fc1": (8, 8), "layers.0.fc2": (8, 8)}
+    patterns = {name: parse_sparsity("2:4") for name in shapes}
+    assert solver.for_layers(patterns, shapes) == solver
+    with pytest.raises(UserError, match=r"Narrow cannot keep sparsity 0\.5: it takes nm"):
+        solver.for_layers(patterns | {"layers.0.fc2": parse_sparsity("0.5")}, shapes)
 
 
 @each_method

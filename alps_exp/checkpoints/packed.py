@@ -224,6 +224,23 @@ def packed_entries(folder: Path) -> dict[str, Entry]:
     return found
 
 
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """One tensor of a packed folder, dense, on the CPU.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file, entries = packed_entries(folder)[name].file, _description(folder)[1]
+    try:
+        with safe_open(file, framework="pt") as opened:
+            stored = _Stored(opened)
+            return _unpacked(name, entries[name], stored) if name in entries else stored[name]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing or damaged ({error}); copy or save the model again") from None
+
+
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a packed folder by name, dense, on the CPU.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -78,6 +78,24 @@ class Solver(ABC):
                 f"{type(self).__name__} cannot keep sparsity {pattern.written}: it takes "
                 f"{', '.join(sorted(self.kinds))}"
             )
+
+    def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
+        """The solver for these layers of a model, asked for before anything is calibrated.
+
+        Args:
+            patterns: layer name → pattern, for every layer that is to be pruned.
+            shapes: layer name → (out, in), for these and perhaps others.
+
+        Raises:
+            UserError: a layer or a pattern that the method cannot keep.
+        """
+        for pattern in dict.fromkeys(patterns.values()):
+            self.check_pattern(pattern)
+        return self
+
+    def digests(self) -> dict[str, str]:
+        """What of the files that the method reads decides about results, by name."""
+        return {}
 
     @final
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:

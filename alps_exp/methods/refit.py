@@ -15,7 +15,7 @@ keeps the method's weights, and so do weights of dead inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +84,12 @@ class Refitted(Solver):
 
     def check_pattern(self, pattern: Pattern) -> None:
         self.method.check_pattern(pattern)
+
+    def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
+        return replace(self, method=self.method.for_layers(patterns, shapes))
+
+    def digests(self) -> dict[str, str]:
+        return self.method.digests()
 
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         solutions = self.method.solve_group(problems, patterns)

@@ -83,6 +83,7 @@ def identity(settings: Settings, device: torch.device, dtype: torch.dtype, token
         "dtype": str(dtype).removeprefix("torch."),
         "calibration": sha256(tokens.numpy().tobytes())[:16],
         **{f"checkpoint {name}": value for name, value in loading.identity(settings.model.source).items()},
+        **settings.solver.digests(),
     }
 
 
@@ -96,7 +97,7 @@ def _software() -> dict[str, str]:
 def inputs_of(settings: Settings) -> dict[str, str]:
     """Digests of the checkpoint, of local texts, and of the descriptions of the data sets evaluated on, by name."""
     source, data = settings.model.source, settings.calibration.data
-    found = dict(_checkpoint(source, loading.changed(source)))
+    found = dict(_checkpoint(source, loading.changed(source))) | settings.solver.digests()
     paths = {"path": data.path, "eval_path": data.eval_path}
     for text in settings.evaluation.texts:
         name = text.data.name

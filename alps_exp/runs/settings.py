@@ -129,16 +129,17 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         raise UserError(
             f"seqlen={cfg['seqlen']} is beyond the model's context of {model.context} tokens: give at most that"
         )
-    shapes, patterns = {}, {}
+    shapes, patterns, solver = {}, {}, refitted(configuration.solver, cfg["refit"])
     if prunes:
         shapes = linear_shapes(model.skeleton, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
+        solver = solver.for_layers(patterns, shapes)
     settings = Settings(
         configuration=configuration,
         model=model,
         calibration=CalibrationSettings(data, cfg["nsamples"], cfg["seqlen"], cfg["seed"], cfg["model"]["bos"]),
         evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
-        solver=refitted(configuration.solver, cfg["refit"]),
+        solver=solver,
         selection=selection,
         shapes=shapes,
         patterns=patterns,

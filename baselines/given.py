@@ -1,0 +1,169 @@
+"""The mask of another checkpoint: what is zero there is pruned, the other weights keep their values.
+
+With `refit` they become the best ones on that mask, wherever it comes from. A layer's mask is the tensor of its name
+there, in safetensors or `.bin` files or in the packed form; names may differ by what stands before them, as in
+`model.decoder.layers.0…` and `decoder.layers.0…`.
+
+The sparsity of the run says what the mask is expected to have: under N:M at most N of M, otherwise each layer's share
+of zeros within `tolerance`. The record's measured sparsity is the mask's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alps_exp.base.checks import local_path, require
+from alps_exp.base.errors import UserError
+from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.layer.solver import LayerSolver, Solution, Solver
+from alps_exp.patterns import Pattern
+
+_DTYPES = ("F64", "F32", "F16", "BF16", "BOOL")
+
+
+@dataclass(frozen=True)
+class Given(LayerSolver):
+    """The mask of a checkpoint.
+
+    Attributes:
+        mask: folder of the checkpoint with zeros.
+        tolerance: how far from the sparsity a layer's share of zeros may be.
+    """
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+    selection: ClassVar[str] = "mask"
+
+    mask: str | None = None
+    tolerance: float = 0.02
+
+    def __post_init__(self) -> None:
+        require("method.tolerance", self.tolerance, float, 0, 1)
+        if not isinstance(self.mask, str) or not self.mask:
+            raise UserError(f"method.mask={self.mask} is not allowed: give method.mask=FOLDER, a checkpoint with zeros")
+        if not local_path("method.mask", self.mask).is_dir():
+            raise UserError(f"method.mask={self.mask} is no folder: give that of a checkpoint with zeros")
+
+    @property
+    def folder(self) -> Path:
+        return local_path("method.mask", self.mask)
+
+    def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
+        super().for_layers(patterns, shapes)
+        entries, read = _opened(self.folder)
+        keys = {name: self._key(name, entries) for name in patterns}
+        stored = {name: tuple(entries[key].shape) for name, key in keys.items()}
+        turned = self._turned(shapes, entries)
+        for name, key in keys.items():
+            if stored[name] != (shapes[name][::-1] if turned else shapes[name]):
+                raise UserError(
+                    f"method.mask={self.mask}: {key} is {stored[name]}, and {name} of the model is {shapes[name]}: "
+                    "give a pruned copy of this model"
+                )
+            if entries[key].dtype not in _DTYPES:
+                raise UserError(
+                    f"method.mask={self.mask} stores {key} as {entries[key].dtype}: give an unquantised checkpoint"
+                )
+        masks = Masks(self, {name: partial(read, key) for name, key in keys.items()}, turned)
+        first = next(iter(patterns))
+        masks.support(first, patterns[first])
+        return masks
+
+    def digests(self) -> dict[str, str]:
+        from alps_exp.checkpoints.checkpoint import fingerprint
+
+        return {f"mask {name}": value for name, value in fingerprint(self.folder).items()}
+
+    def _turned(self, shapes: Mapping[str, tuple[int, int]], entries: Mapping) -> bool:
+        """Whether the tensors are (in, out), as GPT-2's are: its square layers do not show it, the others do."""
+        pairs = {(tuple(entries[key].shape), shape) for name, shape in shapes.items() for key in _keys(name, entries)}
+        return any(stored == shape[::-1] != shape for stored, shape in pairs)
+
+    def _key(self, name: str, entries: Mapping) -> str:
+        found = _keys(name, entries)
+        if len(found) != 1:
+            what = f"has {' and '.join(sorted(found)[:2])} for" if found else "lacks"
+            raise UserError(
+                f"method.mask={self.mask} {what} {name}.weight: give a pruned copy of this model, or leave the layer "
+                "out (layers.exclude=[...])"
+            )
+        return found[0]
+
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        raise UserError(
+            f"{problem.name}: method=given finds masks by the names of a model's layers: use prune_model or the command"
+        )
+
+
+@dataclass(frozen=True)
+class Masks(LayerSolver):
+    """The masks of a model's layers.
+
+    Attributes:
+        given: what was asked.
+        read: layer name → function that reads the tensor.
+        turned: whether they are (in, out).
+    """
+
+    statistics: ClassVar[Statistics] = Given.statistics
+    selection: ClassVar[str] = Given.selection
+
+    given: Given
+    read: Mapping[str, Callable[[], Tensor]] = field(repr=False)
+    turned: bool
+
+    def support(self, name: str, pattern: Pattern) -> Tensor:
+        """(out, in) bool, on the CPU.
+
+        Raises:
+            UserError: no zeros, or others than the pattern's.
+        """
+        support = self.read[name]() != 0
+        support = support.T if self.turned else support
+        what = f"method.mask={self.given.mask}: the mask of {name}"
+        zeros = 1 - int(support.count_nonzero()) / support.numel()
+        if zeros == 0:
+            raise UserError(f"{what} has no zeros: give a pruned checkpoint, or leave it out (layers.exclude=[...])")
+        if pattern.group is not None:
+            if bool((support & ~pattern.keep(support.to(torch.uint8))).any()):
+                raise UserError(f"{what} is not {pattern}: give its sparsity, {zeros:.2g}, or its own N:M")
+        elif abs(zeros - pattern.sparsity) > self.given.tolerance:
+            raise UserError(
+                f"{what} has {zeros:.3g} zeros, and sparsity={pattern} was asked for: give sparsity={zeros:.2g}, or "
+                f"method.tolerance={abs(zeros - pattern.sparsity) + 0.005:.2f} where layers differ"
+            )
+        return support
+
+    def digests(self) -> dict[str, str]:
+        return self.given.digests()
+
+    def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
+        support = self.support(problem.name, pattern).to(problem.weight.device)
+        return Solution(weight=problem.weight.masked_fill(~support, 0), support=support)
+
+
+def _keys(name: str, entries: Mapping) -> list[str]:
+    """The keys under which a checkpoint may hold a layer's weight: one, if all is well."""
+    wanted, parts = f"{name}.weight", name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
+    tails = (".".join(parts[start:]) + ".weight" for start in range(number))
+    found = next(([key] for key in tails if key in entries), [])
+    return found or [key for key in entries if key.endswith(f".{wanted}")]
+
+
+def _opened(folder: Path) -> tuple[Mapping, Callable[[str], Tensor]]:
+    """The tensors of a checkpoint without their values, by key, and a function that reads one."""
+    from alps_exp.checkpoints.bin_files import safetensors_folder
+    from alps_exp.checkpoints.checkpoint import Checkpoint
+    from alps_exp.checkpoints.packed import is_packed, packed_entries, read_tensor
+
+    if is_packed(folder):
+        return packed_entries(folder), lambda key: read_tensor(folder, key)
+    checkpoint = Checkpoint(safetensors_folder(folder))
+    return checkpoint.entries, lambda key: checkpoint.read({key: None})[key]
