@@ -205,6 +205,7 @@ def mine(tmp_path) -> Path:
     folder = tmp_path / "it's 50% mine"
     for name, text in {
         "experiment/foo": "# @package _global_\ndefaults:\n  - override /method: wanda\nnsamples: 1\n",
+        "experiment/level": "# @package _global_\nsparsity:\n  level: 0.6\n",
         "experiment/bare": "nsamples: 1\n",
         "experiment/typo": "# @package _global_\nnsample: 1\n",
         "experiment/deep": "# @package _global_\neval:\n  widows: 1\n",
@@ -239,6 +240,7 @@ def test_groups_and_roots_of_the_users_own(tmp_path, capsys, monkeypatch, tiny, 
         (["+experiment=bare"], "begin it with # @package _global_"),
         (["+experiment=typo"], "unknown key 'nsample' in a configuration file; did you mean nsamples"),
         (["+experiment=deep"], "unknown key 'eval.widows' in a configuration file; did you mean windows"),
+        (["+experiment=level", "sparsity=0.5"], "sparsity='0.5' and a configuration file, which makes it 0.6, are inc"),
         (["+experiment=fo"], "unknown experiment 'fo'; did you mean foo?"),
         (["method=untargeted"], "method untargeted names no class"),
         (["--config-name", "short"], "has no batch_size: begin its defaults with - config"),
@@ -357,9 +359,8 @@ def test_a_run_as_a_process(tmp_path, tiny):
     assert (directory / ".hydra" / "overrides.yaml").is_file()
 
 
-def test_all_forms_of_sparsity_in_one_sweep(tmp_path, tiny):
-    end = process("method=magnitude", "sparsity=0.5,'0.65',2:4,\"4:8\",1:4", *tiny, "-m", cwd=tmp_path)
-    assert end.returncode == 0, end.stderr
+def test_all_forms_of_sparsity_in_one_sweep(here, tmp_path, tiny):
+    assert call("method=magnitude", "sparsity=0.5,'0.65',2:4,\"4:8\",1:4", *tiny, "-m") == 0
     slugs = sorted(path.name.split("-")[2] for path in (tmp_path / "results" / "runs").glob("tiny_opt-*"))
     assert slugs == ["1of4", "2of4", "4of8", "u0.5", "u0.65"]
     assert all(record["status"] == "complete" for record in records(tmp_path))

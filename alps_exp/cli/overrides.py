@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ..base.errors import UserError, nearest
 from ..base.redaction import refuse_keys, refuse_keys_in
 from ..patterns import Pattern, parse_sparsity
-from ..patterns.written import inconsistent, node_of, read
+from ..patterns.written import inconsistent, node_of, pattern_of, read
 from ..runs import naming
 from .names import NAMES
 from .repository import Repository
@@ -225,7 +225,20 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
         value = cfg[key]  # raises where an interpolation leads nowhere
         if key != "hydra" and OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True)
+    _refuse_another_sparsity(cfg, words)
     return cfg
+
+
+def _refuse_another_sparsity(cfg: DictConfig, words: list[str]) -> None:
+    """A value of the command line is a choice to Hydra, whose keys a file of the user's then sets otherwise."""
+    parse = OverridesParser.create().parse_override
+    for override in (parse(word) for word in words if word.startswith("sparsity=")):
+        given = _pattern(override.value())
+        if given is not None and (made := pattern_of(cfg.sparsity)) != given:
+            raise UserError(
+                f"{override.input_line} and a configuration file, which makes it {made.written}, are inconsistent: "
+                "leave sparsity out of one of them"
+            )
 
 
 @cache
