@@ -35,6 +35,7 @@ class PruneJob:
         capture: "block" collects the inputs of all of a block's layers before any of them is pruned; "groups" those of
             one group of layers after the other, each behind the pruned ones before it; "auto" groups where the target
             compares with the dense model, otherwise the block.
+        rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
 
     solver: Solver
@@ -48,6 +49,7 @@ class PruneJob:
     quiet: bool = False
     target: Target = field(default_factory=LayerTarget)
     capture: str = "auto"
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def in_order(self) -> bool:

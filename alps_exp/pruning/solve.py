@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,13 @@ def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solv
     watch = Stopwatch(problems[0].weight.device)
     try:
         posed = [job.target.posed(problem) for problem in problems]
-        solutions = job.solver.solve_group(posed, patterns)
+        scales = [_scale(problem, pattern, job) for problem, pattern in zip(problems, patterns, strict=True)]
+        scaled = [p if s is None else replace(p, weight=p.weight * s) for p, s in zip(posed, scales, strict=True)]
+        solutions = job.solver.solve_group(scaled, patterns)
+        solutions = [
+            found if scale is None else replace(found, weight=found.weight / scale)
+            for found, scale in zip(solutions, scales, strict=True)
+        ]
     except torch.linalg.LinAlgError as error:
         raise UserError(
             f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
@@ -72,6 +78,13 @@ def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solv
     seconds = watch.lap("solve") / len(problems)
     found = zip(layers, problems, posed, patterns, solutions, strict=True)
     return [Solved(*parts, seconds) for parts in found]
+
+
+def _scale(problem: LayerProblem, pattern: Pattern, job: PruneJob) -> Tensor | None:
+    """(out, 1) factors of the rows; None where no scores compete over rows, or nothing is known of them."""
+    if problem.name not in job.rows or pattern.group is not None or job.solver.selection == "row":
+        return None
+    return job.rows[problem.name].to(problem.weight)[:, None]
 
 
 def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> LayerRow:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..base.errors import UserError
@@ -146,6 +146,20 @@ class ProgressStore:
         if self.writes:
             self._write_state()
 
+    def remember(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Keep what was found before the first block, for later attempts: tensors in host memory, and a text."""
+        if self.writes:
+            file = self.folder / f"{name}.safetensors"
+            write_tensors(file, tensors)
+            write_json(self.folder / f"{name}.json", _sealed(text=text, tensors=file_sha256(file)))
+
+    def recall(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """What an earlier attempt has kept under this name; None where it has not."""
+        body, file = _read(self.folder / f"{name}.json"), self.folder / f"{name}.safetensors"
+        if body is None or not file.is_file() or file_sha256(file) != body["tensors"]:
+            return None
+        return load_file(file), body["text"]
+
     def clear(self) -> None:
         """Remove all of it."""
         self.finished = []
@@ -187,6 +201,12 @@ class NoStore:
 
     def keep_ladder(self, measures: Mapping) -> None:
         """Nothing."""
+
+    def remember(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Nothing."""
+
+    def recall(self, name: str) -> None:
+        """Nothing is kept."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ class Alone:
     """A process that works by itself."""
 
     size = 1
+    leads = True
     heavy: int | None = None
     share: tuple[int, ...] = ()
 
@@ -46,6 +47,10 @@ class Alone:
     def gather(self, rows: list) -> list:
         """These are all."""
         return rows
+
+    def tell(self, value: object) -> object:
+        """It is its own."""
+        return value
 
 
 class Team:

@@ -1,0 +1,250 @@
+"""How much the dense model's loss depends on the outputs of its layers: one backward pass over a few windows.
+
+Glossary, for one linear layer y = Wx of the dense model and its cross-entropy L, summed over the windows' tokens t:
+
+    f    (out,)   Σ_t (∂L/∂y_t)², second moments of the gradients by output
+    d    (in,)    Σ_t x_t², of the same tokens
+
+With f a change ΔW of the weight raises L by about ½ Σ_i f_i ΔW_i G ΔW_iᵀ / tokens (the Fisher matrix as a product of a
+diagonal factor for outputs and the Gram matrix for inputs, as in K-FAC): what layer-wise losses leave out. No gradient
+of a weight is made, and blocks visit the device one at a time, so that a model which can be pruned can be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..base.checks import one_of, require
+from ..base.errors import UserError
+from ..base.progress import Progress
+from ..model.blocks import BlockModel, hidden_of
+from ..model.layers import Layer
+from ..model.structure import block_linears, blocks_of
+from .ladder import naming_the_step
+
+# Scores are counted in bins of a hundredth of a power of e, from e⁻²⁰⁰ to e²⁰⁰.
+_BINS, _LOWEST, _STEP = 40_000, -200.0, 0.01
+
+
+@dataclass(frozen=True)
+class SensitivityChoice:
+    """Whether the dense model's gradients weigh outputs against each other.
+
+    Attributes:
+        name: "none" or "outputs".
+        windows: calibration windows for the backward pass, the first ones.
+        rows: β; rows are scaled by (f / mean f)^(β/2) before solvers whose scores compete over rows. 0 leaves them alone.
+    """
+
+    name: str = "none"
+    windows: int = 8
+    rows: float = 0.5
+
+    def __post_init__(self) -> None:
+        one_of("sensitivity", self.name, ("none", "outputs"))
+        require("sensitivity.windows", self.windows, int, 1, float("inf"))
+        require("sensitivity.rows", self.rows, float, 0, 4)
+
+    @property
+    def used(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.name != "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What passes over the dense model tell of every layer, by name, in host memory.
+
+    Attributes:
+        outputs: (out,) f; empty without a backward pass.
+        inputs: (in,) d.
+        scores: how many weights have a score f_i W_ij² d_j (W_ij² d_j without f) in each of the bins, from low to high;
+            zeros come first.
+        tokens: number of tokens.
+    """
+
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def rows(self, name: str, power: float) -> Tensor:
+        """(out,) factors (f_i / mean f)^(power/2) that weigh a layer's rows against each other; 1 where f says nothing.
+
+        Rows on which the loss hardly depends keep a thousandth of the mean's weight, since f is an estimate.
+        """
+        f = self.outputs[name].double()
+        mean = f.mean()
+        if not bool(mean > 0):
+            return torch.ones_like(f, dtype=torch.float32)
+        return (f / mean).clamp_min(1e-6).pow(power / 2).float()
+
+    def outliers(self, names: Sequence[str], times: float) -> float:
+        """Share of the weights of some layers whose |W_ij| √d_j is beyond so many times the mean of all of them."""
+        counts = torch.stack([self.scores[name] for name in names]).sum(0).double()
+        values = torch.exp((_LOWEST + _STEP * (torch.arange(_BINS, dtype=torch.float64) + 0.5)) / 2)
+        mean = (counts * values).sum() / counts.sum()
+        return float(counts[values > times * mean].sum() / counts.sum())
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: BlockModel,
+    tokens: Tensor,
+    names: Mapping[str, object],
+    excluded: Callable[[str], bool],
+    gradients: bool = True,
+    quiet: bool = False,
+) -> Sensitivity:
+    """Run the dense model forwards and backwards, window by window in each block.
+
+    Args:
+        model: the model, not pruned yet.
+        tokens: (windows, seqlen).
+        names: of the layers to measure.
+        excluded: the layers that the user leaves dense, for which nothing is refused.
+        gradients: with a backward pass.
+        quiet: no progress.
+
+    Raises:
+        UserError: gradients that are not finite, or too little device memory for one window.
+    """
+    windows, first = list(tokens.split(1)), min(blocks_of(names, model.prefix))
+    with _without_weight_gradients(model.model), naming_the_step("the backward pass (sensitivity)"):
+        hidden = [[model.embed(window).to("cpu", copy=True) for window in windows]]
+        outputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
+        for index in Progress(range(len(model)), "sensitivity, forwards", quiet=quiet):
+            with model.block(index, changing=False) as block:
+                layers = _layers(model, index, block, names, excluded)
+                with _summing(layers, inputs):
+                    hidden.append([model.forward_block(index, block, h.to(model.device)).cpu() for h in hidden[-1]])
+                if not gradients:
+                    hidden.pop(0)
+                    for name, layer in layers.items():
+                        ones = torch.ones(layer.shape[0], dtype=torch.float64, device=model.device)
+                        scores[name] = _count(layer.weight, ones, inputs[name])
+        behind = (
+            []
+            if not gradients
+            else [_from_loss(model, window, h) for window, h in zip(windows, hidden.pop(), strict=True)]
+        )
+        backwards = range(len(model) - 1, first - 1, -1) if gradients else ()
+        for index in Progress(backwards, "sensitivity, backwards", quiet=quiet):
+            with model.block(index, changing=False, ahead=False) as block:
+                layers = _layers(model, index, block, names, excluded)
+                with _squaring(layers, outputs):
+                    pairs = zip(hidden.pop(), behind, strict=True)
+                    behind = [_backwards(model, index, block, h, gradient) for h, gradient in pairs]
+                for name, layer in layers.items():
+                    if not bool(torch.isfinite(outputs[name]).all()):
+                        raise UserError(
+                            f"{name}: the loss has NaN or infinite gradients there: use dtype=float32 or bfloat16, or "
+                            "sensitivity=none"
+                        )
+                    scores[name] = _count(layer.weight, outputs[name], inputs[name])
+    on_host = [{name: value.cpu() for name, value in found.items()} for found in (outputs, inputs, scores)]
+    return Sensitivity(*on_host, tokens=tokens.numel())
+
+
+def score_at(counts: Tensor, threshold: int) -> int:
+    """How many weights have their score in this bin or below."""
+    return int(counts[: threshold + 1].sum())
+
+
+def _layers(model: BlockModel, index: int, block: nn.Module, names, excluded) -> dict[str, Layer]:
+    linears = block_linears(block, model.name(index), excluded)
+    return {name: Layer(name, module) for name, module in linears.items() if name in names}
+
+
+def _from_loss(model: BlockModel, window: Tensor, hidden: Tensor) -> Tensor:
+    """∂L/∂h of the hidden states behind the last block."""
+    with torch.enable_grad():
+        h = hidden.to(model.device).requires_grad_()
+        with model.stubs(lambda index, passed, args, kwargs: h if index == 0 else passed):
+            logits = model.forward(window)
+        targets = window[:, 1:].reshape(-1).to(logits.device)
+        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum")
+        return torch.autograd.grad(loss, h)[0]
+
+
+def _backwards(model: BlockModel, index: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """∂L/∂h before a block, from that behind it; hooks see the gradients between."""
+    with torch.enable_grad():
+        h = hidden.to(model.device).requires_grad_()
+        call = model.call(index, h)
+        output = hidden_of(block(h, *call.args, **call.kwargs))
+        return torch.autograd.grad(output, h, gradient.to(output.dtype))[0]
+
+
+@contextmanager
+def _summing(layers: Mapping[str, Layer], sums: dict[str, Tensor]):
+    """Add the squares of the layers' inputs while the block runs."""
+
+    def hook_of(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = (args[0] if args else kwargs["input"]).float()
+            square = x.square().reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + square if name in sums else square
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _squaring(layers: Mapping[str, Layer], sums: dict[str, Tensor]):
+    """Add the squares of the gradients of the layers' outputs while the block runs backwards."""
+    for name, layer in layers.items():
+        sums[name] = torch.zeros(layer.shape[0], dtype=torch.float64, device=layer.weight.device)
+
+    def hook_of(name: str) -> Callable:
+        def seen(gradient: Tensor) -> None:
+            g = gradient.detach().float()
+            sums[name] += g.square().reshape(-1, g.shape[-1]).sum(0, dtype=torch.float64)
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(seen)
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_weight_gradients(model: nn.Module):
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _count(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """How many weights have their score in each bin."""
+    # In logarithms: a product of three such numbers does not fit float32.
+    score = weight.float().abs().log().mul_(2).add_(inputs.log().float()).add_(outputs.log().float()[:, None])
+    bins = score.sub_(_LOWEST).div_(_STEP).nan_to_num_(neginf=0.0).clamp_(0, _BINS - 1).to(torch.int64)
+    return torch.bincount(bins.flatten(), minlength=_BINS).cpu()
