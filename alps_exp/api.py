@@ -17,10 +17,15 @@ from .layer.problem import LayerProblem
 from .layer.registry import solver as named_solver
 from .layer.solver import Solution, Solver
 from .methods.refit import refitted
+from .methods.target import build_target
 from .patterns import Pattern, parse_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .allocation.allocations import Allocation
+    from .calibration.sensitivity import SensitivityChoice
+    from .methods.target import Target
 
 
 @torch.no_grad()
@@ -90,6 +95,10 @@ def prune_model(
     propagate: str = "pruned",
     losses: bool = True,
     refit: str = "none",
+    target: str | Target = "layer",
+    capture: str = "auto",
+    sensitivity: str | SensitivityChoice = "none",
+    allocation: str | Allocation = "uniform",
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
@@ -111,6 +120,10 @@ def prune_model(
         propagate: "pruned" (each block sees what the pruned blocks before it produce) or "dense".
         losses: measure every layer's relative loss (takes Gram matrices whatever the method needs).
         refit: as in `prune_layer`.
+        target: what the layers are fitted to, a name in conf/target ("layer", "stream"), or a target.
+        capture: which inputs are collected together, "auto", "block" or "groups" (conf/config.yaml).
+        sensitivity: whether gradients of the dense model weigh the outputs: "none", "outputs", or a choice.
+        allocation: how the sparsity is divided among layers, a name in conf/allocation, or an allocation.
         include: globs on the names of the layers to prune.
         exclude: globs on the names of layers among them that stay dense.
         layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
@@ -127,17 +140,22 @@ def prune_model(
             What shows while a block is solved (NaN or infinite activations, too little memory, a matrix that cannot be
             factorised) leaves the blocks before it pruned: load the model again.
     """
+    from .allocation.allocations import build_allocation
     from .allocation.prunable import linear_shapes, other_names
     from .allocation.selection import Selection
+    from .base.resources import choice_file
+    from .calibration.sensitivity import build_sensitivity
     from .model.blocks import BlockModel, refuse_scattered
     from .model.loading import context_length
-    from .pruning.job import PROPAGATE, PruneJob
+    from .pruning.job import CAPTURE, PROPAGATE, PruneJob
     from .pruning.loop import prune_blocks
+    from .pruning.weighing import check_weighing
     from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     one_of("propagate", propagate, PROPAGATE)
+    one_of("capture", capture, CAPTURE)
     model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
@@ -166,7 +184,29 @@ def prune_model(
         shapes = linear_shapes(model, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model))
         fitting = fitting.for_layers(patterns, shapes)
-    job = PruneJob(fitting, patterns, selection, tokens, batch_size, propagate, losses, quiet=not progress)
+    fitted_to = build_target(choice_file("target", target)) if isinstance(target, str) else target
+    if fitted_to.beside and propagate == "dense":
+        raise UserError("target stream makes up for what pruned blocks have lost: give propagate='pruned'")
+    weighing = sensitivity
+    if isinstance(sensitivity, str):
+        weighing = build_sensitivity(choice_file("sensitivity", sensitivity))
+    divided = build_allocation(choice_file("allocation", allocation)) if isinstance(allocation, str) else allocation
+    if patterns:
+        check_weighing(divided, weighing, patterns, len(tokens))
+    job = PruneJob(
+        fitting,
+        patterns,
+        selection,
+        tokens,
+        batch_size,
+        propagate,
+        losses,
+        quiet=not progress,
+        target=fitted_to,
+        capture=capture,
+        sensitivity=weighing,
+        allocation=divided,
+    )
     record = RunRecord(
         status="complete",
         config={
@@ -176,6 +216,10 @@ def prune_model(
             "propagate": propagate,
             "losses": losses,
             "refit": refit,
+            "target": _described(target, fitted_to),
+            "capture": capture,
+            "sensitivity": _described(sensitivity, weighing),
+            "allocation": _described(allocation, divided),
             "layers": {
                 "include": list(selection.include),
                 "exclude": list(selection.exclude),
@@ -202,6 +246,11 @@ def prune_model(
             model.to(home)
     record.phases |= peak_memory(place)
     return record.to_dict()
+
+
+def _described(asked: object, chosen: object) -> dict:
+    name = asked if isinstance(asked, str) else type(chosen).__name__.lower()
+    return {**dataclasses.asdict(chosen), "name": name}
 
 
 def load_packed(folder: str | Path):

@@ -52,6 +52,21 @@ class Allocation(ABC):
         """How far a layer's level may be from the target."""
         return getattr(self, "cap", 1.0)
 
+    def target_of(self, patterns: Mapping[str, Pattern]) -> Unstructured:
+        """The sparsity to divide: the unstructured one that most layers have.
+
+        Raises:
+            UserError: there is none.
+        """
+        kinds = [pattern for pattern in patterns.values() if isinstance(pattern, Unstructured)]
+        if not kinds:
+            written = next(iter(patterns.values())).written
+            raise UserError(
+                f"an allocation divides an unstructured sparsity among layers, and {written} is the same in every "
+                "layer: give sparsity=0.7, or allocation=uniform"
+            )
+        return max(dict.fromkeys(kinds), key=kinds.count)
+
     def allocate(self, patterns: Mapping[str, Pattern], sizes: Mapping[str, int], sensitivity: Sensitivity):
         """Patterns in place of the unstructured ones that stand for the run's sparsity.
 
@@ -63,14 +78,7 @@ class Allocation(ABC):
         Raises:
             UserError: there is no unstructured sparsity to allocate.
         """
-        kinds = [pattern for pattern in patterns.values() if isinstance(pattern, Unstructured)]
-        if not kinds:
-            written = next(iter(patterns.values())).written
-            raise UserError(
-                f"an allocation divides an unstructured sparsity among layers, and {written} is the same in every "
-                "layer: give sparsity=0.7, or allocation=uniform"
-            )
-        target = max(set(kinds), key=kinds.count)
+        target = self.target_of(patterns)
         chosen = {name: sizes[name] for name, pattern in patterns.items() if pattern == target}
         raw = self.levels(chosen, target.level, sensitivity)
         found = exact_levels(raw, chosen, target.level, self.bound)
@@ -80,6 +88,9 @@ class Allocation(ABC):
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """Every layer the same."""
+
+    def target_of(self, patterns: Mapping[str, Pattern]) -> Pattern:
+        return next(iter(patterns.values()))
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
         return dict.fromkeys(sizes, target)

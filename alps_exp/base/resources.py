@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from .errors import UserError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -15,6 +17,19 @@ _PACKAGE = Path(__file__).parents[1]
 def resource_root() -> Path:
     """The folder that holds conf/, sweeps/ and baselines/: the package itself in a wheel, its parent in a checkout."""
     return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
+
+
+def choice_file(group: str, name: str) -> dict:
+    """The content of conf/GROUP/NAME.yaml.
+
+    Raises:
+        UserError: there is none; the nearest names are told.
+    """
+    folder = resource_root() / "conf" / group
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown {group} {name!r}; {nearest(name, known)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def class_of(node: Mapping, what: str, base: type, noun: str) -> type:

@@ -7,7 +7,7 @@ Glossary, for one linear layer y = Wx of the dense model and its cross-entropy L
 
 With f a change ΔW of the weight raises L by about ½ Σ_i f_i ΔW_i G ΔW_iᵀ / tokens (the Fisher matrix as a product of a
 diagonal factor for outputs and the Gram matrix for inputs, as in K-FAC): what layer-wise losses leave out. No gradient
-of a weight is made, and blocks visit the device one at a time, so that a model which can be pruned can be differentiated.
+of a weight is made, and blocks visit the device one at a time: a model that can be pruned can be differentiated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..base.checks import one_of, require
 from ..base.errors import UserError
 from ..base.progress import Progress
+from ..base.resources import check_fields
 from ..model.blocks import BlockModel, hidden_of
 from ..model.layers import Layer
 from ..model.structure import block_linears, blocks_of
@@ -38,7 +39,7 @@ class SensitivityChoice:
     Attributes:
         name: "none" or "outputs".
         windows: calibration windows for the backward pass, the first ones.
-        rows: β; rows are scaled by (f / mean f)^(β/2) before solvers whose scores compete over rows. 0 leaves them alone.
+        rows: β; rows are scaled by (f / mean f)^(β/2) before solvers whose scores compete over rows; 0 leaves them be.
     """
 
     name: str = "none"
@@ -54,6 +55,17 @@ class SensitivityChoice:
     def used(self) -> bool:
         """Whether there is a backward pass."""
         return self.name != "none"
+
+
+def build_sensitivity(node: Mapping) -> SensitivityChoice:
+    """The choice that a composed `sensitivity` node describes.
+
+    Raises:
+        UserError: an unknown field, or a value that is not allowed.
+    """
+    fields = {str(key): value for key, value in node.items() if not str(key).startswith("_")}
+    check_fields(SensitivityChoice, fields, f"sensitivity {node.get('name')}")
+    return SensitivityChoice(**fields)
 
 
 @dataclass(frozen=True, eq=False)

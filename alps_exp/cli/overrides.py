@@ -218,7 +218,7 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
     if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
         raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
     _refuse_foreign_keys(cfg, words, config_name)
-    for group in ("model", "data", "method", "sparsity", "eval", "logger"):
+    for group in ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "eval", "logger"):
         if not isinstance(cfg.get(group), DictConfig):
             raise UserError(f"{group} is not set: choose one, as in {group}=NAME (--help lists them)")
     for key in cfg:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..allocation.allocations import Allocation, Uniform
 from ..allocation.selection import Selection
+from ..calibration.sensitivity import SensitivityChoice
 from ..layer.inputs import Statistics
 from ..layer.solver import Solver
 from ..methods.target import LayerTarget, Target
@@ -35,6 +37,8 @@ class PruneJob:
         capture: "block" collects the inputs of all of a block's layers before any of them is pruned; "groups" those of
             one group of layers after the other, each behind the pruned ones before it; "auto" groups where the target
             compares with the dense model, otherwise the block.
+        allocation: how the sparsity is divided among layers.
+        sensitivity: whether gradients of the dense model weigh the outputs.
         rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
 
@@ -49,6 +53,8 @@ class PruneJob:
     quiet: bool = False
     target: Target = field(default_factory=LayerTarget)
     capture: str = "auto"
+    allocation: Allocation = field(default_factory=Uniform)
+    sensitivity: SensitivityChoice = field(default_factory=SensitivityChoice)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

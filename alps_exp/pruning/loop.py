@@ -22,6 +22,7 @@ from .rows import PruneResult
 from .stages import Solve, Stage
 from .store import FinishedBlock
 from .tools import Tools
+from .weighing import weighed
 
 
 class ModelMethod(ABC):
@@ -127,4 +128,10 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     tools = tools or Tools()
     if model.source is not None and not tools.store.keeps:
         raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
-    return BlockLoop().run(model, job, tools)
+    watch = Stopwatch(model.device)
+    job = weighed(model, job, tools)
+    watch.lap("weigh")
+    result = BlockLoop().run(model, job, tools)
+    if job.sensitivity.used or job.allocation.needs != "nothing":
+        result.add_seconds(watch.seconds)
+    return result

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..allocation.allocations import Allocation
 from ..base.errors import UserError
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity
 from ..model.blocks import BlockModel
-from ..patterns import parse_sparsity
+from ..patterns import Pattern, parse_sparsity
 from .job import PruneJob
 from .tools import Tools
 
 _NAME = "weighing"
 
 
-def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: int) -> None:
+def check_weighing(
+    allocation: Allocation, choice: SensitivityChoice, patterns: Mapping[str, Pattern], windows: int
+) -> None:
     """Raise UserError for an allocation without what it needs, or more windows than there are.
 
     Args:
-        allocation: how sparse each layer becomes.
+        allocation: how the sparsity is divided among layers.
         choice: whether outputs are weighed.
+        patterns: layer name → pattern.
         windows: number of calibration windows.
     """
+    allocation.target_of(patterns)
     if allocation.needs == "gradients" and not choice.used:
         raise UserError(
             "allocation=sensitivity needs gradients of the dense model: give sensitivity=outputs (and "
@@ -36,35 +41,31 @@ def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: i
         )
 
 
-def weighed(
-    model: BlockModel, job: PruneJob, allocation: Allocation, choice: SensitivityChoice, tools: Tools
-) -> PruneJob:
-    """The job with the patterns and row factors that the dense model asks for; itself where nothing is asked.
+def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
+    """The job with the patterns and row factors that the dense model asks for.
 
     What an earlier attempt has found is taken from the store: gradients need not be the same to the bit again.
     """
-    if not job.patterns or (not choice.used and allocation.needs == "nothing"):
-        sizes = {name: _size(model, name) for name in job.patterns}
-        return replace(job, patterns=allocation.allocate(job.patterns, sizes, Sensitivity())) if sizes else job
+    if not job.sensitivity.used and job.allocation.needs == "nothing":
+        return replace(job, patterns=job.allocation.allocate(job.patterns, _sizes(model, job), Sensitivity()))
     team, kept = tools.team, tools.store.recall(_NAME)
     if (kept := team.tell(kept)) is None:
-        kept = team.tell(_found(model, job, allocation, choice) if team.leads else None)
+        kept = team.tell(_found(model, job) if team.leads else None)
         tools.store.remember(_NAME, *kept)
     rows, levels = kept
     patterns = {name: parse_sparsity(level) for name, level in json.loads(levels).items()}
     return replace(job, patterns=patterns, rows=rows)
 
 
-def _found(model: BlockModel, job: PruneJob, allocation: Allocation, choice: SensitivityChoice) -> tuple[dict, str]:
-    windows = choice.windows if choice.used else min(SensitivityChoice.windows, len(job.tokens))
-    found = measure_sensitivity(
-        model, job.tokens[:windows], job.patterns, job.selection.excluded, gradients=choice.used, quiet=job.quiet
-    )
-    sizes = {name: _size(model, name) for name in job.patterns}
-    patterns = allocation.allocate(job.patterns, sizes, found)
+def _found(model: BlockModel, job: PruneJob) -> tuple[dict, str]:
+    choice = job.sensitivity
+    windows = job.tokens[: choice.windows if choice.used else SensitivityChoice.windows]
+    excluded = job.selection.excluded
+    found = measure_sensitivity(model, windows, job.patterns, excluded, gradients=choice.used, quiet=job.quiet)
+    patterns = job.allocation.allocate(job.patterns, _sizes(model, job), found)
     rows = {name: found.rows(name, choice.rows) for name in job.patterns} if choice.used and choice.rows else {}
     return rows, json.dumps({name: pattern.written for name, pattern in patterns.items()})
 
 
-def _size(model: BlockModel, name: str) -> int:
-    return model.model.get_submodule(name).weight.numel()
+def _sizes(model: BlockModel, job: PruneJob) -> dict[str, int]:
+    return {name: model.model.get_submodule(name).weight.numel() for name in job.patterns}

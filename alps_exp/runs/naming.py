@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
 NOT_HASHED += ("statistics_cache", "table")
 
+# Choices that say "nothing": with them a configuration is the same as without their keys.
+NEUTRAL = {
+    "target": {"name": "layer"},
+    "sensitivity": {"name": "none"},
+    "allocation": {"name": "uniform"},
+    "capture": "auto",
+}
+
 # What an evaluation depends on where nothing is pruned, and what of it only a calibration reads.
 _EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")
 _CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout", "disjoint_seeds")}
@@ -63,6 +71,7 @@ class Configuration:
         content.pop("table", None)
         solver, pattern = build(content["method"]), pattern_of(content["sparsity"])
         kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
+        kept = {key: value for key, value in kept.items() if NEUTRAL.get(key, ...) != value}
         decides = json.dumps(kept if solver.prunes else _evaluated(kept), sort_keys=True)
         digest, model = sha256(decides), _model_name(content["model"])
         words = f"{model}-{content['method']['name']}"
@@ -113,8 +122,8 @@ def canonical(cfg: Mapping) -> dict:
     )
     if (source := content["eval"]["task_source"]) not in ("hub", "package"):
         content["eval"]["task_source"] = _absolute(source)
-    floats = _float_fields(content["method"])
-    content["method"] |= {k: float(v) for k, v in content["method"].items() if k in floats and type(v) is int}
+    for key, fields in _float_fields(content).items():
+        content[key] |= {k: float(v) for k, v in content[key].items() if k in fields and type(v) is int}
     if content["save"] == "dense":
         content["save"] = True
     layers = content["layers"]
@@ -137,10 +146,21 @@ def _absolute(path) -> str | None:
     return str(found.resolve() if found.name in ("", "..") else found.parent.resolve() / found.name)
 
 
-def _float_fields(node: Mapping) -> set[str]:
+def _float_fields(content: Mapping) -> dict[str, set[str]]:
+    """By group, the fields of what its node describes that are numbers with a fraction."""
+    from ..allocation.allocations import build_allocation
+    from ..calibration.sensitivity import SensitivityChoice
     from ..layer.registry import build
+    from ..methods.target import build_target
 
-    return {field.name for field in dataclasses.fields(build(node)) if "float" in str(field.type)}
+    built = {"method": build(content["method"])}
+    built |= {"target": build_target(content["target"])} if "target" in content else {}
+    built |= {"allocation": build_allocation(content["allocation"])} if "allocation" in content else {}
+    built |= {"sensitivity": SensitivityChoice()} if "sensitivity" in content else {}
+    return {
+        key: {field.name for field in dataclasses.fields(value) if "float" in str(field.type)}
+        for key, value in built.items()
+    }
 
 
 def _level(value):

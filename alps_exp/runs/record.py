@@ -37,6 +37,7 @@ class RunRecord:
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
         sample: prompt and what the dense and the pruned model make of it.
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
+        drift: of every block's output from the dense model's, by stream (target=stream).
         warnings: what was unusual and was handled.
         environment: versions, device, git commit; whether the model was streamed and where its hidden states were.
         error: type and message, of a failed run.
@@ -60,6 +61,7 @@ class RunRecord:
     evaluations: list[dict] = field(default_factory=list)
     sample: dict | None = None
     saved: dict | None = None
+    drift: list[dict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     error: dict | None = None
@@ -75,6 +77,7 @@ class RunRecord:
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
         self.environment["hidden_states"] = result.hidden_states
         self.cached_blocks = result.cached_blocks
+        self.drift = result.drift
         found = warnings_of(result.layers) + result.notes
         self.warnings += found
         return found

@@ -200,6 +200,10 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
         losses=settings.losses,
         held_out=tokens[count:] if len(tokens) > count else None,
         quiet=quiet,
+        target=settings.target,
+        capture=settings.capture,
+        sensitivity=settings.sensitivity,
+        allocation=settings.allocation,
     )
 
 

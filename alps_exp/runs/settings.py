@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..allocation.allocations import Allocation, build_allocation
 from ..allocation.prunable import linear_shapes, other_names
 from ..allocation.selection import Selection
 from ..base.checks import local_path, one_of, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
+from ..calibration.sensitivity import SensitivityChoice, build_sensitivity
 from ..data import texts
 from ..data.settings import CalibrationSettings, DataSettings, check_bos
 from ..evaluation import perplexity, protocol
@@ -19,12 +21,14 @@ from ..evaluation.settings import EvaluationSettings
 from ..layer.registry import build
 from ..layer.solver import Solver
 from ..methods.refit import REFITS, refitted
+from ..methods.target import Target, build_target
 from ..model import loading
 from ..model.hidden import PLACES
 from ..model.loading import ModelSettings
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
-from ..pruning.job import PROPAGATE
+from ..pruning.job import CAPTURE, PROPAGATE
+from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
 from .loggers import LoggerSettings
 from .naming import Configuration, plain
@@ -50,6 +54,9 @@ class Settings:
         device: where the blocks compute.
         dtype: of the weights; "auto" is the checkpoint's own, which CPUs compute slowly: there it is float32.
         own_dtype: whether the configuration leaves the dtype to the checkpoint.
+        target: what the layers are fitted to.
+        sensitivity: whether gradients of the dense model weigh the outputs.
+        allocation: how the sparsity is divided among layers.
         statistics_cache: GB, or "auto".
         save: False, True or "packed".
 
@@ -71,6 +78,10 @@ class Settings:
     batch_size: int
     propagate: str
     losses: bool
+    target: Target
+    capture: str
+    sensitivity: SensitivityChoice
+    allocation: Allocation
     stream: str | bool
     hidden_states: str
     resumable: bool
@@ -116,6 +127,9 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     _check_values(cfg)
     if cfg["stream"] is True and not cfg["resumable"] and prunes:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
+    target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
+    allocation = build_allocation(cfg["allocation"])
+    _check_target(cfg, target)
     configuration = Configuration.of(cfg)
     resume.check(configuration, cfg["resume"], cfg["resumable"])
     device = parse_device(cfg["device"])
@@ -134,6 +148,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         shapes = linear_shapes(model.skeleton, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
         solver = solver.for_layers(patterns, shapes)
+        check_weighing(allocation, sensitivity, patterns, cfg["nsamples"])
     settings = Settings(
         configuration=configuration,
         model=model,
@@ -146,6 +161,10 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         device=device,
         dtype=_dtype(cfg["dtype"], device),
         own_dtype=cfg["dtype"] == "auto",
+        target=target,
+        capture=cfg["capture"],
+        sensitivity=sensitivity,
+        allocation=allocation,
         save=configuration.content["save"],
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
@@ -181,6 +200,21 @@ def _check_values(cfg: Mapping) -> None:
     require("statistics_cache", limit, float, 0, float("inf"))
     if limit and cfg["devices"] > 1:
         raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+
+
+def _check_target(cfg: Mapping, target: Target) -> None:
+    one_of("capture", cfg["capture"], CAPTURE)
+    if target.beside and cfg["propagate"] == "dense":
+        raise UserError(
+            "target=stream makes up for what pruned blocks have lost, and propagate=dense feeds every block what the "
+            "dense ones produce: leave one of them out"
+        )
+    in_order = cfg["capture"] == "groups" or target.beside
+    if in_order and cfg["statistics_cache"] not in ("auto", 0):
+        raise UserError(
+            f"statistics_cache={cfg['statistics_cache']} shares what is collected before a block is pruned, and "
+            f"{'target=stream' if target.beside else 'capture=groups'} collects it behind pruned layers: leave it out"
+        )
 
 
 def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:

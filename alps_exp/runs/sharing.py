@@ -31,7 +31,7 @@ def open_cache(
     limit = settings.statistics_cache
     if limit == "auto":
         limit = AUTO_GB if in_sweep and settings.devices == 1 else 0
-    if not limit or not job.statistics:
+    if not limit or not job.statistics or job.in_order:
         return NoSharing()
     own = {
         "checkpoint changed": loading.changed(settings.model.source),

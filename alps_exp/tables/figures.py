@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..base.errors import UserError
 from ..patterns import written
-from ..runs.naming import NOT_HASHED
+from ..runs.naming import NEUTRAL, NOT_HASHED
 from . import looks
 
 AXES = ("model", "sparsity", "method")
@@ -193,6 +193,8 @@ def _settings(record: Mapping) -> dict[str, str]:
     config = {key: value for key, value in record.get("config", {}).items() if key not in NOT_HASHED}
     if is_dense(record):
         config = {key: value for key, value in config.items() if key in _EVALUATED}
+    else:
+        config = NEUTRAL | config  # records from before these choices were there
     flat = _flat({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
     return {key: value for key, value in flat.items() if key not in ("model.name", "method.name") and "._" not in key}
 

@@ -40,6 +40,9 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "calibration": _calibration,
         "refit": lambda record: _unusual(record, "refit", "none"),
         "propagate": lambda record: _unusual(record, "propagate", "pruned"),
+        "target": lambda record: _choice(record, "target", "layer"),
+        "sensitivity": _gradients,
+        "allocation": lambda record: _choice(record, "allocation", "uniform"),
         "seeds": lambda record: None,
         "dtype": lambda record: _environment(record, "dtype"),
         "device": lambda record: _environment(record, "device"),
@@ -105,6 +108,17 @@ def _calibration(record: Mapping) -> str | None:
     if not facts:
         return None
     return f"{facts['windows']} × {facts['seqlen']} tokens of {facts['dataset']} ({facts.get('split', UNKNOWN)})"
+
+
+def _choice(record: Mapping, group: str, usual: str) -> str | None:
+    """The name of a group's choice, where it is another one than usual."""
+    name = ((record.get("config") or {}).get(group) or {}).get("name", usual)
+    return None if name == usual else name
+
+
+def _gradients(record: Mapping) -> str | None:
+    name = _choice(record, "sensitivity", "none")
+    return name and f"{name} (gradients of the dense model)"
 
 
 def _unusual(record: Mapping, key: str, usual: str) -> str | None:
