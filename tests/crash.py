@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 # What every phase spends its time in. "any" is no function: some time after the start.
 PHASES = {
     "load": "alps_exp.runs.workspace.Workspace.model",
-    "calibrate": "alps_exp.pruning.stages._capture",
+    "calibrate": "alps_exp.pruning.stages.capture",
     "solve": "alps_exp.pruning.stages.solve_layers",
     "propagate": "alps_exp.calibration.streams.Streams.advance",
     "shard write": "alps_exp.pruning.store.write_tensors",

@@ -184,7 +184,7 @@ def test_tensors_that_contradict_the_configuration_are_refused_at_once(words, co
     assert "\n" not in str(error.value)
     for load in (loading.load_model, loading.load_streamed):
         with pytest.raises(UserError, match=message):
-            load(node(copy))
+            load(loading.resolve(node(copy)))
 
 
 def test_blocks_that_are_left_out_are_in_the_record(words, copy, tmp_path, capsys):

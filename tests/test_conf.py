@@ -17,11 +17,12 @@ from alps_exp.model import loading
 from alps_exp.runs.settings import resolve
 
 CONF = resource_root() / "conf"
-GROUPS = ("model", "data", "method", "sparsity", "eval", "logger")
+GROUPS = ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "eval", "logger")
 CHOICES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 SWEEPS = sorted((resource_root() / "sweeps").glob("*.yaml"))
 # Values that only the user can know.
 NEEDED = {"model/local": ["model.path=folder"], "data/local": ["data.path=text.txt"]}
+NEEDED |= {"allocation/file": ["allocation.path=levels.json"]}
 
 
 def label(path: Path) -> str:

@@ -159,7 +159,7 @@ class Workers:
 
 
 def test_runs_that_were_cut_are_repeated_one_by_one(tmp_path):
-    cells = [Cell(tmp_path / name, [], None) for name in "abcdefg"]
+    cells = [Cell(tmp_path / name, [], None, None) for name in "abcdefg"]
     workers = Workers({"c", "f"})
     found = {outcome.name: outcome for outcome in launchers._outlive(workers, cells)}
     assert workers.batches == [list("abcdefg"), list("defg"), ["g"], ["b"], ["c"], ["e"], ["f"]]
@@ -176,12 +176,12 @@ def test_a_run_that_dies_before_its_first_word_is_found_too(tmp_path):
             if cell.directory.name != "b":
                 Workers.write(cell, status)
 
-    found = launchers._outlive(Silent({"b"}), [Cell(tmp_path / name, [], None) for name in "abc"])
+    found = launchers._outlive(Silent({"b"}), [Cell(tmp_path / name, [], None, None) for name in "abc"])
     assert {outcome.name: outcome.status for outcome in found} == {"a": "completed", "b": "failed", "c": "completed"}
 
 
 def test_what_still_runs_after_a_break_is_held(tmp_path):
-    cells = [Cell(tmp_path / name, [], None) for name in "ab"]
+    cells = [Cell(tmp_path / name, [], None, None) for name in "ab"]
     workers = Workers({"b"})
     cells[0].directory.mkdir()
     with store.locked(cells[0].directory):
@@ -194,7 +194,7 @@ def test_a_launcher_that_starts_nothing_is_no_failure_of_runs(tmp_path):
         raise RuntimeError("no cluster here")
 
     with pytest.raises(RuntimeError, match="no cluster here"):
-        launchers._outlive(broken, [Cell(tmp_path / "a", [], None)])
+        launchers._outlive(broken, [Cell(tmp_path / "a", [], None, None)])
 
 
 def test_presets_and_questions_where_no_launcher_is_installed(words, tmp_path):

@@ -37,6 +37,7 @@ class BlockProblem:
         name: of the block.
         linears: the block's linear layers by name, in the model's order.
         layers: those of them to prune.
+        watched: somebody's hooks or replaced forwards see its modules run, so that no forward may be cut short.
         writers: those of them whose outputs are added to the residual stream, where a target asks for it.
         cached: its statistics were another run's.
     """
@@ -59,6 +60,10 @@ class BlockProblem:
         self.linears = block_linears(module, self.name, job.selection.excluded)
         self.layers = {name: Layer(name, linear) for name, linear in self.linears.items() if name in job.patterns}
         self.writers: frozenset[str] = frozenset()
+        self.watched = any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in module.modules()
+        )
         self.watch = watch
         self.cached = False
         self._sizes: dict[str, list[int]] = {}

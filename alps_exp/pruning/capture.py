@@ -111,7 +111,9 @@ class _Watch:
     def __init__(self, block: BlockProblem, writers: Sequence[str], hidden: Tensor) -> None:
         self._modules = {name: block.layers[name].module for name in writers}
         self.inputs: dict[str, Tensor] = {}
-        self.additions = Additions(block.module, block.linears, hidden, writers, self._end)
+        self.additions = Additions(
+            block.module, block.linears, hidden, writers, self._end if not block.watched else _go_on
+        )
 
     def __enter__(self) -> _Watch:
         self._stack = ExitStack()
@@ -135,12 +137,16 @@ class _Watch:
         raise Enough
 
 
+def _go_on() -> None:
+    """A forward that somebody watches goes on to its end."""
+
+
 def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -> None:
     """One batch of windows, by the numbers of the first and behind the last, through the block as far as it is needed;
     where a target compares with the dense model, through the dense block too."""
     hidden = block.streams.calibration.at(first, last)
     writers = [name for name in collector.names if name in block.writers]
-    collector.begin(hidden, ending=not writers)
+    collector.begin(hidden, ending=not writers and not block.watched)
     if not writers:
         with suppress(Enough):
             block.forward(hidden)
@@ -181,7 +187,7 @@ def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
     collector = Collector(leaders, Statistics.GRAM)
     try:
         for batch in block.streams.held_out:
-            collector.begin(batch, ending=True)
+            collector.begin(batch, ending=not block.watched)
             with suppress(Enough):
                 block.forward(batch)
         grams = {names[0]: sums.inputs(names[0]).gram for names, sums in collector.finish()}
