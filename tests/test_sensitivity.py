@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from test_target import CONFIGS, network, tokens
-from tiny import execute
+from tiny import execute, weights
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -63,7 +63,7 @@ def test_moments_are_those_of_a_plain_backward_pass(family):
         order = scores[name].flatten().sort().values
         for share in (0.1, 0.5, 0.9):  # bins of one per cent
             place = int(share * len(order))
-            below = int((order < order[place] * 1.02).sum())
+            below = int((order <= order[place] * 1.02).sum())
             counted = found.scores[name].cumsum(0)
             bin_ = int(torch.searchsorted(counted, torch.tensor(place)))
             assert abs(int(counted[bin_]) - below) <= max(3, 0.03 * len(order))
@@ -134,7 +134,7 @@ def test_levels_keep_the_mean_to_a_weight_and_stay_within_bounds(seed, bound):
     raw = {name: float(torch.rand((), generator=generator)) for name in sizes}
     found = exact_levels(raw, sizes, 0.7, bound)
     total = sum(sizes.values())
-    assert sum(n - round((1 - found[name]) * n) for name, n in sizes.items()) == total - round(0.3 * total)
+    assert sum(n - round((1 - found[name]) * n) for name, n in sizes.items()) == total - round((1 - 0.7) * total)
     assert all(abs(level - 0.7) <= bound + 1 / sizes[name] and 0 < level < 1 for name, level in found.items())
 
 
@@ -158,7 +158,7 @@ def test_levels_from_a_file_or_another_run(tmp_path):
     for file in (plain, record):
         found = FromFile(str(file)).allocate(patterns, sizes, Sensitivity())
         assert [pattern.level for pattern in found.values()] == [0.2, 0.6]
-    with pytest.raises(UserError, match="mean of 0.5000, and sparsity=0.7 is asked"):
+    with pytest.raises(UserError, match=r"mean of 0\.5000, and sparsity=0\.7 is asked"):
         FromFile(str(plain)).allocate(dict.fromkeys(sizes, parse_sparsity(0.7)), sizes, Sensitivity())
     plain.write_text('{"a.0.x": 0.2}')
     with pytest.raises(UserError, match=r"gives a\.1\.x no fraction"):
@@ -213,15 +213,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pa
         again = execute(words, tmp_path / "run", f"stream={stream}", "save=true")
     assert again["attempts"] == 2 and again["drift"] == whole["drift"]
     assert [row["relative_loss"] for row in again["layers"]] == [row["relative_loss"] for row in whole["layers"]]
-    one, other = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "run"))
-    assert one == other
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["propagate=dense"], "target=stream makes up for"),
-        (["sensitivity=none"], "needs gradients of the dense model"),
+        (["sensitivity=none", "~sensitivity.windows"], "needs gradients of the dense model"),
         (["sensitivity.windows=7"], "more than the calibration windows"),
         (["sparsity=2:4"], "divides an unstructured sparsity"),
         (["statistics_cache=1"], "collects it behind pruned layers"),
@@ -237,7 +237,9 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(words, tmp_pa
     from alps_exp.runs.settings import resolve
 
     with pytest.raises(UserError, match=message) as error:
-        resolve(compose([*words, *more]))
+        dropped = [word.removeprefix("~") for word in more if word.startswith("~")]
+        kept = [word for word in words if word.partition("=")[0] not in dropped]
+        resolve(compose([*kept, *(word for word in more if not word.startswith("~"))]))
     assert "\n" not in str(error.value)
 
 
