@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import end_to_end
 import layer
 
-from alps_exp.tables.plots import COLOURS
+from alps_exp.tables import looks
 
 LABELS = {"width": "width of a square layer", "tokens": "calibration tokens", "blocks": "decoder blocks"}
 
@@ -80,7 +80,8 @@ def plot(source: Path, target: Path) -> None:
         print(f"\n| {label} | " + " | ".join(map(str, values)) + " |\n|---" * 1 + "|---" * len(values) + "|")
         for method in dict.fromkeys(point["method"] for point in own):
             seconds = {point["value"]: point["seconds"] for point in own if point["method"] == method}
-            panel.plot(list(seconds), list(seconds.values()), "o-", color=COLOURS[method], label=method, markersize=4)
+            colour, _, _ = looks.look(method)
+            panel.plot(list(seconds), list(seconds.values()), "o-", color=colour, label=method, markersize=4)
             print(f"| {method} | " + " | ".join(f"{seconds[v]:.3g}" if v in seconds else "–" for v in values) + " |")
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds")
         panel.set_xticks(values, [f"{v // 1024}k" if axis == "tokens" else str(v) for v in values], minor=False)

@@ -73,8 +73,8 @@ def generated(rows: int, width: int, count: int, tokens: int, seed: int, device:
         gram.addmm_(x.T, x)
         mean += x.sum(0) / tokens
         square += x.square().sum(0) / tokens
-    shared = {"gram": gram, "mean": mean, "var": square - mean**2, "tokens": tokens, "sequences": 1}
-    return [LayerProblem(normal(rows, width) / width**0.5, **shared) for _ in range(count)]
+    shared = Inputs(gram=gram, mean=mean, var=square - mean**2, tokens=tokens, sequences=1)
+    return [LayerProblem(normal(rows, width) / width**0.5, shared) for _ in range(count)]
 
 
 def from_file(path: Path, device: torch.device) -> LayerProblem:

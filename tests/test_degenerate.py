@@ -30,6 +30,8 @@ METHODS = [name for name in methods_for_a_layer() if registry.solver(name).prune
 VARIANTS = [(name, {}) for name in METHODS] + [
     ("dsnot", {"start": "sparsegpt"}),
     ("dsnot", {"start": "magnitude", "same_sign": False}),
+    ("sparseswaps", {"start": "magnitude"}),
+    ("admm-grad", {"schedule": "code"}),
 ]
 INPUT_DEFECTS = ("dead", "all dead", "constant", "copies", "outlier", "tiny", "rank one")
 WEIGHT_DEFECTS = ("zero", "zero rows", "alike", "zero on the living", "wide range")
