@@ -192,7 +192,7 @@ def prune_model(
         weighing = build_sensitivity(choice_file("sensitivity", sensitivity))
     divided = build_allocation(choice_file("allocation", allocation)) if isinstance(allocation, str) else allocation
     if patterns:
-        check_weighing(divided, weighing, patterns, len(tokens))
+        check_weighing(divided, weighing, len(tokens))
     job = PruneJob(
         fitting,
         patterns,

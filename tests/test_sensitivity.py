@@ -189,6 +189,12 @@ def test_a_run_records_all_of_it_and_streams_to_the_same_bits(words, tmp_path):
     assert one["drift"] == other["drift"]
 
 
+def test_an_allocation_leaves_n_of_m_as_asked_and_says_so(words, tmp_path):
+    record = execute([word for word in words if word != "sparsity=0.6"], tmp_path, "sparsity=2:4")
+    assert {row["pattern"] for row in record["layers"]} == {"2:4"}
+    assert "the allocation leaves N:M sparsity the same in every layer" in record["warnings"]
+
+
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pass(
     words, tmp_path, monkeypatch, stream
@@ -223,7 +229,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pa
         (["propagate=dense"], "target=stream makes up for"),
         (["sensitivity=none", "~sensitivity.windows"], "needs gradients of the dense model"),
         (["sensitivity.windows=7"], "more than the calibration windows"),
-        (["sparsity=2:4"], "divides an unstructured sparsity"),
         (["statistics_cache=1"], "collects it behind pruned layers"),
         (["allocation=file"], "needs allocation.path"),
         (["capture=order"], "capture='order' is not allowed"),

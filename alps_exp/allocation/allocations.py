@@ -52,20 +52,11 @@ class Allocation(ABC):
         """How far a layer's level may be from the target."""
         return getattr(self, "cap", 1.0)
 
-    def target_of(self, patterns: Mapping[str, Pattern]) -> Unstructured:
-        """The sparsity to divide: the unstructured one that most layers have.
-
-        Raises:
-            UserError: there is none.
-        """
+    @staticmethod
+    def target_of(patterns: Mapping[str, Pattern]) -> Unstructured | None:
+        """The sparsity to divide: the unstructured one that most layers have. N:M stays as it is asked."""
         kinds = [pattern for pattern in patterns.values() if isinstance(pattern, Unstructured)]
-        if not kinds:
-            written = next(iter(patterns.values())).written
-            raise UserError(
-                f"an allocation divides an unstructured sparsity among layers, and {written} is the same in every "
-                "layer: give sparsity=0.7, or allocation=uniform"
-            )
-        return max(dict.fromkeys(kinds), key=kinds.count)
+        return max(dict.fromkeys(kinds), key=kinds.count) if kinds else None
 
     def allocate(self, patterns: Mapping[str, Pattern], sizes: Mapping[str, int], sensitivity: Sensitivity):
         """Patterns in place of the unstructured ones that stand for the run's sparsity.
@@ -74,11 +65,9 @@ class Allocation(ABC):
             patterns: layer name → pattern. Layers with a sparsity of their own keep it.
             sizes: layer name → number of weights.
             sensitivity: as in `levels`.
-
-        Raises:
-            UserError: there is no unstructured sparsity to allocate.
         """
-        target = self.target_of(patterns)
+        if (target := self.target_of(patterns)) is None:
+            return patterns
         chosen = {name: sizes[name] for name, pattern in patterns.items() if pattern == target}
         raw = self.levels(chosen, target.level, sensitivity)
         found = exact_levels(raw, chosen, target.level, self.bound)
@@ -88,9 +77,6 @@ class Allocation(ABC):
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """Every layer the same."""
-
-    def target_of(self, patterns: Mapping[str, Pattern]) -> Pattern:
-        return next(iter(patterns.values()))
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
         return dict.fromkeys(sizes, target)

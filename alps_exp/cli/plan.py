@@ -61,8 +61,9 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     end = max(blocks_of(patterns, prefix), default=-1) + 1
     block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
     tokens = windows.nsamples * windows.seqlen
-    passes = 0 if not needed else 1 if settings.propagate == "dense" else 2
-    forward = 2 * block_weights * tokens * passes
+    forward = 2 * block_weights * tokens * _passes(settings, needed)
+    if settings.sensitivity.used:  # forwards, forwards again, and backwards
+        forward += 3 * 2 * block_weights * settings.sensitivity.windows * windows.seqlen
     inputs = _distinct_inputs(patterns, shapes)
     gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
     solving = sum(settings.solver.flops(*shapes[name]) for name in patterns)
@@ -82,6 +83,17 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     ]
 
 
+def _passes(settings: Settings, needed: Statistics) -> float:
+    """How often the calibration windows go through a block; those that are cut short count in part."""
+    if not needed:
+        return 0
+    if settings.target.beside:
+        return 5.5
+    if settings.capture == "groups":
+        return 3
+    return 1 if settings.propagate == "dense" else 2
+
+
 def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list[str]:
     skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
     _, blocks = find_blocks(skeleton)
@@ -90,6 +102,7 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
     outside = weights - sum(p.numel() for p in blocks.parameters())
     hidden = windows.nsamples * windows.seqlen * getattr(settings.model.config, "hidden_size", 0) * size
+    hidden *= 1 + settings.target.beside
     statistics = workspace = 0
     if patterns:
         first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from safetensors.torch import load_file
 
+from ..allocation.allocations import Uniform
 from ..allocation.prunable import check_weights
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
@@ -134,4 +135,6 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     result = BlockLoop().run(model, job, tools)
     if job.sensitivity.used or job.allocation.needs != "nothing":
         result.add_seconds(watch.seconds)
+    if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
+        result.notes.append("the allocation leaves N:M sparsity the same in every layer")
     return result

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ..allocation.allocations import Allocation
 from ..base.errors import UserError
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity
 from ..model.blocks import BlockModel
-from ..patterns import Pattern, parse_sparsity
+from ..patterns import parse_sparsity
 from .job import PruneJob
 from .tools import Tools
 
 _NAME = "weighing"
 
 
-def check_weighing(
-    allocation: Allocation, choice: SensitivityChoice, patterns: Mapping[str, Pattern], windows: int
-) -> None:
+def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: int) -> None:
     """Raise UserError for an allocation without what it needs, or more windows than there are.
 
     Args:
         allocation: how the sparsity is divided among layers.
         choice: whether outputs are weighed.
-        patterns: layer name → pattern.
         windows: number of calibration windows.
     """
-    allocation.target_of(patterns)
     if allocation.needs == "gradients" and not choice.used:
         raise UserError(
             "allocation=sensitivity needs gradients of the dense model: give sensitivity=outputs (and "

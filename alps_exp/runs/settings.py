@@ -148,7 +148,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         shapes = linear_shapes(model.skeleton, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
         solver = solver.for_layers(patterns, shapes)
-        check_weighing(allocation, sensitivity, patterns, cfg["nsamples"])
+        check_weighing(allocation, sensitivity, cfg["nsamples"])
     settings = Settings(
         configuration=configuration,
         model=model,
