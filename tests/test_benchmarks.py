@@ -11,6 +11,12 @@ from helpers import ROOT
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))  # the source archive has none
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch):
+    """Benchmarks import each other, as a script's neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
 def loaded(path):
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)

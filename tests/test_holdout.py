@@ -56,7 +56,7 @@ def relative_losses(network, dense, pruned, ids: torch.Tensor, names: list[str])
     return losses
 
 
-@pytest.mark.parametrize("more", [[], ["stream=true"], ["devices=2"]])
+@pytest.mark.parametrize("more", [[], ["stream=true"], pytest.param(["devices=2"], marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_held_out_windows(settings, tmp_path, tiny_llama, more):
     record = runs.run(compose([*settings, "save=true", *more]), tmp_path)
     node = resolve(compose(settings)).calibration.data

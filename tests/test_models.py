@@ -312,6 +312,7 @@ def test_every_model_yaml_has_the_same_keys_and_its_command():
         assert f"model={file.stem}" in file.read_text().splitlines()[0], file
 
 
+@pytest.mark.slow
 def test_tiny_models_are_a_script(tmp_path):
     script = Path(__file__).parent / "tiny_models.py"
     subprocess.run([sys.executable, script, tmp_path, "--steps", "0"], check=True, capture_output=True, timeout=120)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, process, records
 
-PROGRAMS = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation")
+MODULES = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation")
+PROGRAMS = (*MODULES[:2], pytest.param(MODULES[2], marks=pytest.mark.slow))  # the last imports lm-eval
 SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
 
 
@@ -116,6 +117,6 @@ def test_without_docstrings(tmp_path, tiny):
     line = '"$PY" -OO -m alps_exp method=alps sparsity=0.5 hydra.run.dir=run "$@"'
     end = shell(line, *tiny, cwd=tmp_path)
     assert end.returncode == 0 and b"run/record.json" in end.stdout, end.stderr
-    for module in PROGRAMS:
+    for module in MODULES:
         assert shell(f'"$PY" -OO -m {module} --help', cwd=tmp_path).returncode == 0
     assert shell('"$PY" -OO -m alps_exp.tables run tables', cwd=tmp_path).returncode == 0

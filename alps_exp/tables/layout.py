@@ -119,7 +119,8 @@ def parse(node: Mapping, name: str) -> Spec:
 
 def _is_key(axis: str) -> bool:
     config = yaml.safe_load((files("alps_exp.conf") / "config.yaml").read_text(encoding="utf-8"))
-    return axis.partition(".")[0] in {*config, "method", "model", "data", "eval"}
+    groups = {group for part in config["defaults"] if isinstance(part, dict) for group in part}
+    return axis.partition(".")[0] in {*config, *groups}
 
 
 def grid(found: Aggregate, spec: Spec) -> Grid:
