@@ -8,9 +8,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = [
     "NM",
+    "BlockMethod",
     "Inputs",
     "LayerProblem",
     "LayerSolver",
+    "Method",
+    "ModelMethod",
     "Pattern",
     "Solution",
     "Solver",
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
     from .base.checks import require
     from .base.errors import UserError
     from .layer.inputs import Inputs, Statistics
+    from .layer.method import Method
     from .layer.problem import LayerProblem
     from .layer.solver import LayerSolver, Solution, Solver
     from .patterns import NM, Pattern, Unstructured
+    from .pruning.method import BlockMethod, ModelMethod
 
 _HOMES = {
     "prune_layer": "api",
@@ -54,6 +59,9 @@ _HOMES = {
     "LayerProblem": "layer.problem",
     "Statistics": "layer.inputs",
     "LayerSolver": "layer.solver",
+    "Method": "layer.method",
+    "BlockMethod": "pruning.method",
+    "ModelMethod": "pruning.method",
     "Solution": "layer.solver",
     "Solver": "layer.solver",
 }

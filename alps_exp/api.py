@@ -13,6 +13,7 @@ from torch import Tensor
 from .base.checks import one_of, parse_device, require
 from .base.errors import UserError
 from .layer.inputs import Inputs
+from .layer.method import Method
 from .layer.problem import LayerProblem
 from .layer.registry import solver as named_solver
 from .layer.solver import Solution, Solver
@@ -64,6 +65,8 @@ def prune_layer(
         UserError: an unknown name or a value that is not allowed (a ValueError; one line that says what is).
     """
     chosen = refitted(named_solver(method, **hyperparameters), refit)
+    if not isinstance(chosen, Solver):
+        raise UserError(f"{type(chosen).__name__} prunes blocks or the model as a whole: give it to prune_model")
     pattern = parse_sparsity(sparsity)
     for label, value in (("weight", weight), ("inputs", inputs), ("gram", gram), ("mean", mean), ("var", var)):
         if not isinstance(value, (Tensor, type(None))) or (label == "weight" and value is None):
@@ -87,7 +90,7 @@ def prune_layer(
 def prune_model(
     model: PreTrainedModel,
     tokens: Tensor,
-    method: str | Solver = "alps",
+    method: str | Method = "alps",
     sparsity: float | str | Pattern = 0.7,
     *,
     device: str | torch.device | None = None,

@@ -14,7 +14,7 @@ import yaml
 
 from ..base.errors import UserError, nearest
 from ..base.resources import check_fields, class_of, resource_root
-from .solver import Solver
+from .method import Method
 
 
 def methods() -> list[str]:
@@ -30,13 +30,13 @@ def _method_file(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def solver(method: str | Solver, **hyperparameters) -> Solver:
-    """The solver named `method` with its yaml's hyperparameters, some of them replaced.
+def solver(method: str | Method, **hyperparameters) -> Method:
+    """The method named `method` with its yaml's hyperparameters, some of them replaced.
 
     Raises:
         UserError: unknown method or hyperparameter (with the nearest names), or a value that is not allowed.
     """
-    if isinstance(method, Solver):
+    if isinstance(method, Method):
         known = [field.name for field in dataclasses.fields(method)]
         for name in hyperparameters:
             if name not in known:
@@ -50,11 +50,11 @@ def solver(method: str | Solver, **hyperparameters) -> Solver:
     return build({**fields, **hyperparameters})
 
 
-def build(node: Mapping) -> Solver:
-    """The solver that a composed `method` node describes (`_target_`, `name`, one key per hyperparameter)."""
+def build(node: Mapping) -> Method:
+    """The method that a composed `method` node describes (`_target_`, `name`, one key per hyperparameter)."""
     fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
     what = f"method {node.get('name')}"
-    target = class_of(node, what, Solver, "method")
+    target = class_of(node, what, Method, "method")
     check_fields(target, fields, what)
     required = {field.name for field in dataclasses.fields(target) if _is_required(field)}
     if lacking := sorted(required - set(fields)):

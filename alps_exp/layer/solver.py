@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 
-from ..base.errors import UserError
 from ..patterns import Pattern
-from .problem import LayerProblem, Statistics
+from .method import Method
+from .problem import LayerProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +41,10 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Solver(ABC):
+class Solver(Method):
     """Base of all layer methods. A solver holds hyperparameters only: it never prints, never touches a model, never
     changes its problem and never moves anything to another device.
-
-    Class attributes:
-        statistics: what it must know of the inputs.
-        selection: the set of weights among which scores compete, as the record states it (unstructured patterns).
-        prunes: False for the dense baseline, which leaves the model as it is and needs no loop.
-        kinds: the kinds of patterns that it can keep (`Pattern.kind`); None is all.
     """
-
-    statistics: ClassVar[Statistics] = Statistics.GRAM
-    selection: ClassVar[str] = "layer"
-    prunes: ClassVar[bool] = True
-    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm"})
-
-    def flops(self, rows: int, width: int) -> float:
-        """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
-        bandwidth decides."""
-        return 0.0
 
     def parts(self) -> int:
         """Into how many parts the work on the Gram matrix alone divides, where other processes may do some of it."""
@@ -70,32 +54,6 @@ class Solver(ABC):
         """Some of these parts, from the Gram matrix; another process's `solve_group` takes them from
         `LayerProblem.elsewhere`."""
         raise NotImplementedError(f"{type(self).__name__} has no parts")
-
-    def check_pattern(self, pattern: Pattern) -> None:
-        """Raise UserError unless the method can keep this kind of pattern."""
-        if self.kinds is not None and pattern.kind not in self.kinds:
-            raise UserError(
-                f"{type(self).__name__} cannot keep sparsity {pattern.written}: it takes "
-                f"{', '.join(sorted(self.kinds))}"
-            )
-
-    def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
-        """The solver for these layers of a model, asked for before anything is calibrated.
-
-        Args:
-            patterns: layer name → pattern, for every layer that is to be pruned.
-            shapes: layer name → (out, in), for these and perhaps others.
-
-        Raises:
-            UserError: a layer or a pattern that the method cannot keep.
-        """
-        for pattern in dict.fromkeys(patterns.values()):
-            self.check_pattern(pattern)
-        return self
-
-    def digests(self) -> dict[str, str]:
-        """What of the files that the method reads decides about results, by name."""
-        return {}
 
     @final
     def solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:

@@ -25,6 +25,7 @@ from ..base.checks import one_of
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..layer.inputs import Inputs
+from ..layer.method import Method
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
 from ..layer.solver import Solution, Solver
@@ -43,13 +44,18 @@ _BATCH = 1 << 26
 _COLUMNS = 2048
 
 
-def refitted(solver: Solver, refit: str) -> Solver:
+def refitted(solver: Method, refit: str) -> Method:
     """The solver with the weights on its supports fitted afterwards; itself for "none", and where it prunes nothing.
 
     Raises:
         UserError: unknown `refit`.
     """
     one_of("refit", refit, REFITS)
+    if refit != "none" and not isinstance(solver, Solver):
+        raise UserError(
+            f"refit={refit} fits the weights of layers that a method has pruned one by one, and "
+            f"{type(solver).__name__} prunes blocks or the model as a whole: leave it out"
+        )
     return solver if refit == "none" or not solver.prunes else Refitted(solver, refit)
 
 

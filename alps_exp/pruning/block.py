@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..base.clock import Stopwatch
 from ..calibration.streams import Streams
+from ..layer.inputs import Inputs
+from ..layer.problem import LayerProblem
+from ..layer.solver import Solution
 from ..model.blocks import BlockModel
 from ..model.layers import Layer
 from ..model.structure import block_linears
@@ -102,6 +106,19 @@ class BlockProblem:
         finally:
             for name, parameter in self.module.named_parameters():
                 parameter.data = pruned[name]
+
+    def solved(self, name: str, inputs: Inputs, solution: Solution, seconds: float = 0.0) -> Solved:
+        """What a method of block scope hands to `settle` for one layer.
+
+        Args:
+            name: of the layer.
+            inputs: what was captured of its inputs.
+            solution: its pruned weight.
+            seconds: wall time that it took.
+        """
+        layer = self.layers[name]
+        problem = LayerProblem(layer.weight.to(torch.float32, copy=True), inputs.to(self.model.device), name)
+        return Solved(layer, problem, problem, self.job.patterns[name], solution, seconds)
 
     def settle(self, solved: list[Solved]) -> None:
         """Write the weights of layers that were solved together; their rows are measured now or at the end."""

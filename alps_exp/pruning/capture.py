@@ -13,6 +13,7 @@ from ..calibration.capture import Accumulator, Collector, Enough, Group
 from ..calibration.ladder import naming_the_step
 from ..layer.inputs import Inputs, Statistics
 from ..layer.problem import LayerProblem
+from ..layer.solver import Solver
 from ..model.residual import Addition, Additions
 from ..numerics.precision import full_precision
 from .block import BlockProblem
@@ -200,7 +201,7 @@ def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | No
     """The groups that this process solves: of a team its part, with the sums of all."""
     team, solver = block.tools.team, block.job.solver
     costs = [sum(1 + solver.flops(*block.layers[name].shape) for name in names) for names, _ in groups]
-    own = team.divide(groups, costs, solver.parts())
+    own = team.divide(groups, costs, solver.parts() if isinstance(solver, Solver) else 0)
     found = [
         Group(names, sums.inputs(names[0]) if sums is not None else Inputs(name=names[0]))
         for names, sums in (groups[index] for index in own)

@@ -11,7 +11,7 @@ from ..allocation.allocations import Allocation, Uniform
 from ..allocation.selection import Selection
 from ..calibration.sensitivity import SensitivityChoice
 from ..layer.inputs import Statistics
-from ..layer.solver import Solver
+from ..layer.method import Method
 from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
 
@@ -42,7 +42,7 @@ class PruneJob:
         rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
 
-    solver: Solver
+    solver: Method
     patterns: Mapping[str, Pattern]
     selection: Selection
     tokens: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,29 +14,17 @@ from ..base.errors import UserError
 from ..base.progress import Progress
 from ..calibration.ladder import CALIBRATION
 from ..calibration.streams import HELD_OUT, Streams
+from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.structure import blocks_of, count
 from .block import BlockProblem
 from .job import PruneJob
+from .method import ModelMethod
 from .rows import PruneResult
 from .stages import Solve, Stage
 from .store import FinishedBlock
 from .tools import Tools
 from .weighing import weighed
-
-
-class ModelMethod(ABC):
-    """What prunes a whole model."""
-
-    @abstractmethod
-    def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
-        """Prune the model in place; of a streamed model, into the store's shards.
-
-        Raises:
-            UserError: NaN or infinite weights (of a model in memory before any layer is pruned) or activations (the
-                layer or block is named), a model that is another one block by block (`faithful`), a layer that the
-                method cannot solve, or a device whose memory does not suffice after every measure.
-        """
 
 
 @dataclass(frozen=True)
@@ -51,8 +38,6 @@ class BlockLoop(ModelMethod):
     stages: Sequence[Stage] = (Solve(),)
 
     def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
-        if model.source is None:
-            check_weights(model.model, job.patterns)
         result, finished, watch = PruneResult(), tools.store.finished, Stopwatch(model.device)
         end = max(blocks_of(job.patterns, model.prefix)) + 1
         streams = _open(model, job, tools)
@@ -85,7 +70,6 @@ class BlockLoop(ModelMethod):
         watch.lap("write")
         watch.seconds.pop("blocks", None)  # the blocks have booked theirs
         result.add_seconds(watch.seconds)
-        result.block_weights = count(model.blocks.parameters())
         result.notes = [*tools.ladder.notes, *tools.sharing.notes]
         result.hidden_states = streams.place
         return result
@@ -122,17 +106,27 @@ def _replay(model: BlockModel, index: int, done: FinishedBlock, streams: Streams
             streams.advance(index, module, dense=False)
 
 
+def lifted(method: Method) -> ModelMethod:
+    """The method that prunes a whole model by this one: itself, or a block loop whose stage it is or is called by."""
+    if isinstance(method, ModelMethod):
+        return method
+    return BlockLoop((method if isinstance(method, Stage) else Solve(),))
+
+
 def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -> PruneResult:
-    """Prune the model by the job's solver, block by block; see `ModelMethod.run`."""
+    """Prune the model by the job's method, whatever its scope; see `ModelMethod.run`."""
     if not job.patterns:
         return PruneResult()
     tools = tools or Tools()
     if model.source is not None and not tools.store.keeps:
         raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
+    if model.source is None:
+        check_weights(model.model, job.patterns)
     watch = Stopwatch(model.device)
     job = weighed(model, job, tools)
     watch.lap("weigh")
-    result = BlockLoop().run(model, job, tools)
+    result = lifted(job.solver).run(model, job, tools)
+    result.block_weights = count(model.blocks.parameters())
     if job.sensitivity.used or job.allocation.needs != "nothing":
         result.add_seconds(watch.seconds)
     if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:

@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from ..patterns import Pattern
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -50,6 +54,21 @@ class LayerRow:
     held_out_loss: float | None = None
     target: str = "layer"
     target_loss: float | None = None
+
+    @classmethod
+    def plain(cls, name: str, block: int, weight: Tensor, pattern: Pattern, selection: str) -> LayerRow:
+        """The row of a layer of which nothing is known but its pruned weight.
+
+        Args:
+            name: of the layer.
+            block: index of its decoder block.
+            weight: (out, in) as it was written.
+            pattern: what was asked.
+            selection: the set of weights among which the method compared scores.
+        """
+        sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
+        found = (name, block, list(weight.shape), str(pattern), selection, pattern.sparsity, sparsity)
+        return cls(*found, None, "exact", 0, 0.0, {}, None, 0, {})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..base.files import sha256
 from ..checkpoints.location import local_model
 
 if TYPE_CHECKING:
-    from ..layer.solver import Solver
+    from ..layer.method import Method
     from ..patterns import Pattern
 
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
@@ -53,7 +53,7 @@ class Configuration:
     content: Mapping
     digest: str
     model: str
-    solver: Solver
+    solver: Method
     pattern: Pattern
     name: str
 

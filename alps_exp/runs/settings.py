@@ -18,6 +18,7 @@ from ..data import texts
 from ..data.settings import CalibrationSettings, DataSettings, check_bos
 from ..evaluation import perplexity, protocol
 from ..evaluation.settings import EvaluationSettings
+from ..layer.method import Method
 from ..layer.registry import build
 from ..layer.solver import Solver
 from ..methods.refit import REFITS, refitted
@@ -67,7 +68,7 @@ class Settings:
     model: ModelSettings
     calibration: CalibrationSettings
     evaluation: EvaluationSettings | None
-    solver: Solver
+    solver: Method
     selection: Selection
     shapes: Mapping[str, tuple[int, int]]
     patterns: Mapping[str, Pattern]
@@ -129,8 +130,9 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
     target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
     allocation = build_allocation(cfg["allocation"])
-    _check_target(cfg, target)
     configuration = Configuration.of(cfg)
+    _check_target(cfg, target)
+    _check_scope(cfg, configuration.solver, target, sensitivity)
     resume.check(configuration, cfg["resume"], cfg["resumable"])
     device = parse_device(cfg["device"])
     logger = loggers.resolve(cfg["logger"]) if whole else None
@@ -215,6 +217,24 @@ def _check_target(cfg: Mapping, target: Target) -> None:
             f"statistics_cache={cfg['statistics_cache']} shares what is collected before a block is pruned, and "
             f"{'target=stream' if target.beside else 'capture=groups'} collects it behind pruned layers: leave it out"
         )
+
+
+def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: SensitivityChoice) -> None:
+    """Refuse what only the block loop does with layers that are solved one by one."""
+    if isinstance(method, Solver) or not method.prunes:
+        return
+    asked = {
+        "target=stream": target.beside,
+        "capture=groups": cfg["capture"] == "groups",
+        "sensitivity.rows": sensitivity.used and sensitivity.rows > 0,
+        f"devices={cfg['devices']}": cfg["devices"] > 1,
+    }
+    for words, given in asked.items():
+        if given:
+            raise UserError(
+                f"{words} goes with methods that prune layer by layer, and {cfg['method']['name']} prunes blocks or "
+                "the model as a whole: leave it out"
+            )
 
 
 def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:

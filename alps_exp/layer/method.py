@@ -1,0 +1,59 @@
+"""What is known of every pruning method, whatever its scope: a layer, a block, or a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..base.errors import UserError
+from ..patterns import Pattern
+from .inputs import Statistics
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: hyperparameters, and what a run must know before it starts.
+
+    Class attributes:
+        statistics: what it must know of the layers' inputs.
+        selection: the set of weights among which scores compete, as the record states it (unstructured patterns).
+        prunes: False for the dense baseline, which leaves the model as it is and needs no loop.
+        kinds: the kinds of patterns that it can keep (`Pattern.kind`); None is all.
+    """
+
+    statistics: ClassVar[Statistics] = Statistics.GRAM
+    selection: ClassVar[str] = "layer"
+    prunes: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm"})
+
+    def flops(self, rows: int, width: int) -> float:
+        """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
+        bandwidth decides."""
+        return 0.0
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise UserError unless the method can keep this kind of pattern."""
+        if self.kinds is not None and pattern.kind not in self.kinds:
+            raise UserError(
+                f"{type(self).__name__} cannot keep sparsity {pattern.written}: it takes "
+                f"{', '.join(sorted(self.kinds))}"
+            )
+
+    def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Method:
+        """The method for these layers of a model, asked for before anything is calibrated.
+
+        Args:
+            patterns: layer name → pattern, for every layer that is to be pruned.
+            shapes: layer name → (out, in), for these and perhaps others.
+
+        Raises:
+            UserError: a layer or a pattern that the method cannot keep.
+        """
+        for pattern in dict.fromkeys(patterns.values()):
+            self.check_pattern(pattern)
+        return self
+
+    def digests(self) -> dict[str, str]:
+        """What of the files that the method reads decides about results, by name."""
+        return {}
