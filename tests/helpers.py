@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
+from alps_exp.layer.solver import Solver
 from alps_exp.patterns import NM, Pattern
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +85,8 @@ def stable_top(score: np.ndarray, count: int) -> np.ndarray:
 
 
 def methods_for_a_layer() -> list[str]:
-    """The methods that need nothing but a layer; `given` needs a checkpoint."""
-    return [name for name in registry.methods() if name != "given"]
+    """The methods that need nothing but a layer; `given` needs a checkpoint, others a block or a model."""
+    return [name for name in registry.methods() if name != "given" and isinstance(registry.solver(name), Solver)]
 
 
 def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from inspect import isabstract
 from pathlib import Path
 
 import yaml
@@ -52,7 +53,7 @@ def class_of(node: Mapping, what: str, base: type, noun: str) -> type:
         target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a module of the user's raises
         raise UserError(f"{what}: cannot import {named} ({type(error).__name__}: {error})") from None
-    if not isinstance(target, type) or not issubclass(target, base) or target is base:
+    if not isinstance(target, type) or not issubclass(target, base) or target is base or isabstract(target):
         raise UserError(f"{what}: {named} is no {noun}: name a class that derives from alps_exp.{base.__name__}")
     return target
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -41,7 +41,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Solver(Method):
+class Solver(Method, ABC):
     """Base of all layer methods. A solver holds hyperparameters only: it never prints, never touches a model, never
     changes its problem and never moves anything to another device.
     """

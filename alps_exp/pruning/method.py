@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ..layer.method import Method
@@ -23,7 +23,7 @@ class BlockMethod(Method, Stage):
 
 
 @dataclass(frozen=True)
-class ModelMethod(Method):
+class ModelMethod(Method, ABC):
     """Base of methods that prune the model as a whole."""
 
     @abstractmethod
