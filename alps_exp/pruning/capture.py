@@ -43,7 +43,14 @@ def order(block: BlockProblem) -> list[list[str]]:
             )
         block.writers = frozenset(additions.found)
     collector.finish()
-    return collector.order()
+    groups = collector.order()
+    for names in groups:
+        if len(names) > 1 and (writers := block.writers.intersection(names)):
+            raise UserError(
+                f"{min(writers)} writes to the hidden states and shares its input with {len(names) - 1} other layers, "
+                "which target=stream cannot fit: give target=layer, or exclude it (layers.exclude=[...])"
+            )
+    return groups
 
 
 def capture(block: BlockProblem, names: Sequence[str]) -> list[Group]:
