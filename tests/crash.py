@@ -225,7 +225,12 @@ def _child(place: Path, words: list[str], kill: Kill | None, watch: bool) -> Non
 def _owner(target: str) -> tuple[str, list[str]]:
     """Module, and the attributes from there, of a dotted name."""
     parts = target.split(".")
-    return ".".join(parts[:2]), parts[2:]
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+            return module, parts[end:]
+    raise ValueError(target)
 
 
 def _patch(target: str, wrapper) -> None:
