@@ -168,6 +168,29 @@ def test_levels_from_a_file_or_another_run(tmp_path):
         FromFile(str(plain)).allocate(patterns, sizes, Sensitivity())
 
 
+def test_a_file_of_levels_is_looked_at_before_the_run_and_counts_as_an_input(tiny, tmp_path, monkeypatch):
+    from alps_exp.cli.overrides import compose
+    from alps_exp.runs.provenance import inputs_of
+    from alps_exp.runs.settings import resolve
+
+    words = [*tiny, "method=magnitude", "sparsity=0.5", "allocation=file"]
+    with pytest.raises(UserError, match=r"allocation\.path"):
+        resolve(compose([*words, f"allocation.path={tmp_path}/none.json"]))
+    file = tmp_path / "levels.json"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"gives .* no fraction of zeros"):
+        resolve(compose([*words, f"allocation.path={file}"]))
+    names = resolve(compose([*tiny, "method=magnitude", "sparsity=0.5"])).shapes
+    file.write_text(json.dumps(dict.fromkeys(names, 0.5)))
+    settings = resolve(compose([*words, f"allocation.path={file}"]))
+    monkeypatch.chdir(tmp_path)
+    same = resolve(compose([*words, "allocation.path=levels.json"]))
+    assert same.configuration.digest == settings.configuration.digest
+    before = inputs_of(settings)
+    file.write_text(json.dumps(dict.fromkeys(names, 0.5), indent=1))
+    assert inputs_of(settings) != before
+
+
 WORDS = ["method=sparsegpt", "sparsity=0.6", "nsamples=6", "target=stream", "sensitivity=outputs"]
 WORDS += ["sensitivity.windows=3", "allocation=sensitivity", "data.holdout=2"]
 

@@ -20,8 +20,9 @@ from typing import ClassVar
 
 import torch
 
-from ..base.checks import require
+from ..base.checks import local_path, require
 from ..base.errors import UserError
+from ..base.files import file_sha256
 from ..base.resources import check_fields, class_of
 from ..calibration.sensitivity import Sensitivity, score_at
 from ..patterns import Pattern, Unstructured
@@ -51,6 +52,10 @@ class Allocation(ABC):
     def bound(self) -> float:
         """How far a layer's level may be from the target."""
         return getattr(self, "cap", 1.0)
+
+    def digests(self) -> dict[str, str]:
+        """What of the files that the allocation reads decides about results, by name."""
+        return {}
 
     @staticmethod
     def target_of(patterns: Mapping[str, Pattern]) -> Unstructured | None:
@@ -173,6 +178,10 @@ class FromFile(Allocation):
     def __post_init__(self) -> None:
         if self.path is None:
             raise UserError("allocation=file needs allocation.path=FILE: layer names and their fractions of zeros")
+        local_path("allocation.path", self.path)
+
+    def digests(self) -> dict[str, str]:
+        return {"allocation": file_sha256(local_path("allocation.path", self.path))[:16]}
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
         file = Path(self.path).expanduser()

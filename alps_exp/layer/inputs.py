@@ -7,7 +7,7 @@ G    (in, in)       Gram matrix XᵀX, a plain sum over tokens, undamped
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag
 from functools import cached_property
@@ -185,10 +185,6 @@ class Inputs:
                 f"{name}: this method needs statistics of the layer's inputs that are missing; give inputs=X"
                 f"{', sequences=N' if moments else ''}, or {', '.join(f'{n}=' for n in missing)}"
             )
-
-    def only(self, names: Iterable[str]) -> Inputs:
-        """The same without the tensors that are not named."""
-        return _unchecked(self, **{name: None for name in self.tensors() if name not in names})
 
 
 def _unchecked(inputs: Inputs, **fields) -> Inputs:

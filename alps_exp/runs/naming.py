@@ -122,6 +122,8 @@ def canonical(cfg: Mapping) -> dict:
     )
     if (source := content["eval"]["task_source"]) not in ("hub", "package"):
         content["eval"]["task_source"] = _absolute(source)
+    if "path" in content.get("allocation", {}):
+        content["allocation"]["path"] = _absolute(content["allocation"]["path"])
     for key, fields in _float_fields(content).items():
         content[key] |= {k: float(v) for k, v in content[key].items() if k in fields and type(v) is int}
     if content["save"] == "dense":

@@ -84,6 +84,7 @@ def identity(settings: Settings, device: torch.device, dtype: torch.dtype, token
         "calibration": sha256(tokens.numpy().tobytes())[:16],
         **{f"checkpoint {name}": value for name, value in loading.identity(settings.model.source).items()},
         **settings.solver.digests(),
+        **settings.allocation.digests(),
     }
 
 
@@ -98,6 +99,7 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     """Digests of the checkpoint, of local texts, and of the descriptions of the data sets evaluated on, by name."""
     source, data = settings.model.source, settings.calibration.data
     found = dict(_checkpoint(source, loading.changed(source))) | settings.solver.digests()
+    found |= settings.allocation.digests()
     paths = {"path": data.path, "eval_path": data.eval_path}
     for text in settings.evaluation.texts:
         name = text.data.name

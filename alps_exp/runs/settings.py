@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ..allocation.selection import Selection
 from ..base.checks import local_path, one_of, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
-from ..calibration.sensitivity import SensitivityChoice, build_sensitivity
+from ..calibration.sensitivity import Sensitivity, SensitivityChoice, build_sensitivity
 from ..data import texts
 from ..data.settings import CalibrationSettings, DataSettings, check_bos
 from ..evaluation import perplexity, protocol
@@ -151,6 +152,8 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
         solver = solver.for_layers(patterns, shapes)
         check_weighing(allocation, sensitivity, cfg["nsamples"])
+        if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
+            allocation.allocate(patterns, {name: math.prod(shape) for name, shape in shapes.items()}, Sensitivity())
     settings = Settings(
         configuration=configuration,
         model=model,
