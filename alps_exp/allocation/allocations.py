@@ -23,8 +23,8 @@ import torch
 from ..base.checks import local_path, require
 from ..base.errors import UserError
 from ..base.files import file_sha256
-from ..base.resources import check_fields, class_of
-from ..calibration.sensitivity import Sensitivity, score_at
+from ..base.resources import built
+from ..calibration.sensitivity import Sensitivity
 from ..patterns import Pattern, Unstructured
 
 
@@ -110,7 +110,7 @@ class BySensitivity(Allocation):
         total = torch.stack(list(counts.values())).sum(0).cumsum(0)
         wanted = target * sum(sizes.values())
         bin_ = int(torch.searchsorted(total, torch.tensor(int(wanted))))
-        return {name: score_at(own, bin_) / sizes[name] for name, own in counts.items()}
+        return {name: int(own[: bin_ + 1].sum()) / sizes[name] for name, own in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,7 @@ def build_allocation(node: Mapping) -> Allocation:
     Raises:
         UserError: a class that is no allocation, an unknown field, or a value that is not allowed.
     """
-    what = f"allocation {node.get('name')}"
-    fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
-    target = class_of(node, what, Allocation, "allocation")
-    check_fields(target, fields, what)
-    return target(**fields)
+    return built(node, Allocation, "allocation")
 
 
 def exact_levels(raw: Mapping[str, float], sizes: Mapping[str, int], target: float, bound: float) -> dict[str, float]:

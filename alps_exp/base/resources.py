@@ -58,6 +58,19 @@ def class_of(node: Mapping, what: str, base: type, noun: str) -> type:
     return target
 
 
+def built(node: Mapping, base: type, noun: str):
+    """The value that a composed node describes: `_target_` names its class, `name` itself, every other key a field.
+
+    Raises:
+        UserError: a class that does not derive from `base`, an unknown field, or a value that is not allowed.
+    """
+    what = f"{noun} {node.get('name')}"
+    fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
+    target = class_of(node, what, base, noun)
+    check_fields(target, fields, what)
+    return target(**fields)
+
+
 def check_fields(target: type, names: Mapping, what: str) -> None:
     """Raise UserError for the first name that is no field of the dataclass."""
     known = {field.name for field in dataclasses.fields(target)}

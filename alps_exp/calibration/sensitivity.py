@@ -142,11 +142,8 @@ def measure_sensitivity(
                     for name, layer in layers.items():
                         ones = torch.ones(layer.shape[0], dtype=torch.float64, device=model.device)
                         scores[name] = _count(layer.weight, ones, inputs[name])
-        behind = (
-            []
-            if not gradients
-            else [_from_loss(model, window, h) for window, h in zip(windows, hidden.pop(), strict=True)]
-        )
+        ends = zip(windows, hidden.pop(), strict=True) if gradients else ()
+        behind = [_from_loss(model, window, h) for window, h in ends]
         backwards = range(len(model) - 1, first - 1, -1) if gradients else ()
         for index in Progress(backwards, "sensitivity, backwards", quiet=quiet):
             with model.block(index, changing=False, ahead=False) as block:
@@ -163,11 +160,6 @@ def measure_sensitivity(
                     scores[name] = _count(layer.weight, outputs[name], inputs[name])
     on_host = [{name: value.cpu() for name, value in found.items()} for found in (outputs, inputs, scores)]
     return Sensitivity(*on_host, tokens=tokens.numel())
-
-
-def score_at(counts: Tensor, threshold: int) -> int:
-    """How many weights have their score in this bin or below."""
-    return int(counts[: threshold + 1].sum())
 
 
 def _layers(model: BlockModel, index: int, block: nn.Module, names, excluded) -> dict[str, Layer]:

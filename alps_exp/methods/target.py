@@ -27,7 +27,7 @@ import torch
 
 from ..base.checks import require
 from ..base.errors import UserError
-from ..base.resources import check_fields, class_of
+from ..base.resources import built
 from ..layer.problem import LayerProblem
 
 
@@ -100,8 +100,4 @@ def build_target(node: Mapping) -> Target:
     Raises:
         UserError: a class that is no target, an unknown field, or a value that is not allowed.
     """
-    what = f"target {node.get('name')}"
-    fields = {key: value for key, value in node.items() if key != "name" and not str(key).startswith("_")}
-    target = class_of(node, what, Target, "target")
-    check_fields(target, fields, what)
-    return target(**fields)
+    return built(node, Target, "target")
