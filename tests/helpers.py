@@ -12,6 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -99,3 +101,22 @@ def process(*words: str, cwd: Path, module: str = "alps_exp", **environment: str
 def records(directory: Path) -> list[dict]:
     """The records of the runs below a folder in which the command line was called."""
     return [json.loads(path.read_text()) for path in sorted((directory / "results" / "runs").glob("*/record.json"))]
+
+
+def out_of_memory(monkeypatch, owner, name: str, when) -> None:
+    """The method `name` of the class `owner` finds no memory whenever `when(self, *arguments)`."""
+    original = getattr(owner, name)
+
+    def failing(self, *arguments, **options):
+        if when(self, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def parquet(path: Path, rows: list[str], column: str = "text") -> Path:
+    """A parquet file of texts, as data sets of the hub are stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({column: rows, "number": list(range(len(rows)))}), path)
+    return path

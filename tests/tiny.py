@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
 from alps_exp.cli.overrides import compose
 from alps_exp.runs import run
 from alps_exp.runs.workspace import Workspace
+
+SIZES = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GATED),
+    "granite": GraniteConfig(**GATED, residual_multiplier=0.4),
+    "gemma3": Gemma3TextConfig(**GATED, sliding_window=8),
+    "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
+    "opt-350m": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16, dropout=0.0, do_layer_norm_before=False),
+    "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
+}
 
 
 def execute(settings: list[str], folder: Path, *more: str, workspace: Workspace | None = None) -> dict:
@@ -27,3 +48,20 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def load(folder: Path) -> nn.Module:
     """The model in a folder, as transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def network(family: str) -> nn.Module:
+    torch.manual_seed(3)
+    made = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    for name, parameter in made.named_parameters():  # as large as trained ones, and norms that are not all alike
+        if parameter.ndim == 2:
+            parameter.data.mul_(6)
+        elif "norm" in name:
+            parameter.data.add_(0.3 * torch.rand_like(parameter))
+        else:
+            parameter.data.normal_(std=0.2)
+    return made.double()
+
+
+def tokens(windows: int = 12, seqlen: int = 24) -> torch.Tensor:
+    return torch.randint(3, 90, (windows, seqlen), generator=torch.Generator().manual_seed(1))

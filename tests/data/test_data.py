@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from helpers import ROOT, parquet
 
 from alps_exp.base import packages
 from alps_exp.base.errors import UserError
@@ -20,7 +21,7 @@ from alps_exp.data import windows as data
 from alps_exp.data.settings import DataSettings
 from alps_exp.model import loading
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = ROOT / "conf"
 
 
 def node(name, **fields):
@@ -57,15 +58,6 @@ def ids(tokenizer, text, **options):
 def json_lines(path, rows, column="text"):
     content = "".join(json.dumps({"url": "x", column: row}) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def parquet(path, rows, column="text"):
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({column: rows, "number": list(range(len(rows)))}), path)
     return path
 
 

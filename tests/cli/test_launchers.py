@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from alps_exp.cli import command, launchers
 from alps_exp.cli.cell import Outcome
@@ -20,7 +21,6 @@ from alps_exp.runs.record import RunRecord
 
 pytestmark = pytest.mark.slow  # starts processes
 
-ROOT = Path(__file__).parents[1]
 # A method that kills its process.
 DEADLY = """
 import os, signal

@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from test_target import CONFIGS, network, tokens
-from tiny import execute, weights
+from tiny import CONFIGS, execute, network, tokens, weights
 from transformers import AutoModelForCausalLM
 
 import alps_exp

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import planted
-from test_target import network, tokens
-from tiny import execute
+from tiny import execute, network, tokens
 
 import alps_exp
 from alps_exp import BlockMethod, ModelMethod, Solution, Statistics, UserError

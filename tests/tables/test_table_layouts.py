@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import yaml
+from helpers import ROOT
 from table_records import METRIC, cells, failed, laid_out, record, several, task
 
 from alps_exp.base.errors import UserError
@@ -14,7 +13,6 @@ from alps_exp.base.resources import resource_root
 from alps_exp.cli import overrides
 from alps_exp.tables import figures, layout, make, plots, render
 
-ROOT = Path(__file__).parents[1]
 LAYER = "model.decoder.layers.0.self_attn.k_proj"
 
 

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,6 @@ from table_records import METRIC, cells, failed, laid_out, record, save, several
 from alps_exp.base.errors import UserError
 from alps_exp.runs import record as records_of
 from alps_exp.tables import figures, footnotes, layout, make, plots
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

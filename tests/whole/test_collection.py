@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+
+from helpers import ROOT
 
 
 def test_another_process_collects_the_same_tests(request):
@@ -22,3 +25,11 @@ def test_another_process_collects_the_same_tests(request):
     there = [line for line in result.stdout.splitlines() if "::" in line]
     assert set(here) <= set(there), f"found here only: {[name for name in here if name not in set(there)][:3]}"
     assert here == [name for name in there if name in set(here)], "found in another order"
+
+
+def test_tests_lie_in_the_folders_of_what_they_test_and_do_without_each_other():
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    packages = {path.parent.name for path in (ROOT / "alps_exp").glob("*/__init__.py")}
+    assert {str(path.parent.relative_to(ROOT / "tests")) for path in files} <= packages | {"baselines", "whole"}
+    assert len({path.name for path in files}) == len(files), "pytest takes two files of one name for one module"
+    assert not [path for path in files if re.search(r"^\s*(from|import) test_", path.read_text("utf-8"), re.MULTILINE)]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import out_of_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_thrift import out_of_memory
 from tiny import execute, weights
 
 from alps_exp.base.errors import UserError

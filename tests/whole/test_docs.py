@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from alps_exp.cli import overrides
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 each_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.stem)
@@ -138,29 +138,36 @@ def _shown_files(page: Path) -> dict[str, str]:
 
 
 # What to write beside each yaml, and what then passes.
+_SCOPES = "tests/pruning/test_scopes.py"
 _ADDED = {
     "conf/method/scaled.yaml": (
-        "tests/test_solvers.py",
+        "tests/methods/test_solvers.py",
         "assert compose(['method=scaled', 'method.power=0.25']).method.power == 0.25\n"
         "solution = alps_exp.prune_layer(weight, inputs, method='scaled', power=0.25)\n"
         "assert solution.support.sum(1).tolist() == [5] * 8\n",
     ),
     "conf/sparsity/strips.yaml": (
-        "tests/test_patterns_contract.py",
+        "tests/patterns/test_patterns_contract.py",
         "assert compose(['sparsity=0.25x8', 'method=wanda']).sparsity.width == 8\n"
         "assert alps_exp.prune_layer(weight, inputs, method='wanda', sparsity='0.5x4').support.sum() == 64\n"
         "from alps_exp.runs.record_form import RecordForm\n"
         "values = dict(status='running', model='m', method='wanda', seed=0, summary={}, phases={}, evaluations=[])\n"
         "assert RecordForm(sparsity='0.5x4', **values).sparsity == '0.5x4'\n",
     ),
-    "conf/method/pooled.yaml": ("tests/test_scopes.py", "assert compose(['method=pooled']).method.name == 'pooled'\n"),
+    "conf/method/pooled.yaml": (
+        _SCOPES,
+        "assert compose(['method=pooled']).method.name == 'pooled'\n",
+    ),
     "conf/method/everywhere.yaml": (
-        "tests/test_scopes.py",
+        _SCOPES,
         "assert compose(['method=everywhere']).method.name == 'everywhere'\n",
     ),
-    "conf/target/shrunk.yaml": ("tests/test_scopes.py", "assert compose(['target=shrunk']).target.amount == 0.1\n"),
+    "conf/target/shrunk.yaml": (
+        _SCOPES,
+        "assert compose(['target=shrunk']).target.amount == 0.1\n",
+    ),
     "conf/allocation/ends.yaml": (
-        "tests/test_scopes.py",
+        _SCOPES,
         "assert compose(['allocation=ends']).allocation.less == 0.1\n",
     ),
 }

@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from helpers import ROOT
 
 from alps_exp.base import packages
 from alps_exp.base.errors import UserError
@@ -25,7 +26,7 @@ from alps_exp.data import windows
 from alps_exp.data.settings import DataSettings
 from alps_exp.model import loading
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = ROOT / "conf"
 
 
 def local(path, **fields):
@@ -314,6 +315,6 @@ def test_every_model_yaml_has_the_same_keys_and_its_command():
 
 @pytest.mark.slow
 def test_tiny_models_are_a_script(tmp_path):
-    script = Path(__file__).parent / "tiny_models.py"
+    script = ROOT / "tests" / "tiny_models.py"
     subprocess.run([sys.executable, script, tmp_path, "--steps", "0"], check=True, capture_output=True, timeout=120)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(tiny_models.CONFIGS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import out_of_memory
 from tiny import load
 
 import alps_exp
@@ -24,17 +25,6 @@ CPU = torch.device("cpu")
 
 def tokens(windows: int = 6) -> torch.Tensor:
     return torch.randint(3, 384, (windows, 48), generator=torch.Generator().manual_seed(0))
-
-
-def out_of_memory(monkeypatch, owner, name: str, when) -> None:
-    original = getattr(owner, name)
-
-    def failing(self, *arguments, **options):
-        if when(self, *arguments):
-            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(owner, name, failing)
 
 
 def prune(folder, **options) -> tuple[dict, torch.nn.Module]:

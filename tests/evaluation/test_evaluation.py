@@ -12,7 +12,7 @@ import fake_hub
 import pytest
 import tiny_models
 import torch
-from test_data import ids, parquet
+from helpers import parquet
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,6 +100,10 @@ def texts(tmp_path_factory) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(gzip.compress("".join(json.dumps({"text": row}) + "\n" for row in rows).encode()))
     return root.parent
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]
 
 
 def alps_c4(tokenizer, rows: list[str], seqlen: int) -> list[int]:

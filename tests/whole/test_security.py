@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 
 from alps_exp.base import redaction
 from alps_exp.base.errors import UserError
@@ -25,7 +26,6 @@ from alps_exp.runs import loggers, naming, run
 from alps_exp.runs.loggers import log_record
 from alps_exp.runs.settings import resolve
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("alps_exp", "baselines", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import ROOT
 from table_records import METRIC, laid_out, record, save, several, task
 
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.tables import archive, figures, layout, looks, make, plots, render
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from degenerate import Layer, bounded, layers
 from helpers import planted, planted_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_degenerate import Layer, bounded, layers
 from transformers import AutoModelForCausalLM
 
 import alps_exp
