@@ -1,0 +1,51 @@
+"""Optimisers: AdamW with its state in float32, or in 8 bits by a library that is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..base.errors import UserError
+
+STATES = ("float32", "8bit")
+_EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
+
+
+def optimiser(
+    values: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, state: str = "float32"
+) -> torch.optim.Optimizer:
+    """AdamW.
+
+    Args:
+        values: float32 parameters on one device.
+        rate: learning rate.
+        betas: decay of the first and of the second moment.
+        decay: of the weights, decoupled.
+        state: "float32" or "8bit" for both moments.
+
+    Raises:
+        UserError: 8 bits, and no library for them is installed.
+    """
+    values = list(values)
+    if state == "8bit":
+        return eight_bit()(values, lr=rate, betas=betas, weight_decay=decay)
+    return torch.optim.AdamW(values, lr=rate, betas=betas, weight_decay=decay, fused=values[0].is_cuda)
+
+
+def eight_bit() -> type[torch.optim.Optimizer]:
+    """AdamW with 8-bit state of the first library that is installed.
+
+    Raises:
+        UserError: there is none.
+    """
+    for module in _EIGHT_BIT:
+        try:
+            return importlib.import_module(module).AdamW8bit
+        except (ImportError, AttributeError, RuntimeError):
+            continue
+    raise UserError(
+        "state=8bit needs torchao or bitsandbytes, and neither can be imported: install one, or leave it out"
+    )

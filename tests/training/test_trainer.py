@@ -1,0 +1,383 @@
+"""The trainer against a plain loop; masks, parts of batches, kills at any step, the choice by held-out windows."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alps_exp.base.errors import UserError
+from alps_exp.training.losses import divergence, relative_error
+from alps_exp.training.masters import Masters
+from alps_exp.training.recipe import Recipe
+from alps_exp.training.trainer import Companion, Trainer
+
+WINDOWS, HELD_OUT = 10, 3
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two layers, the first of them half pruned, the second dense."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=False)).to(dtype)
+    made[0].weight.data[torch.rand(8, 6) < 0.5] = 0
+    return made
+
+
+def masks(module: nn.Module) -> dict[str, Tensor | None]:
+    return {"0.weight": module[0].weight != 0, "2.weight": None}
+
+
+def data(windows: int = WINDOWS + HELD_OUT) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(windows, 5, 6, generator=generator)
+    return x, torch.sin(x @ torch.randn(6, 4, generator=generator))
+
+
+def loss_of(module: nn.Module):
+    x, y = data()
+
+    def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
+        picked = [number + WINDOWS * held_out for number in numbers]
+        return (module(x[picked].to(module[0].weight.dtype)) - y[picked]).float().square().mean()
+
+    return loss
+
+
+def trainer(module: nn.Module, loss=None, held_out: int = HELD_OUT, **options) -> Trainer:
+    recipe = {"rate": 0.01, "steps": 12, "batch": 4, "patience": 99, **options.pop("recipe", {})}
+    options = {"quiet": True, "held_out": held_out, **options}
+    return Trainer(module, masks(module), loss or loss_of(module), WINDOWS, Recipe(**recipe), **options)
+
+
+def plain(module: nn.Module, batches: list[list[int]], recipe: Recipe) -> None:
+    """AdamW in float64 by its formulas, the gradients of full batches by autograd, masked."""
+    module.double()
+    x, y = (part.double() for part in data())
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    kept = masks(module)
+    for step, batch in enumerate(batches):
+        (module(x[batch]) - y[batch]).square().mean().backward()
+        gradients = {name: module.get_parameter(name).grad for name in kept}
+        gradients = {n: g * (kept[n] if kept[n] is not None else 1) for n, g in gradients.items()}
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        scale = min(1.0, recipe.clip / norm) if recipe.clip else 1.0
+        rate = recipe.rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        rate *= min(1.0, (step + 1) / (recipe.warmup * recipe.steps)) if recipe.warmup else 1.0
+        for name, gradient in gradients.items():
+            weight, g = module.get_parameter(name), gradient * scale
+            m, v = moments.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
+            m, v = recipe.betas[0] * m + (1 - recipe.betas[0]) * g, recipe.betas[1] * v + (1 - recipe.betas[1]) * g * g
+            moments[name] = m, v
+            first, second = (1 - beta ** (step + 1) for beta in recipe.betas)
+            weight.data *= 1 - rate * recipe.decay
+            weight.data -= rate * (m / first) / ((v / second).sqrt() + 1e-8)
+        module.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": 0.05, "decay": 0.1, "warmup": 0.5}, {"micro": 1}, {"micro": 3}], ids=str
+)
+def test_it_is_adamw_on_the_masked_gradients(options):
+    ours, reference = network(), network()
+    training = trainer(ours, recipe=options, held_out=0)
+    batches = [training.batch(step) for step in range(12)]
+    done = training.run()
+    plain(reference, batches, training.recipe)
+    for name, weight in reference.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).double(), weight, rtol=1e-4, atol=2e-6)
+    assert not torch.equal(ours[0].weight, network()[0].weight)
+    assert torch.equal(ours[0].bias, network()[0].bias)  # not among those that are trained
+    assert torch.equal(ours[0].weight == 0, network()[0].weight == 0)
+    assert (done.steps, done.windows, done.kept, done.ended) == (12, 40, 12, "all steps")
+
+
+def test_every_epoch_goes_through_all_windows_in_an_order_of_its_own():
+    training = trainer(network())
+    epochs = [[training.batch(3 * epoch + place) for place in range(3)] for epoch in range(3)]
+    assert all(sorted(number for batch in epoch for number in batch) == list(range(WINDOWS)) for epoch in epochs)
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert trainer(network(), recipe={"seed": 1}).batch(0) != training.batch(0)
+
+
+def test_masters_add_up_what_half_precision_would_lose():
+    module = network(torch.bfloat16)
+    before = module[2].weight.detach().clone()
+    tiny = trainer(module, recipe={"rate": 2e-4, "steps": 60, "schedule": "constant"}, held_out=0)
+    tiny.run()
+    master = tiny.masters.values["2.weight"]
+    assert master.dtype == torch.float32 and module[2].weight.dtype == torch.bfloat16
+    assert torch.equal(module[2].weight, master.to(torch.bfloat16))
+    moved = (module[2].weight != before).float().mean()
+    assert moved > 0.5  # a single step of 2e-4 is lost on most weights of this size
+
+
+def test_masters_of_a_masked_weight_are_its_kept_entries():
+    module = network()
+    masters = Masters(module, masks(module))
+    assert masters.values["0.weight"].shape == (int((module[0].weight != 0).sum()),)
+    assert masters.values["2.weight"].data_ptr() == module[2].weight.data_ptr()
+    with masters.gathering():
+        loss_of(module)([0, 1], False).backward()
+        assert module[0].weight.grad is None and module[0].bias.grad is None
+        gathered = masters.values["0.weight"].grad.clone()
+        loss_of(module)([0, 1], False).backward()
+        torch.testing.assert_close(masters.values["0.weight"].grad, 2 * gathered)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    loss_of(module)([0, 1], False).backward()
+    assert torch.equal(module[0].weight.grad[module[0].weight != 0], gathered)
+    with pytest.raises(ValueError, match="mask of shape"):
+        Masters(module, {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
+    module[0].weight.data.fill_(1.0)
+    with pytest.raises(RuntimeError, match="not zero where it was pruned"):
+        masters.check_zeros("here")
+
+
+class Short:
+    """A device on which no more than so many windows fit at a time."""
+
+    def __init__(self, module: nn.Module, fitting: int) -> None:
+        self.loss, self.fitting, self.calls = loss_of(module), fitting, []
+
+    def __call__(self, numbers, held_out):
+        self.calls.append(len(numbers))
+        if len(numbers) > self.fitting:
+            raise torch.OutOfMemoryError("too much")
+        return self.loss(numbers, held_out)
+
+
+def test_short_memory_halves_the_parts_and_says_so():
+    module, reference, told = network(), network(), []
+    done = trainer(module, Short(module, 1), shrunk=told.append).run()
+    trainer(reference).run()
+    torch.testing.assert_close(module[0].weight, reference[0].weight, rtol=1e-4, atol=1e-6)
+    assert told == [2, 1] and done.micro == 1
+    assert done.notes[-1] == "device memory ran short in training; from there on: 1 windows per backward pass"
+
+
+def test_the_next_measure_is_taken_before_it_is_refused():
+    module = network()
+    short = Short(module, 0)
+
+    def lighter():
+        if short.fitting == 4:
+            return None
+        short.fitting = 4
+        return "less of everything"
+
+    assert "less of everything" in trainer(module, short, lighter=lighter).run().notes[-1]
+    with pytest.raises(UserError, match="does not suffice for the gradients of one window"):
+        trainer(module, Short(module, 0)).run()
+
+
+class Pull(Companion):
+    """Draws the weights to an anchor that moves every third step: it has a memory of its own."""
+
+    def __init__(self) -> None:
+        self.anchor: dict[str, Tensor] = {}
+
+    def before_update(self, trainer, step):
+        for name, value in trainer.masters.values.items():
+            value.grad += 0.1 * (value.detach() - self.anchor.get(name, 0))
+
+    def after_update(self, trainer, step):
+        if step % 3 == 0:
+            self.anchor = {name: 0.5 * value.detach().clone() for name, value in trainer.masters.values.items()}
+
+    def state(self):
+        return self.anchor
+
+    def load(self, state):
+        self.anchor = dict(state)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", range(0, 12))
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(step, tmp_path):
+    options = {"recipe": {"saved": 2, "judged": 3, "clip": 0.1}}
+    whole = network()
+    expected = trainer(whole, companions=[Pull()], **options).run()
+
+    class Kill(Companion):
+        def after_update(self, trainer, at):
+            if at == step:
+                raise Killed
+
+    options["file"] = tmp_path / "training.pt"
+    module = network()
+    with pytest.raises(Killed):
+        trainer(module, companions=[Pull(), Kill()], **options).run()
+    again = network()
+    if options["file"].exists():  # written by one with another number of companions
+        content = torch.load(options["file"], weights_only=True)
+        content["companions"].pop()
+        torch.save(content, options["file"])
+    calls = Short(again, 99)
+    found = trainer(again, calls, companions=[Pull()], **options).run()
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    without = [{key: row[key] for key in row if key != "seconds"} for row in found.curve]
+    assert without == [{key: row[key] for key in row if key != "seconds"} for row in expected.curve]
+    assert (found.steps, found.windows, found.kept) == (expected.steps, expected.windows, expected.kept)
+    assert calls.calls.count(4) + calls.calls.count(2) <= 12 - 2 * (step // 2)  # not from the start
+
+
+def test_a_damaged_checkpoint_and_one_of_another_training_are_left_alone(tmp_path):
+    file, expected = tmp_path / "training.pt", network()
+    trainer(expected).run()
+    for content in (b"PK nothing", b""):
+        file.write_bytes(content)
+        module = network()
+        trainer(module, file=file).run()
+        assert torch.equal(module[0].weight, expected[0].weight)
+    module = network()  # the file is now that of a finished training with other settings
+    trainer(module, file=file, recipe={"rate": 0.02}).run()
+    assert not torch.equal(module[0].weight, expected[0].weight)
+
+
+def test_the_weights_that_held_out_windows_like_best_are_kept():
+    module, best = network(), {}
+    values = iter([5.0, 3.0, 4.0, 2.9999, 3.5])
+    inner = loss_of(module)
+
+    def loss(numbers, held_out):
+        if not held_out:
+            return inner(numbers, False)
+        if numbers[0] == 0:
+            loss.value = next(values)
+            best[loss.value] = module[0].weight.detach().clone()
+        return torch.tensor(loss.value)
+
+    done = trainer(module, loss).run()
+    assert (done.before, done.after, done.kept) == (5.0, pytest.approx(2.9999), 9)
+    assert torch.equal(module[0].weight, best[2.9999])
+    assert [row["held_out"] for row in done.curve] == pytest.approx([5.0, 3.0, 4.0, 2.9999, 3.5])
+    assert [row["step"] for row in done.curve] == [0, 3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_it_ends_early_and_keeps_the_start_where_nothing_gets_better(dtype):
+    module = network(dtype)
+    inner = loss_of(module)
+    looks = iter(range(99))
+
+    def loss(numbers, held_out):
+        return inner(numbers, False) if not held_out else torch.tensor(float(next(looks)))
+
+    done = trainer(module, loss, recipe={"patience": 2, "judged": 6}).run()
+    assert (done.kept, done.steps, done.ended) == (0, 4, "no improvement")
+    assert done.after == done.before
+    for one, other in zip(module.parameters(), network(dtype).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_loss_that_is_not_finite_is_refused_with_its_step(bad):
+    module = network()
+    inner, calls = loss_of(module), []
+
+    def loss(numbers, held_out):
+        calls.append(held_out)
+        return inner(numbers, held_out) * (bad if calls.count(False) == 5 else 1)
+
+    with pytest.raises(
+        UserError, match=rf"the loss is {bad} at step 5 of 12: give a smaller training\.rate than 0\.01"
+    ):
+        trainer(module, loss).run()
+    with pytest.raises(UserError, match="held-out windows is nan before the first step"):
+        trainer(module, lambda numbers, held_out: inner(numbers, held_out) * math.nan).run()
+
+
+def test_minutes_bound_the_time_and_anneal_the_rate():
+    recipe = Recipe(rate=1.0, steps=100, minutes=1.0)
+    assert recipe.rate_at(50, 0) == pytest.approx(0.5)
+    assert recipe.rate_at(10, 30) == pytest.approx(0.5)
+    assert recipe.rate_at(10, 61) == pytest.approx(0.0)
+    assert Recipe(rate=1.0, steps=100, schedule="linear").rate_at(25, 0) == pytest.approx(0.75)
+    assert Recipe(rate=1.0, steps=100, schedule="constant", warmup=0.1).rate_at(4, 0) == pytest.approx(0.5)
+    module = network()
+    done = trainer(module, recipe={"steps": 10**6, "minutes": 1e-3}).run()
+    assert done.ended == "minutes" and done.steps < 10**6 and done.curve[-1]["step"] == done.steps
+
+
+def test_looks_are_even_and_end_with_the_last_step():
+    assert Recipe(rate=1.0, steps=10, judged=4).looks() == [3, 5, 8, 10]
+    assert Recipe(rate=1.0, steps=2, judged=4).looks() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rate": 0}, "training.rate=0 is not allowed: give a number above 0"),
+        ({"steps": 0}, "training.steps=0 is not allowed"),
+        ({"batch": 0}, "training.batch=0 is not allowed"),
+        ({"schedule": "square"}, "training.schedule='square' is not allowed"),
+        ({"precision": "half"}, "training.precision='half' is not allowed"),
+        ({"state": "4bit"}, "training.state='4bit' is not allowed"),
+        ({"betas": (1.0, 0.9)}, "training.betas=1.0 is not allowed"),
+        ({"clip": 0.0}, "training.clip=0.0 is not allowed"),
+        ({"minutes": -1.0}, "training.minutes=-1.0 is not allowed"),
+        ({"micro": 9}, "training.micro=9 is not allowed"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        Recipe(**{"rate": 0.1, "steps": 1, **options})
+
+
+def test_8_bit_state_is_a_librarys_or_refused_by_name(monkeypatch):
+    for name in ("torchao", "torchao.optim", "bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="state=8bit needs torchao or bitsandbytes"):
+        trainer(network(), recipe={"state": "8bit"})
+    made = types.ModuleType("bitsandbytes.optim")
+    made.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", made)
+    training = trainer(network(), recipe={"state": "8bit"})
+    assert isinstance(training.optimiser, made.AdamW8bit)
+    assert training.run().steps == 12
+
+
+def test_bfloat16_computes_under_autocast():
+    module, seen = network(), []
+    inner = loss_of(module)
+    module[2].register_forward_hook(lambda layer, args, output: seen.append(output.dtype))
+    trainer(module, inner, recipe={"precision": "bfloat16", "steps": 2}).run()
+    assert set(seen) == {torch.bfloat16}
+    assert module[2].weight.dtype == torch.float32
+    seen.clear()
+    trainer(module, inner, recipe={"steps": 2}).run()  # auto on a CPU
+    assert set(seen) == {torch.float32}
+
+
+def test_the_divergence_is_that_of_autograd_on_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=generator).requires_grad_()
+    wanted = torch.randn(2, 3, 7, dtype=torch.float64, generator=generator)
+    p, q = wanted.softmax(-1), logits.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    ours = logits.detach().float().requires_grad_()
+    found = divergence(ours, iter(wanted.float()))
+    (3 * found).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(ours.grad.double(), 3 * gradient, rtol=1e-5, atol=1e-8)
+    same = divergence(ours, ours.detach())
+    assert same.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_the_relative_error_counts_tokens_alike():
+    wanted = torch.tensor([[[3.0, 4.0], [0.3, 0.4]]])
+    output = wanted + torch.tensor([[[1.0, 0.0], [0.0, 0.1]]])
+    assert float(relative_error(output, wanted)) == pytest.approx((1 / 25 + 0.01 / 0.25) / 2)
+    assert float(relative_error(wanted, wanted)) == 0
