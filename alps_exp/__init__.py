@@ -20,6 +20,7 @@ __all__ = [
     "Statistics",
     "Unstructured",
     "UserError",
+    "generate_tokens",
     "load_packed",
     "prune_layer",
     "prune_model",
@@ -36,7 +37,7 @@ if not os.path.isdir(os.path.join(_FOLDER, "conf")):
 # As typing's, which takes a while to import: an interrupt shall meet `streams.settle` as early as it can.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .api import load_packed, prune_layer, prune_model
+    from .api import generate_tokens, load_packed, prune_layer, prune_model
     from .base.checks import require
     from .base.errors import UserError
     from .layer.inputs import Inputs, Statistics
@@ -50,6 +51,7 @@ _HOMES = {
     "prune_layer": "api",
     "prune_model": "api",
     "load_packed": "api",
+    "generate_tokens": "api",
     "require": "base.checks",
     "UserError": "base.errors",
     "NM": "patterns",

@@ -22,7 +22,7 @@ from .methods.target import build_target
 from .patterns import Pattern, parse_sparsity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .allocation.allocations import Allocation
     from .calibration.sensitivity import SensitivityChoice
@@ -249,6 +249,71 @@ def prune_model(
             model.to(home)
     record.phases |= peak_memory(place)
     return record.to_dict()
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    *,
+    seed: int = 0,
+    bos: str | bool = "auto",
+    prompts: Iterable[str] = (),
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """Calibration windows that a loaded model writes itself, as `data=generated` has them; nothing is kept on disk.
+
+    Args:
+        model: a causal language model of `transformers`, which writes where it is.
+        tokenizer: the model's.
+        nsamples: windows.
+        seqlen: tokens in a window.
+        seed: of the samples; no global generator is used or changed.
+        bos: "auto": as the tokenizer begins texts; true, false, "window".
+        prompts: texts that windows begin with, in turn.
+        temperature: of the sampling.
+        top_k: sample from so many of the likeliest tokens; 0: from all.
+        top_p: and from those that make up this share of the probability.
+        batch_size: windows at a time; another number gives other text.
+        progress: show progress on standard error.
+
+    Returns:
+        Tokens (nsamples, seqlen) for `prune_model`.
+
+    Raises:
+        UserError: values that are not allowed, prompts that fill a window, NaN or infinite logits, windows that repeat.
+    """
+    from .base.files import sha256
+    from .data.generated import first_tokens, refuse_repetition, write
+    from .data.settings import GeneratedSettings
+    from .model.loading import context_length
+    from .model.tokenization import vocabulary_of
+
+    given = tuple(prompts) if not isinstance(prompts, str) else prompts
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "batch_size": batch_size}
+    data = GeneratedSettings("generated", prompts=given, **sampling)
+    data.check()
+    for name, value, low in (("nsamples", nsamples, 1), ("seqlen", seqlen, 2), ("seed", seed, 0)):
+        require(name, value, int, low, float("inf"))
+    context = context_length(model.config)
+    if context is not None and seqlen > context:
+        raise UserError(f"seqlen={seqlen} is beyond the model's context of {context} tokens: give at most that")
+    key, place = sha256(f"calibration {seed}"), next(model.parameters()).device
+    starts = first_tokens(data, tokenizer, nsamples, seqlen, bos, key, vocabulary_of(model.config))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        tokens = write(model, starts, seqlen, data, key, place, quiet=not progress)
+    finally:
+        for module in training:
+            module.training = True
+    refuse_repetition(tokens, temperature)
+    return tokens
 
 
 def _described(asked: object, chosen: object) -> dict:

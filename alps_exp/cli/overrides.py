@@ -242,11 +242,15 @@ def _refuse_another_sparsity(cfg: DictConfig, words: list[str]) -> None:
 
 
 @cache
-def _known() -> dict[str, set[str]]:
-    """The keys of the root, under "", and those of the groups whose choices all have the same."""
+def _known(text: str) -> dict[str, set[str]]:
+    """The keys of the root, under "", and those of the groups whose choices all have the same.
+
+    Args:
+        text: a choice of data; that of generated text has other keys.
+    """
     conf = files("alps_exp.conf")
     found = {"": yaml.safe_load(conf.joinpath("config.yaml").read_text(encoding="utf-8"))}
-    for group, name in {"model": "local", "data": "local", "eval": "perplexity"}.items():
+    for group, name in {"model": "local", "data": text, "eval": "perplexity"}.items():
         found[group] = yaml.safe_load(conf.joinpath(group, f"{name}.yaml").read_text(encoding="utf-8"))
     groups = {key for part in found[""]["defaults"] if isinstance(part, dict) for key in part}
     return {group: set(node) - {"defaults"} for group, node in found.items()} | {"": {*found[""], *groups, "table"}}
@@ -254,14 +258,15 @@ def _known() -> dict[str, set[str]]:
 
 def _refuse_foreign_keys(cfg: DictConfig, words: list[str], config_name: str) -> None:
     """Keys that a file of the user's sets and nothing reads, and those that a root file of the user's leaves out."""
-    for group, known in _known().items():
+    known = _known("generated" if "temperature" in (cfg.get("data") or {}) else "local")
+    for group, allowed in known.items():
         node = cfg.get(group) if group else cfg
-        for key in sorted(map(str, set(node) - known)) if isinstance(node, DictConfig) else ():
+        for key in sorted(map(str, set(node) - allowed)) if isinstance(node, DictConfig) else ():
             path = f"{group}.{key}" if group else key
             if not group and any(word.lstrip("+").startswith(f"{key}=") for word in words):
                 raise UserError(f"{key}: its file sets nothing that a run reads: begin it with # @package _global_")
-            raise UserError(f"unknown key {path!r} in a configuration file; {nearest(key, known)}")
-    lacking = sorted(_known()[""] - {"hydra", "defaults", "table"} - set(cfg))
+            raise UserError(f"unknown key {path!r} in a configuration file; {nearest(key, allowed)}")
+    lacking = sorted(known[""] - {"hydra", "defaults", "table"} - set(cfg))
     if lacking and config_name != "config":
         raise UserError(f"configuration {config_name!r} has no {lacking[0]}: begin its defaults with - config")
 

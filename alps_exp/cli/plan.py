@@ -12,6 +12,7 @@ import torch
 
 from ..allocation.prunable import linear_shapes
 from ..checkpoints.packed import packed_size
+from ..data.settings import GeneratedSettings
 from ..layer.inputs import Statistics
 from ..model.hidden import choose_place
 from ..model.structure import blocks_of, count, find_blocks
@@ -75,9 +76,11 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
     missing = ["evaluation on whole texts (eval.windows)"] if texts and not asked.windows else []
     missing += ["tasks"] if asked.tasks.names else []
+    written = isinstance(windows.data, GeneratedSettings)
+    missing += ["writing the calibration text"] if written else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     return [
-        f"tokens     {windows.nsamples} windows of {windows.seqlen}",
+        f"tokens     {windows.nsamples} windows of {windows.seqlen}{', written by the model' if written else ''}",
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]

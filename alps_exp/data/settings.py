@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -44,7 +44,8 @@ class DataSettings:
     @classmethod
     def parse(cls, node: Mapping) -> DataSettings:
         """Those of a `data` node."""
-        return cls(**{field.name: node[field.name] for field in dataclasses.fields(cls) if field.name in node})
+        kind = GeneratedSettings if "temperature" in node else DataSettings
+        return kind(**{field.name: node[field.name] for field in dataclasses.fields(kind) if field.name in node})
 
     @classmethod
     def named(cls, name: str) -> DataSettings:
@@ -83,6 +84,42 @@ class DataSettings:
             raise UserError(
                 f"seed={seed} has no part of data.disjoint_seeds={parts}: give a seed from 0 to {parts - 1}"
             )
+
+
+@dataclass(frozen=True)
+class GeneratedSettings(DataSettings):
+    """Text that the dense model writes; nothing is evaluated on it.
+
+    Attributes:
+        prompts: texts that windows begin with, in turn.
+        temperature: of the sampling.
+        top_k: sample from so many of the likeliest tokens; 0: from all.
+        top_p: and from those that make up this share of the probability.
+        batch_size: windows written at a time.
+    """
+
+    prompts: Sequence[str] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, list):
+            object.__setattr__(self, "prompts", tuple(self.prompts))
+
+    def check(self, seed: int = 0) -> None:
+        """As of other data sets."""
+        given = self.prompts
+        if not isinstance(given, tuple) or not all(isinstance(text, str) and text for text in given):
+            shown = list(given) if isinstance(given, tuple) else given
+            raise UserError(
+                f"data.prompts={shown} is not allowed: give a list of texts, as in 'data.prompts=[\"Once upon\"]'"
+            )
+        require("data.temperature", self.temperature, float, 0, 100, open_low=True)
+        require("data.top_k", self.top_k, int, 0, float("inf"))
+        require("data.top_p", self.top_p, float, 0, 1, open_low=True)
+        require("data.batch_size", self.batch_size, int, 1, float("inf"))
 
 
 @dataclass(frozen=True)

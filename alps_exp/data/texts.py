@@ -20,7 +20,7 @@ from ..base.errors import UserError, nearest
 from ..base.files import file_sha256
 from ..base.packages import package_folder
 from ..checkpoints import hub
-from .settings import DataSettings
+from .settings import DataSettings, GeneratedSettings
 
 _PLAIN = (".txt", ".raw", ".tokens", ".utf8")
 _JSON_LINES = (".jsonl", ".json")
@@ -90,6 +90,13 @@ def evaluation_text(data: DataSettings, path: str | None = None) -> Text:
 
 def check_source(data: DataSettings, evaluates: bool = False) -> None:
     """Raise UserError for a data set that names no file to calibrate on, or to evaluate on."""
+    if isinstance(data, GeneratedSettings):
+        if evaluates:
+            raise UserError(
+                f"data={data.name} is text to calibrate on, and nothing is evaluated on it: name others, as in "
+                "'eval.datasets=[wikitext2]', or eval=none"
+            )
+        return
     own = evaluates and not _holds_out(data)
     key, file = ("eval_path", "evaluation_file") if own else ("path", "calibration_file")
     if not getattr(data, key) and not getattr(data, file):

@@ -55,7 +55,7 @@ def calibration_tokens(
     Raises:
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
-    encoder = _Encoder(tokenizer, bos, seqlen)
+    encoder = Encoder(tokenizer, bos, seqlen)
     data.check(seed)
     sampling = str(data.sampling or "auto")
     _at_least_one("nsamples", nsamples)
@@ -120,7 +120,7 @@ def evaluation_tokens(
     Raises:
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
-    encoder = _Encoder(tokenizer, bos, seqlen, "eval.bos")
+    encoder = Encoder(tokenizer, bos, seqlen, "eval.bos")
     if windows is not None:
         _at_least_one("windows", windows)
     text = evaluation_text(data, path)
@@ -150,7 +150,7 @@ def evaluation_tokens(
     return _known(rows, encoder, vocabulary, f"data={data.name}: the evaluation text"), description
 
 
-class _Encoder:
+class Encoder:
     """A tokenizer under one rule for BOS, and windows of one length made of its tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | bool, seqlen: int, key: str = "model.bos"):
@@ -200,7 +200,7 @@ class _Encoder:
 
 
 def _from_documents(
-    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
+    text: Text, encoder: Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
 ) -> tuple[list, int]:
     """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
 
@@ -235,7 +235,7 @@ def _from_documents(
 
 
 def _from_stream(
-    text: Text, encoder: _Encoder, nsamples: int, generator: random.Random, name: str, holdout: int, part: slice
+    text: Text, encoder: Encoder, nsamples: int, generator: random.Random, name: str, holdout: int, part: slice
 ) -> tuple[list, int, int]:
     """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there.
 
@@ -274,7 +274,7 @@ def _run_of(documents: list[str], generator: random.Random) -> list[str]:
     return run
 
 
-def _description(data: DataSettings, text: Text, encoder: _Encoder, windows: int) -> dict:
+def _description(data: DataSettings, text: Text, encoder: Encoder, windows: int) -> dict:
     return {
         "dataset": data.name,
         "source": text.source,
@@ -286,7 +286,7 @@ def _description(data: DataSettings, text: Text, encoder: _Encoder, windows: int
     }
 
 
-def _known(rows: list[list[int]], encoder: _Encoder, vocabulary: int | None, what: str) -> torch.LongTensor:
+def _known(rows: list[list[int]], encoder: Encoder, vocabulary: int | None, what: str) -> torch.LongTensor:
     """The windows as a tensor, unless the model has no embedding for one of their tokens."""
     refuse_unknown((max(row) for row in rows), encoder.tokenizer, vocabulary, what)
     return torch.tensor(rows, dtype=torch.long)

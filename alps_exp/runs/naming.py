@@ -152,6 +152,7 @@ def _float_fields(content: Mapping) -> dict[str, set[str]]:
     """By group, the fields of what its node describes that are numbers with a fraction."""
     from ..allocation.allocations import build_allocation
     from ..calibration.sensitivity import SensitivityChoice
+    from ..data.settings import GeneratedSettings
     from ..layer.registry import build
     from ..methods.target import build_target
 
@@ -159,6 +160,7 @@ def _float_fields(content: Mapping) -> dict[str, set[str]]:
     built |= {"target": build_target(content["target"])} if "target" in content else {}
     built |= {"allocation": build_allocation(content["allocation"])} if "allocation" in content else {}
     built |= {"sensitivity": SensitivityChoice()} if "sensitivity" in content else {}
+    built |= {"data": GeneratedSettings("")} if "temperature" in content["data"] else {}
     return {
         key: {field.name for field in dataclasses.fields(value) if "float" in str(field.type)}
         for key, value in built.items()

@@ -16,7 +16,7 @@ from ..base.errors import UserError
 from ..base.redaction import refuse_keys
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, build_sensitivity
 from ..data import texts
-from ..data.settings import CalibrationSettings, DataSettings, check_bos
+from ..data.settings import CalibrationSettings, DataSettings, GeneratedSettings, check_bos
 from ..evaluation import perplexity, protocol
 from ..evaluation.settings import EvaluationSettings
 from ..layer.method import Method
@@ -127,6 +127,11 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     selection = Selection.parse(layers["include"], layers["exclude"], layers["sparsity"])
     pattern = pattern_of(cfg["sparsity"])
     _check_values(cfg)
+    if cfg["stream"] is True and prunes and isinstance(DataSettings.parse(cfg["data"]), GeneratedSettings):
+        raise UserError(
+            "data=generated needs the whole model in memory to write text: leave out stream=true, or give a text "
+            "(data=c4, data=local)"
+        )
     if cfg["stream"] is True and not cfg["resumable"] and prunes:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
     target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..base.errors import UserError
 from ..base.memory import free_host
-from ..data import windows
+from ..data import generated, windows
+from ..data.settings import GeneratedSettings
 from ..evaluation import perplexity, protocol
 from ..evaluation.settings import EvaluationText
 from ..model import loading
@@ -46,7 +48,16 @@ class Workspace:
     def calibration(self, settings: Settings) -> tuple[Tensor, dict]:
         """Calibration windows (nsamples + data.holdout, seqlen), those to hold out last, and where they came from."""
         asked = settings.calibration
-        key = settings.model.source, asked
+        key = settings.model.source, asked, settings.device, settings.dtype
+        if key not in self._texts and isinstance(asked.data, GeneratedSettings):
+            self._texts[key] = generated.generated_tokens(
+                asked,
+                settings.model,
+                self.tokenizer(settings),
+                lambda: self._author(settings),
+                settings.device,
+                settings.dtype,
+            )
         if key not in self._texts:
             self._texts[key] = windows.calibration_tokens(
                 asked.data,
@@ -59,6 +70,19 @@ class Workspace:
                 vocabulary=settings.model.vocabulary,
             )
         return self._texts[key]
+
+    def _author(self, settings: Settings) -> torch.nn.Module:
+        """The dense model as a whole, which writes text.
+
+        Raises:
+            UserError: it is too large for that.
+        """
+        if not self._holds(settings) and streams(settings, 2 if self.keep else 1):
+            raise UserError(
+                "data=generated needs the whole model in memory to write text, and this one would be streamed: give "
+                "stream=false, or a text (data=c4, data=local)"
+            )
+        return self.network(settings)
 
     def evaluation(self, settings: Settings, text: EvaluationText) -> tuple[Tensor, dict]:
         """Evaluation windows (windows, seqlen) of a text, and where they came from."""
