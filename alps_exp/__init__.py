@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "BlockMethod",
+    "Evaluation",
+    "Figure",
     "Inputs",
     "LayerProblem",
     "LayerSolver",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .api import generate_tokens, load_packed, prune_layer, prune_model
     from .base.checks import require
     from .base.errors import UserError
+    from .evaluation.evaluation import Evaluation, Figure
     from .layer.inputs import Inputs, Statistics
     from .layer.method import Method
     from .layer.problem import LayerProblem
@@ -66,6 +69,8 @@ _HOMES = {
     "ModelMethod": "pruning.method",
     "Solution": "layer.solver",
     "Solver": "layer.solver",
+    "Evaluation": "evaluation.evaluation",
+    "Figure": "evaluation.evaluation",
 }
 
 

@@ -210,5 +210,9 @@ def _figures(record: Mapping) -> str:
     loss = record["summary"].get("mean_relative_loss")
     figures = [] if loss is None else [f"mean relative loss {float(loss):.4g}"]
     shown = [row for row in record["evaluations"] if row["shown"]]
-    figures += [f"{row['dataset']} {row['metric']} {float(row['value']):.4g}" for row in shown[:3]]
+    figures += [f"{row['dataset']} {row['metric']} {float(row['value']):.4g}{_unit(row)}" for row in shown[:3]]
     return "".join(f", {figure}" for figure in figures)
+
+
+def _unit(row: Mapping) -> str:
+    return f" {row['unit']}" if row.get("unit") else ""

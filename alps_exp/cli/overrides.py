@@ -261,6 +261,10 @@ def _refuse_foreign_keys(cfg: DictConfig, words: list[str], config_name: str) ->
     known = _known("generated" if "temperature" in (cfg.get("data") or {}) else "local")
     for group, allowed in known.items():
         node = cfg.get(group) if group else cfg
+        if group == "eval" and isinstance(node, DictConfig) and "_target_" in node:  # whose class knows its own keys
+            if lacking := sorted(allowed - set(node)):
+                raise UserError(f"eval={node.get('name')} has no {lacking[0]}: begin its defaults with - none")
+            continue
         for key in sorted(map(str, set(node) - allowed)) if isinstance(node, DictConfig) else ():
             path = f"{group}.{key}" if group else key
             if not group and any(word.lstrip("+").startswith(f"{key}=") for word in words):

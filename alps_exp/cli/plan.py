@@ -78,6 +78,7 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     missing += ["tasks"] if asked.tasks.names else []
     written = isinstance(windows.data, GeneratedSettings)
     missing += ["writing the calibration text"] if written else []
+    missing += [f"eval={asked.protocol}"] if asked.own is not None else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     return [
         f"tokens     {windows.nsamples} windows of {windows.seqlen}{', written by the model' if written else ''}",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..base.checks import one_of, require
 from ..base.errors import UserError
 from ..data import texts
@@ -14,6 +12,7 @@ from ..data.settings import DataSettings
 from ..model.blocks import BlockModel
 from ..model.loading import ModelSettings
 from . import perplexity
+from .evaluation import Text, build_evaluation
 from .settings import EvaluationSettings, EvaluationText, TaskSettings
 
 
@@ -22,11 +21,11 @@ class Prepared:
     """What an evaluation reads.
 
     Attributes:
-        texts: data set, windows (windows, seqlen), and their description.
+        texts: to measure perplexity on.
         passes: of tasks; empty without tasks.
     """
 
-    texts: list[tuple[str, Tensor, dict]]
+    texts: list[Text]
     passes: tuple
 
 
@@ -76,6 +75,10 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
 
         tasks = _tasks(options)
         prepare(model, tasks)
+    if (own := build_evaluation(options)) is not None:
+        if own.reads == "texts" and not names:
+            raise UserError(f"eval={options['name']} measures on texts: name some, as in 'eval.datasets=[wikitext2]'")
+        own.check(model)
     return EvaluationSettings(
         protocol=options["name"],
         texts=tuple(asked),
@@ -86,6 +89,7 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
         sample_tokens=options["sample_tokens"],
         prompt=options["prompt"],
         tasks=tasks,
+        own=own,
     )
 
 
@@ -134,22 +138,25 @@ def _tasks(options: Mapping) -> TaskSettings:
 
 
 def measure(prepared: Prepared, options: EvaluationSettings, model: BlockModel, tokenizer) -> list[dict]:
-    """Perplexities and task scores as rows of the record, one number each.
+    """Perplexities, task scores, and what the choice measures besides, as rows of the record, one number each.
 
     All rows have `dataset`, `metric`, `value`, `stderr`, `better` ("lower", "higher", None where lm-eval does not say),
     `shown` (in tables, unless all are asked for), `protocol`, `partial`, `source`, `split` and `bos`. Perplexities
     also have `windows`, `total_windows`, `seqlen`, `join` and `reading`; tasks have `samples`, `total_samples`,
-    `sampling`, `shots` and `truncated`.
+    `sampling`, `shots` and `truncated`; figures of an `Evaluation` have a `unit`.
     """
     rows = []
-    for name, windows, description in prepared.texts:
-        value = perplexity.perplexity(model, windows, options.batch_size, name)
+    for text in prepared.texts:
+        value = perplexity.perplexity(model, text.windows, options.batch_size, text.name)
         fixed = {"metric": "perplexity", "value": value, "stderr": None, "better": "lower", "shown": True}
-        rows.append({**description, "dataset": name, **fixed, "protocol": options.protocol})
+        rows.append({**text.description, "dataset": text.name, **fixed, "protocol": options.protocol})
     if prepared.passes:
         from . import tasks
 
         rows += tasks.measure(prepared.passes, options.tasks, model, tokenizer)
+    if options.own is not None:
+        figures = options.own.measure(model, prepared.texts, tokenizer)
+        rows += [figure.row(options.protocol) for figure in figures]
     return rows
 
 
@@ -159,12 +166,14 @@ def describe(rows: Sequence[Mapping]) -> list[str]:
     for row in rows:
         if not row["shown"]:
             continue
-        if row["metric"] == "perplexity" and "windows" in row:
+        size = ""
+        if "windows" in row:
             partial = f" of {row['total_windows']}, partial" if row["partial"] else ""
-            size = f"{row['windows']}{partial} windows of {row['seqlen']} tokens"
-        else:
+            size = f" ({row['windows']}{partial} windows of {row['seqlen']} tokens)"
+        elif "samples" in row:
             partial = f"of {row['total_samples']} examples, partial" if row["partial"] else "examples"
-            size = f"{row['samples']} {partial}"
+            size = f" ({row['samples']} {partial})"
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.2g}"
-        lines.append(f"{row['metric']} {row['value']:.4g}{error} on {row['dataset']} ({size})")
+        unit = f" {row['unit']}" if row.get("unit") else ""
+        lines.append(f"{row['metric']} {row['value']:.4g}{error}{unit} on {row['dataset']}{size}")
     return lines

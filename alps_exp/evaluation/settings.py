@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.settings import DataSettings
+from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class EvaluationSettings:
         seqlen: tokens in a window, the model's context where that was asked for.
         windows: of each text; None is all.
         tasks: without names where there are none.
+        own: what the choice measures besides; None for nothing.
     """
 
     protocol: str
@@ -61,8 +63,10 @@ class EvaluationSettings:
     sample_tokens: int
     prompt: str
     tasks: TaskSettings
+    own: Evaluation | None
 
     @property
     def reads_text(self) -> bool:
         """Whether anything of it needs the model's tokenizer."""
-        return bool(self.texts or self.tasks.names or self.sample_tokens)
+        own = self.own is not None and self.own.reads != "nothing"
+        return bool(self.texts or self.tasks.names or self.sample_tokens or own)

@@ -72,7 +72,7 @@ class Configuration:
         solver, pattern = build(content["method"]), pattern_of(content["sparsity"])
         kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
         kept = {key: value for key, value in kept.items() if NEUTRAL.get(key, ...) != value}
-        decides = json.dumps(kept if solver.prunes else _evaluated(kept), sort_keys=True)
+        decides = json.dumps(kept if solver.prunes else _evaluated(kept, "_target_" in content["eval"]), sort_keys=True)
         digest, model = sha256(decides), _model_name(content["model"])
         words = f"{model}-{content['method']['name']}"
         if solver.prunes:
@@ -153,6 +153,7 @@ def _float_fields(content: Mapping) -> dict[str, set[str]]:
     from ..allocation.allocations import build_allocation
     from ..calibration.sensitivity import SensitivityChoice
     from ..data.settings import GeneratedSettings
+    from ..evaluation.evaluation import build_evaluation
     from ..layer.registry import build
     from ..methods.target import build_target
 
@@ -161,6 +162,7 @@ def _float_fields(content: Mapping) -> dict[str, set[str]]:
     built |= {"allocation": build_allocation(content["allocation"])} if "allocation" in content else {}
     built |= {"sensitivity": SensitivityChoice()} if "sensitivity" in content else {}
     built |= {"data": GeneratedSettings("")} if "temperature" in content["data"] else {}
+    built |= {"eval": own} if (own := build_evaluation(content["eval"])) is not None else {}
     return {
         key: {field.name for field in dataclasses.fields(value) if "float" in str(field.type)}
         for key, value in built.items()
@@ -185,13 +187,13 @@ def _that_decides(content: dict) -> dict:
     }
 
 
-def _evaluated(content: dict) -> dict:
-    """The part of a configuration on which the evaluations of an unpruned model depend."""
+def _evaluated(content: dict, own: bool) -> dict:
+    """The part of a configuration on which evaluations of an unpruned model depend; `own`: `eval` names a class."""
     content = {key: content[key] for key in _EVALUATED}
     for node, keys in _CALIBRATING.items():
         content[node] = {key: value for key, value in content[node].items() if key not in keys}
     names = content["eval"]["datasets"]
-    if not names:  # tasks have no windows
+    if not names and not own:  # tasks have no windows
         del content["eval"]["seqlen"]
     if content["data"]["name"] not in names:
         del content["data"]

@@ -34,6 +34,7 @@ class _Evaluation(_Form):
     value: Number
     stderr: Number | None = None
     better: Literal["lower", "higher"] | None = None
+    unit: str | None = None
     shown: bool = True
     partial: bool = False
     windows: Whole | None = None

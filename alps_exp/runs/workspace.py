@@ -14,6 +14,7 @@ from ..base.memory import free_host
 from ..data import generated, windows
 from ..data.settings import GeneratedSettings
 from ..evaluation import perplexity, protocol
+from ..evaluation.evaluation import Text
 from ..evaluation.settings import EvaluationText
 from ..model import loading
 from ..model.blocks import BlockModel
@@ -107,7 +108,7 @@ class Workspace:
             UserError: see `windows.evaluation_tokens` and `tasks.prepare`.
         """
         asked = settings.evaluation
-        texts, passes = [(text.data.name, *self.evaluation(settings, text)) for text in asked.texts], ()
+        texts, passes = [Text(text.data.name, *self.evaluation(settings, text)) for text in asked.texts], ()
         if asked.tasks.names:
             from ..evaluation import tasks
 

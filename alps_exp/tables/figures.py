@@ -123,11 +123,12 @@ def _better(item: Mapping) -> int:
 
 
 def _metric(item: Mapping) -> str:
-    name = f"{item['dataset']} {item['metric']}"
+    unit = f", {item['unit']}" if item.get("unit") else ""
+    name = f"{item['dataset']} {item['metric']}{unit}"
     if "windows" in item:
         partial = f", {item['windows']} of {item['total_windows']}" if item.get("partial") else ""
         return f"{name} ({item['seqlen']}{partial})"
-    return f"{name} ({item['samples']} of {item['total_samples']})" if item["partial"] else name
+    return f"{name} ({item['samples']} of {item['total_samples']})" if item.get("partial") else name
 
 
 def aggregate(

@@ -170,6 +170,10 @@ _ADDED = {
         _SCOPES,
         "assert compose(['allocation=ends']).allocation.less == 0.1\n",
     ),
+    "conf/eval/guesses.yaml": (
+        "tests/evaluation/test_evaluations_contract.py",
+        "assert compose(['eval=guesses', 'eval.first=2']).eval.first == 2\n",
+    ),
 }
 
 
