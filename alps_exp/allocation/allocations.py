@@ -4,6 +4,8 @@
     sensitivity   one threshold over all layers for the scores f_i W_ij² d_j of `calibration.sensitivity`
     atp           an arithmetic progression over depth (Huang et al. 2025): later blocks are sparser
     owl           blocks with more outliers keep more (Yin et al. 2024)
+    spectral      blocks whose spectra have heavier tails keep more (AlphaPruning, Lu et al. 2024)
+    loss          one threshold over all layers for a weight's share in its layer's output
     file          levels from a file
 
 All keep the mean over the pruned weights to a weight, and stay within `cap` of the run's sparsity.
@@ -20,7 +22,7 @@ from typing import ClassVar
 
 import torch
 
-from ..base.checks import local_path, require
+from ..base.checks import local_path, one_of, require
 from ..base.errors import UserError
 from ..base.files import file_sha256
 from ..base.resources import built
@@ -33,7 +35,8 @@ class Allocation(ABC):
     """Base of the allocations.
 
     Class attributes:
-        needs: "nothing", "inputs" (`Sensitivity.outliers`) or "gradients" (`Sensitivity.scores`).
+        needs: "nothing", "weights" (`Sensitivity.exponents`; the field `tail` is their share of the spectrum), "inputs"
+            (`Sensitivity.scores` without f) or "gradients" (`Sensitivity.scores` with f).
     """
 
     needs: ClassVar[str] = "nothing"
@@ -106,11 +109,60 @@ class BySensitivity(Allocation):
         require("allocation.cap", self.cap, float, 0, 1)
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
-        counts = {name: sensitivity.scores[name] for name in sizes}
-        total = torch.stack(list(counts.values())).sum(0).cumsum(0)
-        wanted = target * sum(sizes.values())
-        bin_ = int(torch.searchsorted(total, torch.tensor(int(wanted))))
-        return {name: int(own[: bin_ + 1].sum()) / sizes[name] for name, own in counts.items()}
+        return _below_one_threshold({name: sensitivity.scores[name] for name in sizes}, sizes, target)
+
+
+@dataclass(frozen=True)
+class ByLoss(Allocation):
+    """One threshold over all layers for W_ij² d_j / Σ W² d: what a weight's removal adds to its layer's relative loss,
+    by the diagonal of the Gram matrix.
+
+    Attributes:
+        cap: how far a layer's level may be from the run's sparsity.
+    """
+
+    needs: ClassVar[str] = "inputs"
+
+    cap: float = 0.15
+
+    def __post_init__(self) -> None:
+        require("allocation.cap", self.cap, float, 0, 1)
+
+    def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
+        return _below_one_threshold({name: sensitivity.relative(name) for name in sizes}, sizes, target)
+
+
+@dataclass(frozen=True)
+class BySpectrum(Allocation):
+    """Levels by a straight line from the smallest exponent of a power law in the spectrum to the largest: heavier tails
+    keep more.
+
+    Attributes:
+        per: "block" (the mean exponent of its layers, as the paper has it) or "layer".
+        tail: share of the eigenvalues that the exponent is estimated from.
+        cap: half of what the levels may be apart.
+    """
+
+    needs: ClassVar[str] = "weights"
+
+    per: str = "block"
+    tail: float = 0.5
+    cap: float = 0.15
+
+    def __post_init__(self) -> None:
+        one_of("allocation.per", self.per, ("block", "layer"))
+        require("allocation.tail", self.tail, float, 0, 1, open_low=True)
+        require("allocation.cap", self.cap, float, 0, 1)
+
+    def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
+        found = {name: float(sensitivity.exponents[name]) for name in sizes}
+        if self.per == "block":
+            blocks = {index: names_in(sizes, index) for index in map(block_of, sizes)}
+            means = {index: sum(found[name] for name in names) / len(names) for index, names in blocks.items()}
+            found = {name: means[block_of(name)] for name in sizes}
+        low, high = min(found.values()), max(found.values())
+        middle, half = (low + high) / 2, (high - low) / 2
+        return {name: target + (self.cap * (value - middle) / half if half else 0) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -201,6 +253,16 @@ class FromFile(Allocation):
                 f"{self.path} has a mean of {mean:.4f}, and sparsity={target:g} is asked: give sparsity={mean:.4f}"
             )
         return {name: float(found[name]) for name in sizes}
+
+
+def _below_one_threshold(
+    counts: Mapping[str, torch.Tensor], sizes: Mapping[str, int], target: float
+) -> dict[str, float]:
+    """Share of each layer's weights that lie below one score for all, so that of all together the target does."""
+    total = torch.stack(list(counts.values())).sum(0).cumsum(0)
+    wanted = target * sum(sizes.values())
+    bin_ = int(torch.searchsorted(total, torch.tensor(int(wanted))))
+    return {name: int(own[: bin_ + 1].sum()) / sizes[name] for name, own in counts.items()}
 
 
 def build_allocation(node: Mapping) -> Allocation:

@@ -12,6 +12,7 @@ of a weight is made, and blocks visit the device one at a time: a model that can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,14 +76,16 @@ class Sensitivity:
     Attributes:
         outputs: (out,) f; empty without a backward pass.
         inputs: (in,) d.
-        scores: how many weights have a score f_i W_ij² d_j (W_ij² d_j without f) in each of the bins, from low to high;
-            zeros come first.
+        scores: how many weights have a score f_i W_ij² d_j (or W_ij² d_j) in each of the bins, from low to high; zeros
+            come first.
+        exponents: () power-law exponent of the weight's spectrum.
         tokens: number of tokens.
     """
 
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    exponents: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
     def rows(self, name: str, power: float) -> Tensor:
@@ -99,9 +102,17 @@ class Sensitivity:
     def outliers(self, names: Sequence[str], times: float) -> float:
         """Share of the weights of some layers whose |W_ij| √d_j is beyond so many times the mean of all of them."""
         counts = torch.stack([self.scores[name] for name in names]).sum(0).double()
-        values = torch.exp((_LOWEST + _STEP * (torch.arange(_BINS, dtype=torch.float64) + 0.5)) / 2)
+        values = _centres(0.5)
         mean = (counts * values).sum() / counts.sum()
         return float(counts[values > times * mean].sum() / counts.sum())
+
+    def relative(self, name: str) -> Tensor:
+        """(bins,) the layer's counts by its scores over their sum, a score's share in the layer."""
+        counts = self.scores[name]
+        total = float((counts.double() * _centres()).sum())
+        shift = round(math.log(total) / _STEP) if total > 0 else 0
+        places = (torch.arange(_BINS) - shift).clamp(0, _BINS - 1)
+        return torch.zeros_like(counts).index_add_(0, places, counts)
 
 
 @torch.no_grad()
@@ -111,6 +122,7 @@ def measure_sensitivity(
     names: Mapping[str, object],
     excluded: Callable[[str], bool],
     gradients: bool = True,
+    by_outputs: bool | None = None,
     quiet: bool = False,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards, window by window in each block.
@@ -121,11 +133,13 @@ def measure_sensitivity(
         names: of the layers to measure.
         excluded: the layers that the user leaves dense, for which nothing is refused.
         gradients: with a backward pass.
+        by_outputs: f takes part in the scores; by default where it is known.
         quiet: no progress.
 
     Raises:
         UserError: gradients that are not finite, or too little device memory for one window.
     """
+    by_outputs = gradients if by_outputs is None else by_outputs
     windows, first = list(tokens.split(1)), min(blocks_of(names, model.prefix))
     with _without_weight_gradients(model.model), naming_the_step("the backward pass (sensitivity)"):
         hidden = [[model.embed(window).to("cpu", copy=True) for window in windows]]
@@ -139,6 +153,7 @@ def measure_sensitivity(
                     hidden.append([model.forward_block(index, block, h.to(model.device)).cpu() for h in hidden[-1]])
                 if not gradients:
                     hidden.pop(0)
+                if not by_outputs:
                     for name, layer in layers.items():
                         ones = torch.ones(layer.shape[0], dtype=torch.float64, device=model.device)
                         scores[name] = _count(layer.weight, ones, inputs[name])
@@ -157,9 +172,60 @@ def measure_sensitivity(
                             f"{name}: the loss has NaN or infinite gradients there: use dtype=float32 or bfloat16, or "
                             "sensitivity=none"
                         )
-                    scores[name] = _count(layer.weight, outputs[name], inputs[name])
+                    if by_outputs:
+                        scores[name] = _count(layer.weight, outputs[name], inputs[name])
     on_host = [{name: value.cpu() for name, value in found.items()} for found in (outputs, inputs, scores)]
     return Sensitivity(*on_host, tokens=tokens.numel())
+
+
+@torch.no_grad()
+def measure_spectra(
+    model: BlockModel,
+    names: Mapping[str, object],
+    excluded: Callable[[str], bool],
+    tail: float,
+    quiet: bool = False,
+) -> Sensitivity:
+    """The exponents of the layers' spectra (`spectral_exponent`); no text is needed.
+
+    Args:
+        model: the model, not pruned yet.
+        names, excluded, quiet: as in `measure_sensitivity`.
+        tail: share of the eigenvalues that makes the tail.
+    """
+    exponents = {}
+    with naming_the_step("the spectra of the weights (allocation)"):
+        for index in Progress(blocks_of(names, model.prefix), "spectra", quiet=quiet):
+            with model.block(index, changing=False) as block:
+                for name, layer in _layers(model, index, block, names, excluded).items():
+                    exponents[name] = torch.tensor(spectral_exponent(layer.weight, tail, name), dtype=torch.float64)
+    return Sensitivity(exponents=exponents)
+
+
+def spectral_exponent(weight: Tensor, tail: float, name: str = "the layer") -> float:
+    """Hill's estimate of α in p(λ) ~ λ^-α for the largest eigenvalues λ_1 ≥ λ_2 ≥ … of WᵀW:
+
+        α = 1 + k / Σ_{i ≤ k} ln(λ_i / λ_{k+1}),    k = ⌊tail · number of λ above rounding⌋
+
+    Args:
+        weight: (out, in).
+        tail: share of the eigenvalues that are used.
+        name: the layer's, for the message.
+
+    Raises:
+        UserError: the eigenvalues are all alike, or a single one is not zero.
+    """
+    w = weight.double()
+    eigenvalues = torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w).flip(0)
+    eigenvalues = eigenvalues[eigenvalues > eigenvalues[0] * len(eigenvalues) * torch.finfo(torch.float64).eps]
+    count = min(max(1, int(tail * len(eigenvalues))), len(eigenvalues) - 1)
+    spread = float((eigenvalues[:count] / eigenvalues[count]).log().sum()) if count > 0 else 0.0
+    if not spread > 0:
+        raise UserError(
+            f"{name}: the spectrum of the weight has no tail, so that allocation=spectral says nothing of it: leave it "
+            "out (layers.exclude), or give another allocation"
+        )
+    return 1 + count / spread
 
 
 def _layers(model: BlockModel, index: int, block: nn.Module, names, excluded) -> dict[str, Layer]:
@@ -244,6 +310,11 @@ def _without_weight_gradients(model: nn.Module):
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def _centres(power: float = 1.0) -> Tensor:
+    """(bins,) the score in the middle of each bin, to a power."""
+    return torch.exp((_LOWEST + _STEP * (torch.arange(_BINS, dtype=torch.float64) + 0.5)) * power)
 
 
 def _count(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Statistics of calibration inputs on disk, shared by the runs of a sweep that have the same inputs.
 
 Runs share the inputs of the first block whatever their method and sparsity; with propagate=dense, those of all blocks.
+They also share what passes over the dense model have told (`calibration.sensitivity`).
 
     RUNS/.statistics/DIGEST/identity.json              what these statistics are of, by name
     RUNS/.statistics/DIGEST/block-00003.safetensors    the sums of one block, a group of layers after the other
+    RUNS/.statistics/DIGEST/dense.safetensors          what one pass over the dense model has told of every layer
 
 RUNS is the folder of the runs' directories. DIGEST covers everything that decides the numbers: checkpoint, code,
 versions, device, dtype, tokens, windows per forward, and the layers that are pruned. Files appear whole
@@ -19,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from ..base.errors import UserError
 from ..base.files import leftovers, lock, replacing, sha256
 from ..layer.inputs import Inputs, Statistics
 from .capture import Group
+from .sensitivity import Sensitivity
 
 FOLDER = ".statistics"
 AUTO_GB = 10.0
@@ -61,31 +64,23 @@ class NoSharing:
         """Nothing is held."""
 
 
-class StatisticsCache:
-    """The sets of statistics below one folder, and the one that a run uses.
+class SharedSet:
+    """One set of statistics below the folder of all, which this process holds until it is closed.
 
     Args:
         root: the folder of all sets.
         identity: everything that decides the statistics, by name.
-        dense: the inputs of all blocks are those of the dense model, not of the first one's only.
-        needed: what the run collects of each input.
-        held_out: whether it also collects the Gram matrix of held-out windows.
         limit: bytes that all sets may take.
 
     Attributes:
         notes: why something was not kept, in words.
     """
 
-    def __init__(
-        self, root: Path, identity: Mapping[str, str], dense: bool, needed: Statistics, held_out: bool, limit: float
-    ) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, str], limit: float) -> None:
         text = json.dumps(dict(identity), sort_keys=True)
         self.notes: list[str] = []
-        self._root, self._dense, self._limit = root, dense, limit
-        self._needed = needed
+        self._root, self._limit = root, limit
         self._folder = root / sha256(text)[:32]
-        self._fields = _fields(needed) | ({"held_out"} if held_out else set())
-        self._whole: dict[int, tuple] = {}  # block → state of its file when its checksum was last found to hold
         self._descriptor = _hold(self._folder)
         try:
             if not (file := self._folder / "identity.json").exists():
@@ -98,6 +93,51 @@ class StatisticsCache:
     def close(self) -> None:
         """Release the set's lock."""
         os.close(self._descriptor)
+
+    def path(self, name: str) -> Path:
+        """A file of the set."""
+        return self._folder / name
+
+    def make_room(self, size: int) -> bool:
+        """Remove unused sets, the least recently used first, until `size` bytes fit; whether they do."""
+        if size > self._limit:
+            self.notes.append(
+                f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
+            )
+            return False
+        # Whatever else lies here is not ours to remove.
+        folders = (path for path in self._root.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name))
+        sets = sorted((path for path in folders if path.is_dir() and not path.is_symlink()), key=_used)
+        total = sum(map(_size, sets))
+        for path in sets:
+            if total + size <= self._limit:
+                break
+            if path != self._folder:
+                total -= _remove(path)
+        if total + size > self._limit:
+            self.notes.append(
+                f"statistics beyond {self._limit / 1e9:g} GB were not kept for other runs (statistics_cache)"
+            )
+        return total + size <= self._limit
+
+
+class StatisticsCache(SharedSet):
+    """The set of statistics that a run uses, and adds to.
+
+    Args:
+        root, identity, limit: as of `SharedSet`.
+        dense: the inputs of all blocks are those of the dense model, not of the first one's only.
+        needed: what the run collects of each input.
+        held_out: whether it also collects the Gram matrix of held-out windows.
+    """
+
+    def __init__(
+        self, root: Path, identity: Mapping[str, str], dense: bool, needed: Statistics, held_out: bool, limit: float
+    ) -> None:
+        self._dense, self._needed = dense, needed
+        self._fields = _fields(needed) | ({"held_out"} if held_out else set())
+        self._whole: dict[int, tuple] = {}  # block → state of its file when its checksum was last found to hold
+        super().__init__(root, identity, limit)
 
     def holds(self, index: int) -> bool:
         """Whether everything that the run needs of a block's inputs is stored and undamaged."""
@@ -153,35 +193,89 @@ class StatisticsCache:
         merged = [(group.names, known.get(tuple(group.names), {}) | _kept(group.inputs)) for group in groups]
         size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
         try:
-            if self._make_room(size):
+            if self.make_room(size):
                 _write(self._file(index), merged)
         except OSError as error:
             self.notes.append(f"statistics of block {index} and later ones were not kept for other runs: {error}")
 
     def _file(self, index: int) -> Path:
-        return self._folder / f"block-{index:05d}.safetensors"
+        return self.path(f"block-{index:05d}.safetensors")
 
-    def _make_room(self, size: int) -> bool:
-        """Remove unused sets, the least recently used first, until `size` bytes fit; whether they do."""
-        if size > self._limit:
-            self.notes.append(
-                f"statistics of a block, {size / 1e9:.2g} GB, were not kept for other runs (statistics_cache)"
-            )
-            return False
-        # Whatever else lies here is not ours to remove.
-        folders = (path for path in self._root.iterdir() if re.fullmatch(r"[0-9a-f]{32}", path.name))
-        sets = sorted((path for path in folders if path.is_dir() and not path.is_symlink()), key=_used)
-        total = sum(map(_size, sets))
-        for path in sets:
-            if total + size <= self._limit:
-                break
-            if path != self._folder:
-                total -= _remove(path)
-        if total + size > self._limit:
-            self.notes.append(
-                f"statistics beyond {self._limit / 1e9:g} GB were not kept for other runs (statistics_cache)"
-            )
-        return total + size <= self._limit
+
+class NoPasses:
+    """Passes over the dense model are the run's own."""
+
+    notes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+    def found(self, what: str, own: Mapping[str, str], make: Callable[[], Sensitivity]) -> Sensitivity:
+        """What `make` gives."""
+        return make()
+
+
+class PassCache:
+    """What passes over the dense model tell, made once by the runs of a sweep.
+
+    Args:
+        root, limit: as of `SharedSet`.
+        identity: what decides about all passes of this run's model here, by name.
+
+    Attributes:
+        notes: why something was not kept, in words.
+        shared: passes whose results another run had kept.
+    """
+
+    def __init__(self, root: Path, identity: Mapping[str, str], limit: float) -> None:
+        self.notes: list[str] = []
+        self.shared: list[str] = []
+        self._root, self._identity, self._limit = root, dict(identity), limit
+
+    def found(self, what: str, own: Mapping[str, str], make: Callable[[], Sensitivity]) -> Sensitivity:
+        """What a pass tells, from the disk or from `make`, the same to the bit.
+
+        Args:
+            what: the pass, in a word.
+            own: all else that decides about it, by name.
+            make: does it.
+        """
+        try:
+            place = SharedSet(self._root, {**self._identity, **own, "pass": what}, self._limit)
+        except OSError as error:
+            self.notes.append(f"{what} are not shared with other runs: {error}")
+            return make()
+        try:
+            file = place.path("dense.safetensors")
+            if (kept := _read(file)) is not None:
+                self.shared.append(what)
+                return _told(kept)
+            found = make()
+            try:
+                groups = _by_layer(found)
+                tensors = (value for _, told in groups for value in told.values() if isinstance(value, Tensor))
+                if place.make_room(sum(value.nbytes for value in tensors)):
+                    _write(file, groups)
+            except OSError as error:
+                self.notes.append(f"{what} were not kept for other runs: {error}")
+            self.notes += place.notes
+            return found
+        finally:
+            place.close()
+
+
+_TOLD = ("outputs", "inputs", "scores", "exponents")
+
+
+def _by_layer(found: Sensitivity) -> list[tuple[list[str], dict]]:
+    told: dict[str, dict] = {}
+    for field in _TOLD:
+        for name, value in getattr(found, field).items():
+            told.setdefault(name, {"tokens": found.tokens})[field] = value
+    return [([name], fields) for name, fields in told.items()]
+
+
+def _told(groups: list[tuple[list[str], dict]]) -> Sensitivity:
+    fields = {field: {names[0]: told[field] for names, told in groups if field in told} for field in _TOLD}
+    return Sensitivity(**fields, tokens=groups[0][1]["tokens"])
 
 
 def _kept(inputs: Inputs) -> dict:

@@ -129,6 +129,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     result.block_weights = count(model.blocks.parameters())
     if job.sensitivity.used or job.allocation.needs != "nothing":
         result.add_seconds(watch.seconds)
+    result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
     if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
         result.notes.append("the allocation leaves N:M sparsity the same in every layer")
     return result

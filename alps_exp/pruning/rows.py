@@ -100,6 +100,7 @@ class PruneResult:
         notes: what was done for want of device memory.
         hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
         cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
+        cached_passes: passes over the dense model whose results were those of another run.
         block_weights: all parameters of the decoder blocks, pruned or not.
         drift: of each block's output from the dense model's, where that goes beside.
     """
@@ -110,6 +111,7 @@ class PruneResult:
     notes: list[str] = field(default_factory=list)
     hidden_states: str | None = None
     cached_blocks: list[int] = field(default_factory=list)
+    cached_passes: list[str] = field(default_factory=list)
     block_weights: int = 0
     drift: list[dict[str, dict[str, float]]] = field(default_factory=list)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from ..allocation.allocations import Allocation
 from ..base.errors import UserError
-from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity
+from ..base.files import sha256
+from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity, measure_spectra
 from ..model.blocks import BlockModel
 from ..patterns import parse_sparsity
 from .job import PruneJob
@@ -45,18 +46,35 @@ def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
         return replace(job, patterns=job.allocation.allocate(job.patterns, _sizes(model, job), Sensitivity()))
     team, kept = tools.team, tools.store.recall(_NAME)
     if (kept := team.tell(kept)) is None:
-        kept = team.tell(_found(model, job) if team.leads else None)
+        kept = team.tell(_found(model, job, tools) if team.leads else None)
         tools.store.remember(_NAME, *kept)
     rows, levels = kept
     patterns = {name: parse_sparsity(level) for name, level in json.loads(levels).items()}
     return replace(job, patterns=patterns, rows=rows)
 
 
-def _found(model: BlockModel, job: PruneJob) -> tuple[dict, str]:
-    choice = job.sensitivity
-    windows = job.tokens[: choice.windows if choice.used else SensitivityChoice.windows]
-    excluded = job.selection.excluded
-    found = measure_sensitivity(model, windows, job.patterns, excluded, gradients=choice.used, quiet=job.quiet)
+def _found(model: BlockModel, job: PruneJob, tools: Tools) -> tuple[dict, str]:
+    choice, needs = job.sensitivity, job.allocation.needs
+    rest = {"excluded": job.selection.excluded, "quiet": job.quiet}
+    names = sha256("\n".join(sorted(job.patterns)))[:16]
+    found = Sensitivity()
+    if choice.used or needs in ("inputs", "gradients"):
+        windows = job.tokens[: choice.windows if choice.used else SensitivityChoice.windows]
+        how = {"gradients": choice.used, "by_outputs": choice.used and needs != "inputs"}
+        found = tools.passes.found(
+            "gradients" if choice.used else "inputs",
+            {"windows": sha256(windows.numpy().tobytes())[:16], "shape": str(list(windows.shape)), "layers": names}
+            | {key: str(value) for key, value in how.items()},
+            lambda: measure_sensitivity(model, windows, job.patterns, **how, **rest),
+        )
+    if needs == "weights":
+        tail = getattr(job.allocation, "tail", 0.5)
+        spectra = tools.passes.found(
+            "spectra",
+            {"tail": str(tail), "layers": names},
+            lambda: measure_spectra(model, job.patterns, tail=tail, **rest),
+        )
+        found = replace(found, exponents=spectra.exponents)
     patterns = job.allocation.allocate(job.patterns, _sizes(model, job), found)
     rows = {name: found.rows(name, choice.rows) for name in job.patterns} if choice.used and choice.rows else {}
     return rows, json.dumps({name: pattern.written for name, pattern in patterns.items()})

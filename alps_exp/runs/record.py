@@ -45,6 +45,7 @@ class RunRecord:
             it was finished; all else in `phases` is of the last attempt, `restore` the time that it took to get there.
         cached_blocks: those whose statistics this attempt took from another run; their seconds of calibrate are those
             of reading them.
+        cached_passes: passes over the dense model whose results this attempt took from another run.
     """
 
     status: str
@@ -67,6 +68,7 @@ class RunRecord:
     error: dict | None = None
     attempts: int = 1
     cached_blocks: list[int] = field(default_factory=list)
+    cached_passes: list[str] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -77,6 +79,7 @@ class RunRecord:
         self.phases |= {f"{phase}_seconds": seconds for phase, seconds in result.seconds.items()}
         self.environment["hidden_states"] = result.hidden_states
         self.cached_blocks = result.cached_blocks
+        self.cached_passes = result.cached_passes
         self.drift = result.drift
         found = warnings_of(result.layers) + result.notes
         self.warnings += found

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
-from ..calibration.sharing import NoSharing
+from ..calibration.sharing import NoPasses, NoSharing
 from ..checkpoints.hub import first_line
 from ..evaluation import perplexity, protocol
 from ..model import loading
@@ -114,7 +114,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
     watch = Stopwatch(device)
 
     tokens = store = None
-    cache = NoSharing()
+    cache, passes = NoSharing(), NoPasses()
     if settings.prunes:
         tokens, record.calibration = workspace.calibration(settings)
     prepared = workspace.prepared(settings)
@@ -142,6 +142,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
             if store.finished and not in_team:
                 print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
         cache = sharing.open_cache(settings, job, same, directory, workspace.keep)
+        passes = sharing.open_passes(settings, same, directory, workspace.keep)
     watch.lap("load")
 
     if asked.sample_tokens:
@@ -149,7 +150,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
         watch.lap("evaluate")
     if settings.prunes:
         try:
-            _tell(record.book(prune_blocks(model, job, Tools(store or NoStore(), cache))))
+            _tell(record.book(prune_blocks(model, job, Tools(store or NoStore(), cache, passes=passes))))
         finally:
             cache.close()
             if store is not None:

@@ -150,7 +150,8 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if found.frame.loc[found.frame["metric"].isin(metrics), "stderr"].notna().any():
         words.append("of a single seed, ± is the standard error over the examples")
     words += [text for name, text in _MEANINGS.items() if any(metric.startswith(name) for metric in metrics)]
-    sharing = sum(bool(record.get("cached_blocks")) for group in found.groups for record in group.records)
+    records = [record for group in found.groups for record in group.records]
+    sharing = sum(bool(record.get("cached_blocks") or record.get("cached_passes")) for record in records)
     if sharing and "seconds" in metrics:
         words.append(
             f"{sharing} runs reused statistics collected by other runs; the time to collect them is counted there"

@@ -156,7 +156,9 @@ def test_every_allocation_keeps_the_mean(name, level):
         places = torch.randint(19_000, 21_000, (size,), generator=generator)
         scores[layer] = torch.bincount(places, minlength=40_000)
     patterns = dict.fromkeys(sizes, parse_sparsity(level)) | {"m.layers.0.own": parse_sparsity("2:4")}
-    found = allocation.allocate(patterns, sizes | {"m.layers.0.own": 800}, Sensitivity(scores=scores))
+    exponents = dict(zip(sizes, torch.rand(len(sizes), generator=generator, dtype=torch.float64) + 2, strict=True))
+    told = Sensitivity(scores=scores, exponents=exponents)
+    found = allocation.allocate(patterns, sizes | {"m.layers.0.own": 800}, told)
     assert str(found["m.layers.0.own"]) == "2:4" and found.keys() == patterns.keys()
     total = sum(sizes.values())
     zeros = sum(size - round((1 - found[layer].level) * size) for layer, size in sizes.items())
