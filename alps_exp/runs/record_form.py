@@ -100,6 +100,8 @@ class RecordForm(_Form):
     evaluations: list[_Evaluation]
     environment: _Environment | None = None
     error: _Error | None = None
+    drift: list[dict[str, dict[str, Number]]] | None = None
+    cached_passes: list[str] = []
     started: str = ""
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from ..runs.naming import NEUTRAL, NOT_HASHED
 from . import looks
 
 AXES = ("model", "sparsity", "method")
-PHASES = ("transfer", "calibrate", "solve", "propagate")
+PHASES = ("weigh", "transfer", "calibrate", "solve", "propagate")
 UNKNOWN = "unknown"
 
 # The released ALPS is what was published; our default is set beside it too.
@@ -89,6 +89,12 @@ class Aggregate:
 def is_dense(record: Mapping) -> bool:
     """Whether nothing was pruned."""
     return written.is_dense(record["sparsity"])
+
+
+def sees_gradients(record: Mapping) -> bool:
+    """Whether gradients of the dense model took part, which one-shot methods do without."""
+    name = ((record.get("config") or {}).get("sensitivity") or {}).get("name", "none")
+    return name != "none" and not is_dense(record)
 
 
 def measures(record: Mapping) -> dict[str, Measure]:

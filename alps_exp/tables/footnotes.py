@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from ..base.files import sha256
-from .figures import AXES, UNKNOWN, Aggregate, Group, is_dense, measures
+from .figures import AXES, UNKNOWN, Aggregate, Group, is_dense, measures, sees_gradients
 
 _NAMED = 12  # runs that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
@@ -41,7 +41,7 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "refit": lambda record: _unusual(record, "refit", "none"),
         "propagate": lambda record: _unusual(record, "propagate", "pruned"),
         "target": lambda record: _choice(record, "target", "layer"),
-        "sensitivity": _gradients,
+        "sensitivity": lambda record: _choice(record, "sensitivity", "none"),
         "allocation": lambda record: _choice(record, "allocation", "uniform"),
         "seeds": lambda record: None,
         "dtype": lambda record: _environment(record, "dtype"),
@@ -116,11 +116,6 @@ def _choice(record: Mapping, group: str, usual: str) -> str | None:
     return None if name == usual else name
 
 
-def _gradients(record: Mapping) -> str | None:
-    name = _choice(record, "sensitivity", "none")
-    return name and f"{name} (gradients of the dense model)"
-
-
 def _unusual(record: Mapping, key: str, usual: str) -> str | None:
     value = (record.get("config") or {}).get(key, usual)
     return None if value == usual or is_dense(record) else value
@@ -156,6 +151,8 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
         words.append(
             f"{sharing} runs reused statistics collected by other runs; the time to collect them is counted there"
         )
+    if any(map(sees_gradients, records)):
+        words.append("†: has seen gradients of the dense model, as one-shot methods do not")
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")

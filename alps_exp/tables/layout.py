@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
 
@@ -17,10 +17,11 @@ import yaml
 from ..base.errors import UserError, nearest
 from ..patterns import written
 from . import looks
-from .figures import AXES, Aggregate, natural
+from .figures import AXES, Aggregate, natural, sees_gradients
 from .footnotes import footnotes
 
-PLOTS = ("perplexity", "losses", "seconds", "phases")
+PLOTS = ("perplexity", "losses", "seconds", "phases", "frontier", "drift", "allocation")
+MARK = "†"
 NONE = "–"
 
 
@@ -158,19 +159,32 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
             *outer, last = header[-1]
             header += [(*outer, f"{last}, published"), (*outer, f"{last}, ours / published")]
             picks += [(key, _published), (key, _ratio)]
-    body = []
+    marked, body = _marked(found), []
+    axes = (*AXES, *found.settings)
     with_n = _varying_n(frame)
     for line in lines:
         texts = [pick(places.get((line, key)), best) for key, pick in picks]
+        own = [(line, key) in places and tuple(places[line, key][axis] for axis in axes) in marked for key, _ in picks]
+        whole = all(own[index] for index, (key, _) in enumerate(picks) if (line, key) in places)
+        if not whole:  # only some of the row's cells
+            texts = [
+                replace(cell, text=cell.text + MARK) if mine else cell for cell, mine in zip(texts, own, strict=True)
+            ]
         counts = {int(places[line, key]["n"]) for key in keys if (line, key) in places}
         count = [Cell("/".join(map(str, sorted(counts))))] if with_n else []
-        body.append(([_word(word) for word in line], texts + count))
+        words = [_word(word) for word in line]
+        body.append(([*words[:-1], words[-1] + (MARK if whole else "")], texts + count))
     if with_n:
         header.append((*[""] * (len(columns) - 1), "n"))
     named = {*rows, *columns}
     constant = {axis: str(frame[axis].iloc[0]) for axis in AXES if axis not in varies | named}
     constant |= {"metric": metrics[0]} if "metric" not in named else {}
     return Grid(spec.title, list(rows), header, body, footnotes(found, constant, metrics))
+
+
+def _marked(found: Aggregate) -> set[tuple]:
+    """Keys of the groups that have seen gradients of the dense model."""
+    return {group.key for group in found.groups if any(map(sees_gradients, group.records))}
 
 
 def _shown_rows(found: Aggregate, metrics: Sequence[str]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..base.files import replacing, sha256
 from ..patterns import Unstructured, written
+from ..runs.naming import NEUTRAL
 from . import looks
 from .figures import PHASES, Aggregate, Group, mean_and_std, measures
 from .layout import Spec, shown_metrics
@@ -22,12 +23,15 @@ FORMATS = ("svg", "png")
 
 _VARIANTS = "D<>P*d8"
 _PHASES = {
+    "weigh": ("#DDDDDD", "xxx"),
     "transfer": ("#FFFFFF", ""),
     "calibrate": ("#FFFFFF", "///"),
     "solve": ("#555555", ""),
     "propagate": ("#BBBBBB", ".."),
 }
 _COLUMNS = 3
+# Groups of choices beside the method that change what a run costs and brings.
+_BEYOND = ("target", "sensitivity", "allocation", "capture", "refit", "finish")
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
 
@@ -70,7 +74,9 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
     columns = min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context({"svg.hashsalt": "alps_exp", "font.size": 9, "hatch.linewidth": 0.6}):
-        size = (0.4 + 3.4 * columns + (1.2 if columns == 1 else 0), 0.8 + 2.7 * rows)
+        beside = max((len(bar["label"]) for content in panels for bar in content.get("bars", ())), default=0)
+        wide = 3.4 + 0.07 * max(beside - 16, 0)
+        size = (0.4 + wide * columns + (1.2 if columns == 1 else 0), 0.8 + 2.7 * rows)
         figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.remove()
@@ -81,9 +87,11 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
             axis.grid(alpha=0.3, which="major")
             axis.set_axisbelow(True)
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
+        entries = max(1, min(len(handles), int(size[0] / room)))
+        figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(handles) / entries) - 2, 0))
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
-            columnspacing=1.2, ncols=max(1, min(len(handles), int(size[0] / room))),
+            columnspacing=1.2, ncols=entries,
         )  # fmt: skip
         figure.draw_without_rendering()  # places everything; once is enough for all formats
         figure.set_layout_engine("none")
@@ -106,9 +114,33 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
         if group.records and group.key[1] != "0":
             members.setdefault(group.key[2:], []).append(group)
     for key in sorted(members, key=lambda key: (looks.method_order(key[0]), variants[key[0]][key[1:]])):
-        names = (name.rpartition(".")[2] for name in found.settings)
-        label = " ".join([key[0], *(f"{n}={word}" for n, word in zip(names, key[1:], strict=True) if word)])
+        label = " ".join([key[0], *_words(found, key[1:])])
         yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
+
+
+def _words(found: Aggregate, values: Sequence[str]) -> Iterator[str]:
+    """What a label says of the settings that vary: the choices of groups by name, but for those that say nothing, and
+    other keys with their values, but for those that a choice decides about."""
+    columns = {name: index for index, name in enumerate(found.settings)}
+    keys = [group.key[3:] for group in found.groups if group.key[1] != "0"]
+
+    def count(*places: int) -> int:
+        return len({tuple(key[place] for place in places) for key in keys})
+
+    for name in sorted(columns, key=lambda name: (not name.endswith(".name"), _place(name))):
+        group, _, last = name.rpartition(".")
+        value, index, choice = values[columns[name]], columns[name], columns.get(f"{group}.name")
+        if last == "name":
+            if value and value != NEUTRAL.get(group, {}).get("name"):
+                yield value
+        elif value and (choice is None or count(choice, index) > count(choice)):
+            yield f"{last}={value}"
+
+
+def _place(name: str) -> int:
+    """Where a key's group stands in labels."""
+    group = name.partition(".")[0]
+    return _BEYOND.index(group) if group in _BEYOND else len(_BEYOND)
 
 
 def _statistic(group: Group, metric: str) -> tuple[float, float] | None:
@@ -248,23 +280,102 @@ def _draw_losses(axis, panel: dict, handles: dict) -> None:
     if any(item["kind"] == "held_out_loss" for item in panel["series"]) and "held out" not in handles:
         (handles["held out"],) = axis.plot([], [], color="#666666", linewidth=0.7, marker="x", markersize=4)
     axis.set(xlabel="block", ylabel="mean relative loss", yscale="log")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     _plain_ticks(axis.yaxis)
 
 
 def _seconds(found: Aggregate, spec: Spec) -> list[dict]:
-    panels, title = [], _titles(found)
     metrics = [name for name in shown_metrics(found.frame, None) if name.startswith("relative loss")]
-    if not found.seconds or not metrics:
+    return _against_seconds(found, metrics[:1], "")
+
+
+def _frontier(found: Aggregate, spec: Spec) -> list[dict]:
+    """Of tables in which more than the method varies of what is done to a model."""
+    if not any(name.partition(".")[0] in _BEYOND for name in found.settings):
         return []
-    for (model, sparsity), groups in _cells(found).items():
-        points = []
-        for look, members in _series(found, groups):
-            time, loss = _statistic(members[0], "seconds"), _statistic(members[0], metrics[0])
-            if time and loss:
-                points.append(look | {"seconds": time, "loss": loss})
-        if len(points) > 1:
-            panels.append({"title": title(model, f"sparsity {sparsity}"), "loss": metrics[0], "points": points})
+    metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
+    return _against_seconds(found, metrics, ", {}")
+
+
+def _against_seconds(found: Aggregate, metrics: Sequence[str], suffix: str) -> list[dict]:
+    """A panel for each model, sparsity and metric; `suffix` names the metric in its title."""
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items() if found.seconds else ():
+        for metric in metrics:
+            points = []
+            for look, members in _series(found, groups):
+                time, value = _statistic(members[0], "seconds"), _statistic(members[0], metric)
+                if time and value:
+                    points.append(look | {"seconds": time, "loss": value})
+            if len(points) > 1:
+                name = title(model, f"sparsity {sparsity}{suffix.format(metric.partition(' (')[0])}")
+                panels.append({"title": name, "loss": metric, "points": points})
     return panels
+
+
+def _drift(found: Aggregate, spec: Spec) -> list[dict]:
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items():
+        series = []
+        for look, members in _series(found, groups):
+            for kind, stream in (("relative_loss", "calibration"), ("held_out_loss", "held out")):
+                points = []
+                for block in range(max((len(record.get("drift") or []) for record in members[0].records), default=0)):
+                    rows = [(record.get("drift") or [])[block : block + 1] for record in members[0].records]
+                    values = [float(row[0][stream]["mean"]) for row in rows if row and "mean" in row[0].get(stream, {})]
+                    values = [value for value in values if math.isfinite(value) and value > 0]
+                    points += [(block, mean_and_std(values)[0])] if values else []
+                if points:
+                    series.append(look | {"kind": kind, "points": points})
+        if any(len(item["points"]) > 1 for item in series):
+            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+    return panels
+
+
+def _draw_drift(axis, panel: dict, handles: dict) -> None:
+    """Mean of ‖h_p - h_d‖² / ‖h_d‖² behind each block; thin with crosses: of held-out windows."""
+    _draw_losses(axis, panel, handles)
+    axis.set(ylabel="drift of the hidden states")
+
+
+def _allocation(found: Aggregate, spec: Spec) -> list[dict]:
+    """Of sweeps in which a run's sparsity is divided among its layers."""
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items():
+        series, divided = [], False
+        for look, members in _series(found, groups):
+            blocks: dict[int, list[tuple[float, float]]] = {}
+            for record in members[0].records:
+                for row in record.get("layers") or []:
+                    size = float(row["shape"][0] * row["shape"][1])
+                    blocks.setdefault(row["block"], []).append((size, float(row["sparsity_target"])))
+            points = []
+            for block, rows in sorted(blocks.items()):
+                levels, weights = [level for _, level in rows], math.fsum(size for size, _ in rows)
+                if weights > 0 and all(map(math.isfinite, levels)):
+                    mean = math.fsum(size * level for size, level in rows) / weights
+                    points.append((block, mean, min(levels), max(levels)))
+            if points:
+                divided |= max(point[3] for point in points) - min(point[2] for point in points) > 1e-3
+                series.append(look | {"points": points})
+        if divided:
+            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+    return panels
+
+
+def _draw_allocation(axis, panel: dict, handles: dict) -> None:
+    """Share of zeros in each block; the band spans its layers."""
+    for item in panel["series"]:
+        colour, marker, style = _look(item)
+        blocks, means, least, most = zip(*item["points"], strict=True)
+        (handle,) = axis.plot(
+            blocks, means, color=colour, linestyle=style, marker=marker, linewidth=1.4, markersize=4,
+            markevery=max(1, len(blocks) // 8),
+        )  # fmt: skip
+        handles.setdefault(item["label"], handle)
+        axis.fill_between(blocks, least, most, color=colour, alpha=0.1, linewidth=0)
+    axis.set(xlabel="block", ylabel="sparsity")
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_seconds(axis, panel: dict, handles: dict) -> None:
@@ -283,7 +394,8 @@ def _draw_seconds(axis, panel: dict, handles: dict) -> None:
             front.append((time, loss))
             lowest = loss
     (handles["Pareto front"],) = axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=2)
-    axis.set(xlabel="seconds", ylabel=panel["loss"].partition(" of ")[0], xscale="log", yscale="log")
+    name = "perplexity" if " perplexity (" in panel["loss"] else panel["loss"].partition(" of ")[0]
+    axis.set(xlabel="seconds", ylabel=name, xscale="log", yscale="log")
     _plain_ticks(axis.xaxis)
     _plain_ticks(axis.yaxis)
 
@@ -296,8 +408,9 @@ def _phases(found: Aggregate, spec: Spec) -> list[dict]:
         bars = []
         for look, members in _series(found, groups):
             phases = [record["phases"] for record in members[0].records]
+            there = [phase for phase in PHASES if phase != "weigh" or any(item.get("weigh_seconds") for item in phases)]
             means = {
-                phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in PHASES
+                phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in there
             }
             if any(means.values()):
                 bars.append(look | {"seconds": means})
@@ -310,7 +423,9 @@ def _draw_phases(axis, panel: dict, handles: dict) -> None:
     names = [bar["label"] for bar in panel["bars"]]
     left = [0.0] * len(names)
     for phase, (colour, hatch) in _PHASES.items():
-        widths = [bar["seconds"][phase] for bar in panel["bars"]]
+        widths = [bar["seconds"].get(phase, 0.0) for bar in panel["bars"]]
+        if not any(phase in bar["seconds"] for bar in panel["bars"]):
+            continue
         bars = axis.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor="#333333", linewidth=0.6)
         handles.setdefault(phase, bars)
         left = [start + width for start, width in zip(left, widths, strict=True)]
@@ -349,4 +464,7 @@ KINDS = {
     "losses": (_losses, _draw_losses),
     "seconds": (_seconds, _draw_seconds),
     "phases": (_phases, _draw_phases),
+    "frontier": (_frontier, _draw_seconds),
+    "drift": (_drift, _draw_drift),
+    "allocation": (_allocation, _draw_allocation),
 }
