@@ -186,7 +186,7 @@ def prune_model(
     if chosen.prunes:
         shapes = linear_shapes(model, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model))
-        fitting = fitting.for_layers(patterns, shapes)
+        fitting = fitting.for_layers(patterns, shapes).for_model(model, patterns)
     fitted_to = build_target(choice_file("target", target)) if isinstance(target, str) else target
     if fitted_to.beside and propagate == "dense":
         raise UserError("target stream makes up for what pruned blocks have lost: give propagate='pruned'")
@@ -195,7 +195,7 @@ def prune_model(
         weighing = build_sensitivity(choice_file("sensitivity", sensitivity))
     divided = build_allocation(choice_file("allocation", allocation)) if isinstance(allocation, str) else allocation
     if patterns:
-        check_weighing(divided, weighing, len(tokens))
+        check_weighing(divided, weighing, len(tokens), fitting)
     job = PruneJob(
         fitting,
         patterns,

@@ -68,6 +68,7 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     inputs = _distinct_inputs(patterns, shapes)
     gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
     solving = sum(settings.solver.flops(*shapes[name]) for name in patterns)
+    solving += sum(settings.solver.block_work(own, tokens)[0] for own in _by_block(patterns, shapes))
     everything = sum(p.numel() for p in skeleton.parameters())
     texts = len(asked.texts)
     evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
@@ -114,6 +115,8 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
             statistics = 4 * sum(width**2 for width in _distinct_inputs(first, shapes))
         copies = _WORKSPACE[Statistics.GRAM if Statistics.GRAM in needed else needed]
         workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
+        tokens = windows.nsamples * windows.seqlen
+        workspace += max(settings.solver.block_work(own, tokens)[1] for own in _by_block(patterns, shapes))
     model_bytes, block_bytes, outside_bytes = weights * size, block * size, outside * size
     streamed, place = streams(settings), None
     if needed:
@@ -139,6 +142,9 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
             for name, pattern in patterns.items()
         )
         disk = [("the saved model", model_bytes - less), ("its dense form while it is packed", dense)]
+    elif settings.save == "shrunk":
+        removed = sum(math.prod(shapes[name]) * pattern.sparsity for name, pattern in patterns.items())
+        disk = [("the saved model", model_bytes - removed * size)]
     elif settings.save:
         disk = [("the saved model", dense)]
     disk += [] if Path(settings.model.source.path).exists() else [("the download", model_bytes)]
@@ -159,6 +165,14 @@ def _distinct_inputs(names, shapes) -> list[int]:
         role = "in" if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") else leaf
         groups[(parent, role)] = shapes[name][1]
     return list(groups.values())
+
+
+def _by_block(patterns: Mapping, shapes: Mapping) -> list[dict[str, tuple[int, int]]]:
+    """Shapes of the pruned layers, block by block."""
+    found: dict[str, dict] = {}
+    for name in patterns:
+        found.setdefault(_block_of(name), {})[name] = shapes[name]
+    return list(found.values())
 
 
 def _block_of(name: str) -> str:

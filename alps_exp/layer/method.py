@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from ..base.errors import UserError
 from ..patterns import Pattern
 from .inputs import Statistics
@@ -20,17 +22,31 @@ class Method:
         selection: the set of weights among which scores compete, as the record states it (unstructured patterns).
         prunes: False for the dense baseline, which leaves the model as it is and needs no loop.
         kinds: the kinds of patterns that it can keep (`Pattern.kind`); None is all.
+        shares: what it knows of the inputs is what other methods collect, so that runs can share it; False where it
+            sends the calibration windows through blocks by itself.
+        structured: whole channels and heads leave, of which the sparsity is the share.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
     selection: ClassVar[str] = "layer"
     prunes: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm"})
+    shares: ClassVar[bool] = True
+    structured: ClassVar[bool] = False
 
     def flops(self, rows: int, width: int) -> float:
         """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
         bandwidth decides."""
         return 0.0
+
+    def block_work(self, shapes: Mapping[str, tuple[int, int]], tokens: int) -> tuple[float, float]:
+        """What a block takes beside its layers' `flops`, for plan=true: floating-point operations, and bytes.
+
+        Args:
+            shapes: layer name → (out, in), of those of the block that are pruned.
+            tokens: to calibrate on.
+        """
+        return 0.0, 0.0
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise UserError unless the method can keep this kind of pattern."""
@@ -52,6 +68,18 @@ class Method:
         """
         for pattern in dict.fromkeys(patterns.values()):
             self.check_pattern(pattern)
+        return self
+
+    def for_model(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> Method:
+        """The method for this model, asked for after `for_layers`, where it must know more than layers' shapes.
+
+        Args:
+            model: the model, or its skeleton on the meta device.
+            patterns: layer name → pattern, for every layer that is to be pruned.
+
+        Raises:
+            UserError: a model that the method cannot prune.
+        """
         return self
 
     def digests(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.checks import one_of
 from ..base.clock import Stopwatch
@@ -93,6 +93,9 @@ class Refitted(Solver):
 
     def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
         return replace(self, method=self.method.for_layers(patterns, shapes))
+
+    def for_model(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> Solver:
+        return replace(self, method=self.method.for_model(model, patterns))
 
     def digests(self) -> dict[str, str]:
         return self.method.digests()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from ..allocation.allocations import Allocation
+from ..allocation.allocations import Allocation, Uniform
 from ..base.errors import UserError
 from ..base.files import sha256
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity, measure_spectra
+from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..patterns import parse_sparsity
 from .job import PruneJob
@@ -17,14 +18,21 @@ from .tools import Tools
 _NAME = "weighing"
 
 
-def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: int) -> None:
-    """Raise UserError for an allocation without what it needs, or more windows than there are.
+def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: int, method: Method) -> None:
+    """Raise UserError for an allocation without what it needs or that the method cannot follow, or more windows than
+    there are.
 
     Args:
         allocation: how the sparsity is divided among layers.
         choice: whether outputs are weighed.
         windows: number of calibration windows.
+        method: that prunes.
     """
+    if method.structured and not isinstance(allocation, Uniform):
+        raise UserError(
+            f"allocation divides the sparsity among layers, and the layers of a block lose together what "
+            f"{type(method).__name__} takes away: give allocation=uniform"
+        )
     if allocation.needs == "gradients" and not choice.used:
         raise UserError(
             "allocation=sensitivity needs gradients of the dense model: give sensitivity=outputs (and "

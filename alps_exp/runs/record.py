@@ -15,6 +15,7 @@ from ..base.errors import UserError
 from ..base.files import read_json, write_json
 from ..base.redaction import redacted
 from ..pruning.rows import LayerRow, PruneResult
+from ..pruning.structured import removed_weights
 
 SCHEMA = 1
 FILE = "record.json"
@@ -31,12 +32,15 @@ class RunRecord:
         calibration: where the tokens came from, and how they were drawn.
         layers: one row per pruned layer.
         summary: layers, weights (in them), block_weights (all parameters of the decoder blocks), share (the former of
-            the latter), sparsity over all pruned weights, mean relative loss, solver seconds.
+            the latter), sparsity over all pruned weights, mean relative loss, solver seconds; of structured pruning
+            `removed`: weights that left with their channels and heads, their share of block_weights, and the share of
+            `channels` and of `heads`.
         phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save;
             peak device and host memory in bytes.
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
         sample: prompt and what the dense and the pruned model make of it.
-        saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed.
+        saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed; bytes dense and
+            shrunk with save=shrunk.
         drift: of every block's output from the dense model's, by stream (target=stream).
         warnings: what was unusual and was handled.
         environment: versions, device, git commit; whether the model was streamed and where its hidden states were.
@@ -106,7 +110,14 @@ def summarise(rows: list[LayerRow], block_weights: int = 0) -> dict:
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     losses = [row.relative_loss for row in rows if row.relative_loss is not None]
     held_out = [row.held_out_loss for row in rows if row.held_out_loss is not None]
-    return {
+    units = [row.stats for row in rows if "unit" in row.stats]
+    removed = removed_weights(rows)
+    found = {"weights": removed, "share": removed / block_weights if block_weights else None}
+    for kind in dict.fromkeys(own["unit"] for own in units):
+        of = [own for own in units if own["unit"] == kind]
+        found[kind] = 1 - sum(own["kept"] for own in of) / sum(own["units"] for own in of)
+    structured = {"removed": found} if units else {}
+    return structured | {
         "layers": len(rows),
         "weights": weights,
         "block_weights": block_weights,

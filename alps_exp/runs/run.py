@@ -247,10 +247,15 @@ def describe(record: RunRecord, directory: Path) -> str:
             + (f"{loss:.4g}" if loss is not None else "not measured")
             + (f", {held_out:.4g} on held-out windows" if held_out is not None else "")
         )
+        if "removed" in record.summary:
+            removed = record.summary["removed"]
+            units = ", ".join(f"{removed[kind]:.1%} of the {kind}" for kind in ("channels", "heads") if kind in removed)
+            lines.append(f"  {units} left, with {removed['share']:.1%} of the blocks' weights")
     lines += [f"  {line}" for line in protocol.describe(record.evaluations)]
     if record.saved:
-        dense, packed = record.saved["dense_bytes"], record.saved["packed_bytes"]
-        lines.append(f"  saved packed: {packed / 1e6:.4g} MB, {packed / dense:.1%} of {dense / 1e6:.4g} MB dense")
+        form = "shrunk" if "shrunk_bytes" in record.saved else "packed"
+        dense, small = record.saved["dense_bytes"], record.saved[f"{form}_bytes"]
+        lines.append(f"  saved {form}: {small / 1e6:.4g} MB, {small / dense:.1%} of {dense / 1e6:.4g} MB dense")
     seconds = {k.removesuffix("_seconds"): v for k, v in record.phases.items() if k.endswith("_seconds")}
     lines.append(f"  {sum(seconds.values()):.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     lines.append(f"  {directory / FILE}")

@@ -34,6 +34,7 @@ from ..pruning.rows import LayerRow
 from ..pruning.store import ProgressStore, write_tensors
 from .record import RunRecord
 from .settings import Settings
+from .shrinking import ShrunkModel
 
 
 def save(
@@ -46,7 +47,8 @@ def save(
 ) -> Path:
     """Write the pruned model as a `transformers` folder (model, tokenizer, record) at `directory`/model.
 
-    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is. The folder
+    With save=packed, the weights are in the form of `packed`, and the record says how much smaller that is; with
+    save=shrunk, the channels and heads that left are not there. The folder
     appears whole or not at all, once what it holds was compared with the model; an earlier one is replaced. That of a
     streamed model is made of the store's shards, without a copy of them where the dtype is the same.
 
@@ -55,6 +57,9 @@ def save(
         RuntimeError: what was written is not the model.
     """
     target, packed = directory / "model", settings.save == "packed"
+    if settings.save == "shrunk":
+        before, model, store = model.size, ShrunkModel(model, settings.patterns), None
+        record.saved = {"format": "shrunk", "dense_bytes": before, "shrunk_bytes": model.size}
     dtype = _saved_dtype(model) if settings.own_dtype else model.model.dtype
     if settings.own_dtype and dtype != (own := getattr(model.model, "own_dtype", dtype)):
         record.warnings.append(

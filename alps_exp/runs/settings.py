@@ -34,8 +34,9 @@ from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
 from .loggers import LoggerSettings
 from .naming import Configuration, plain
+from .shrinking import shrunk_config
 
-SAVE = (False, True, "dense", "packed")
+SAVE = (False, True, "dense", "packed", "shrunk")
 COMPLETE = ("auto", "skip", "renew", "again")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +61,7 @@ class Settings:
         sensitivity: whether gradients of the dense model weigh the outputs.
         allocation: how the sparsity is divided among layers.
         statistics_cache: GB, or "auto".
-        save: False, True or "packed".
+        save: False, True, "packed" or "shrunk".
 
     The others are the configuration's keys of these names.
     """
@@ -155,10 +156,17 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     if prunes:
         shapes = linear_shapes(model.skeleton, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
-        solver = solver.for_layers(patterns, shapes)
-        check_weighing(allocation, sensitivity, cfg["nsamples"])
+        solver = solver.for_layers(patterns, shapes).for_model(model.skeleton, patterns)
+        check_weighing(allocation, sensitivity, cfg["nsamples"], solver)
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
             allocation.allocate(patterns, {name: math.prod(shape) for name, shape in shapes.items()}, Sensitivity())
+    if configuration.content["save"] == "shrunk":
+        if not solver.structured:
+            raise UserError(
+                f"save=shrunk leaves out whole channels and heads, and {cfg['method']['name']} prunes single weights: "
+                "give save=true or save=packed"
+            )
+        shrunk_config(model.skeleton, patterns)
     settings = Settings(
         configuration=configuration,
         model=model,
@@ -229,6 +237,11 @@ def _check_target(cfg: Mapping, target: Target) -> None:
 
 def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: SensitivityChoice) -> None:
     """Refuse what only the block loop does with layers that are solved one by one."""
+    if not method.shares and cfg["statistics_cache"] not in ("auto", 0):
+        raise UserError(
+            f"statistics_cache={cfg['statistics_cache']} shares what methods collect that prune layer by layer, and "
+            f"{cfg['method']['name']} runs blocks by itself: leave it out"
+        )
     if isinstance(method, Solver) or not method.prunes:
         return
     asked = {

@@ -29,7 +29,7 @@ def open_cache(
         in_sweep: whether other runs follow in this process.
     """
     limit = _limit(settings, in_sweep)
-    if not limit or not job.statistics or job.in_order:
+    if not limit or not job.statistics or job.in_order or not job.solver.shares:
         return NoSharing()
     own = _here(settings) | {
         "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
