@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -97,14 +97,19 @@ class Streams:
         """Whether some go through the dense model, or through the pruned one."""
         return bool(self.dense) if dense else bool(self.states.keys() - self.dense)
 
-    def drift(self) -> dict[str, dict[str, float]]:
+    def drift(self, gather: Callable[[list], list] = list) -> dict[str, dict[str, float]]:
         """How far the pruned model's hidden states have come from the dense one's, by stream: of the relative errors
         ‖h_p - h_d‖² / ‖h_d‖² of all tokens, `mean` and `median` of all but each window's first, and `first` the mean of
-        those. Empty where the dense model does not go beside."""
+        those. Empty where the dense model does not go beside.
+
+        Args:
+            gather: gives what all processes have, which divide the calibration windows.
+        """
         found = {}
         for name in self.states:
             if f"{DENSE} {name}" in self.states:
                 errors = self._errors(name)
+                errors = torch.cat(gather([errors])) if name == CALIBRATION else errors
                 rest = errors[:, 1:] if errors.shape[1] > 1 else errors
                 values = {"mean": rest.mean(), "median": rest.median(), "first": errors[:, 0].mean()}
                 found[name] = {key: float(value) for key, value in values.items()}

@@ -149,7 +149,7 @@ class BlockProblem:
                 self._sizes |= self.streams.advance(self.index, module, dense=True)
             self._dense = None
         self._sizes |= self.streams.advance(self.index, self.module, dense=False)
-        drift = self.streams.drift()
+        drift = self.streams.drift(self.tools.team.gather)
         self.watch.lap("propagate")
         if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice
             self._tensors = self._own_tensors()
