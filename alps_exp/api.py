@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .allocation.allocations import Allocation
     from .calibration.sensitivity import SensitivityChoice
     from .methods.target import Target
+    from .pruning.finish import Finish
 
 
 @torch.no_grad()
@@ -102,6 +103,8 @@ def prune_model(
     capture: str = "auto",
     sensitivity: str | SensitivityChoice = "none",
     allocation: str | Allocation = "uniform",
+    finish: str | Finish = "none",
+    held_out: Tensor | None = None,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
@@ -127,6 +130,10 @@ def prune_model(
         capture: which inputs are collected together, "auto", "block" or "groups" (conf/config.yaml).
         sensitivity: whether gradients of the dense model weigh the outputs: "none", "outputs", or a choice.
         allocation: how the sparsity is divided among layers, a name in conf/allocation, or an allocation.
+        finish: which gradients the kept weights follow after that, "none", "block", "distil" or "block+distil"
+            (conf/finish), or a choice; it needs `held_out`.
+        held_out: (windows, seqlen) token ids that are not calibrated on: every layer's loss is measured on them too,
+            and they choose among the weights of finishing.
         include: globs on the names of the layers to prune.
         exclude: globs on the names of layers among them that stay dense.
         layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
@@ -152,6 +159,7 @@ def prune_model(
     from .model.loading import context_length
     from .pruning.job import CAPTURE, PROPAGATE, PruneJob
     from .pruning.loop import prune_blocks
+    from .pruning.method import ModelMethod
     from .pruning.weighing import check_weighing
     from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord
@@ -163,13 +171,13 @@ def prune_model(
     if not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     vocabulary = model.get_input_embeddings().num_embeddings
-    integers = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32)
-    if not integers or tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
-        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UserError(f"tokens must be an integer tensor (windows, seqlen), got {shape}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"tokens must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
-
+    _check_tokens("tokens", tokens, vocabulary)
+    if held_out is not None:
+        _check_tokens("held_out", held_out, vocabulary)
+        if held_out.shape[1] != tokens.shape[1]:
+            raise UserError(
+                f"held_out has windows of {held_out.shape[1]} tokens and tokens of {tokens.shape[1]}: give as many"
+            )
     context = context_length(model.config)
     if context is not None and tokens.shape[1] > context:
         raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
@@ -194,8 +202,12 @@ def prune_model(
     if isinstance(sensitivity, str):
         weighing = build_sensitivity(choice_file("sensitivity", sensitivity))
     divided = build_allocation(choice_file("allocation", allocation)) if isinstance(allocation, str) else allocation
+    finishing = _finish(finish)
     if patterns:
         check_weighing(divided, weighing, len(tokens), fitting)
+        finishing.check(propagate, len(held_out) if held_out is not None else 0, len(tokens))
+        if finishing.block is not None and isinstance(fitting, ModelMethod):
+            raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
     job = PruneJob(
         fitting,
         patterns,
@@ -209,6 +221,8 @@ def prune_model(
         capture=capture,
         sensitivity=weighing,
         allocation=divided,
+        finish=finishing,
+        held_out=held_out,
     )
     record = RunRecord(
         status="complete",
@@ -223,6 +237,7 @@ def prune_model(
             "capture": capture,
             "sensitivity": _described(sensitivity, weighing),
             "allocation": _described(allocation, divided),
+            "finish": {"name": finishing.name} | {k: v for k, v in dataclasses.asdict(finishing).items() if v},
             "layers": {
                 "include": list(selection.include),
                 "exclude": list(selection.exclude),
@@ -314,6 +329,25 @@ def generate_tokens(
             module.training = True
     refuse_repetition(tokens, temperature)
     return tokens
+
+
+def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
+    integers = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32)
+    if not integers or tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UserError(f"{name} must be an integer tensor (windows, seqlen), got {shape}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise UserError(f"{name} must be from 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+
+
+def _finish(asked: str | Finish) -> Finish:
+    from .base.resources import choice_file
+    from .pruning.finish import build_finish
+
+    if not isinstance(asked, str):
+        return asked
+    nodes = [choice_file("finish", name) for name in asked.split("+")]
+    return build_finish({key: value for node in nodes for key, value in node.items()})
 
 
 def _described(asked: object, chosen: object) -> dict:

@@ -27,6 +27,7 @@ class Ladder:
         statistics_on_host: statistics wait in host memory until their layers are solved.
         one_by_one: layers that share an input are solved one after the other.
         passes: into how many passes over the windows the layers of a block are divided.
+        micro: windows per backward pass of a training, once they were reduced.
         notes: what was done where, in words.
     """
 
@@ -35,6 +36,7 @@ class Ladder:
     statistics_on_host: bool = False
     one_by_one: bool = False
     passes: int = 1
+    micro: int | None = None
     notes: list[str] = field(default_factory=list)
 
     # Called with all of them as plain values whenever one is taken; set by who keeps them for later attempts.
@@ -76,6 +78,19 @@ class Ladder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._note(where, measure, streams)
+
+    def for_training(self, where: str, micro: int, streams: Mapping[str, HiddenStates]) -> None:
+        """Remember that a training makes smaller backward passes."""
+        self.micro = micro
+        self._note(where, f"gradients of {micro} {'windows' if micro > 1 else 'window'} at a time", streams)
+
+    def lighter_training(self, where: str, streams: Mapping[str, HiddenStates]) -> str | None:
+        """The next measure when gradients of one window are too much, and which it is; None when there is none left."""
+        there = {name: stream for name, stream in streams.items() if stream.place == "device"}
+        measure = _relieve(there) if there else None
+        if measure is not None:
+            self._note(where, measure, streams)
+        return measure
 
     def take_over(self, where: str, streams: Mapping[str, HiddenStates]) -> None:
         """Account for the measures that the hidden states took by themselves while `where` was at work."""

@@ -218,7 +218,18 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
     if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
         raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
     _refuse_foreign_keys(cfg, words, config_name)
-    for group in ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "eval", "logger"):
+    for group in (
+        "model",
+        "data",
+        "method",
+        "sparsity",
+        "target",
+        "sensitivity",
+        "allocation",
+        "finish",
+        "eval",
+        "logger",
+    ):
         if not isinstance(cfg.get(group), DictConfig):
             raise UserError(f"{group} is not set: choose one, as in {group}=NAME (--help lists them)")
     for key in cfg:
@@ -293,7 +304,8 @@ def _refuse_additions(words: list[str], config_name: str) -> None:
 
 
 def _refuse_lists_and_deletions(words: list[str]) -> None:
-    """Hydra merges several choices of a group into one, and lets a key go that every run needs."""
+    """Hydra merges several choices of a group into one, which only those of finish mean, and lets a key go that every
+    run needs."""
     from .explain import is_choice, is_group
 
     for override in OverridesParser.create().parse_overrides(words):
@@ -303,6 +315,8 @@ def _refuse_lists_and_deletions(words: list[str]) -> None:
         if override.is_delete() and not is_group(override):
             raise UserError(f"{line} is not allowed: every run needs {key}; give {key}=VALUE, or leave it out")
         if not override.is_sweep_override() and is_choice(override) and isinstance(override.value(), list):
+            if key == "finish" and override.value() and all(isinstance(value, str) for value in override.value()):
+                continue
             values = ",".join(map(str, override.value()))
             raise UserError(f"{line} is a list, and a run has one {key}: -m {key}={values} runs each of them")
 

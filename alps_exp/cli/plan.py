@@ -94,6 +94,8 @@ def _passes(settings: Settings, needed: Statistics) -> float:
         return 0
     if settings.target.beside:
         return 5.5
+    if settings.finish.block is not None:
+        return 3
     if settings.capture == "groups":
         return 3
     return 1 if settings.propagate == "dense" else 2

@@ -48,7 +48,7 @@ def generated_tokens(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> tuple[torch.LongTensor, dict]:
-    """Windows that the model has written, those to hold out last, and their description for the record.
+    """Windows that the model has written, those to hold out behind the first and fresh ones last, and their description for the record.
 
     Args:
         asked: `asked.data` says how to sample.
@@ -59,7 +59,7 @@ def generated_tokens(
         dtype: of its weights, as it was asked for.
 
     Returns:
-        Tokens (nsamples + holdout, seqlen), no two windows alike, and their description.
+        Tokens (nsamples + holdout + fresh, seqlen), no two windows alike, and their description.
 
     Raises:
         UserError: prompts that fill a window, bad logits, windows that repeat, too little memory or disk.
@@ -76,7 +76,7 @@ def generated_tokens(
         "seqlen": seqlen,
     }
     parts = []
-    for purpose, count in (("calibration", asked.nsamples), ("held-out", data.holdout)):
+    for purpose, count in (("calibration", asked.nsamples), ("held-out", data.holdout), ("fresh", asked.fresh)):
         if not count:
             continue
         seed = sha256(f"{purpose} {asked.seed}")
@@ -96,6 +96,7 @@ def generated_tokens(
         "sampling": "generated",
         "protocol": f"sampled with transformers' generate, {data.batch_size} at a time",
         **({"held_out_windows": data.holdout} if data.holdout else {}),
+        **({"fresh_windows": asked.fresh} if asked.fresh else {}),
         "partial": False,
         "prompts": list(data.prompts),
         "sha256": sha256(tokens.numpy().tobytes())[:16],

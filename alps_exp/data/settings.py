@@ -124,13 +124,15 @@ class GeneratedSettings(DataSettings):
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The windows to calibrate on, as `windows.calibration_tokens` takes them; `data.holdout` more are held out."""
+    """The windows to calibrate on, as `windows.calibration_tokens` takes them; `data.holdout` more are held out, and
+    `fresh` more are for a training that wants more text."""
 
     data: DataSettings
     nsamples: int
     seqlen: int
     seed: int
     bos: str | bool
+    fresh: int = 0
 
 
 def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -30,6 +30,7 @@ def calibration_tokens(
     seqlen: int,
     seed: int,
     holdout: int = 0,
+    fresh: int = 0,
     bos: str | bool = "auto",
     vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
@@ -45,12 +46,13 @@ def calibration_tokens(
             of N, the windows of the joined text are dealt out to the seeds 0 to N - 1: none is in two seeds' windows.
         holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
             windows before them are the same with and without.
+        fresh: still more windows of the same kind, after those.
         bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
             as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
         vocabulary: ids that the model has an embedding for; None is unknown.
 
     Returns:
-        Tokens (nsamples + holdout, seqlen), and their description for the record.
+        Tokens (nsamples + holdout + fresh, seqlen), and their description for the record.
 
     Raises:
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
@@ -69,7 +71,7 @@ def calibration_tokens(
             f"data.sampling=concatenated"
         )
     if sampling == "documents" or (sampling == "auto" and long >= nsamples):
-        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data.name)
+        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
         facts = {
             "sampling": "documents",
             "documents": used,
@@ -78,7 +80,7 @@ def calibration_tokens(
         }
     else:
         part = slice(seed if parts > 1 else 0, None, parts)
-        rows, used, available = _from_stream(text, encoder, nsamples, generator, data.name, holdout, part)
+        rows, used, available = _from_stream(text, encoder, nsamples, generator, data.name, holdout, part, fresh)
         facts = {
             "sampling": "concatenated",
             "documents": used,
@@ -89,6 +91,8 @@ def calibration_tokens(
     description = _description(data, text, encoder, nsamples) | facts
     if holdout:
         description["held_out_windows"] = holdout
+    if fresh:
+        description["fresh_windows"] = fresh
     description |= {"partial": False, "documents_available": _holding_text(text.documents), "seed": seed}
     return _known(rows, encoder, vocabulary, f"data={data.name}: the calibration text"), description
 
@@ -200,12 +204,18 @@ class Encoder:
 
 
 def _from_documents(
-    text: Text, encoder: Encoder, nsamples: int, generator: random.Random, holdout: int, name: str
+    text: Text,
+    encoder: Encoder,
+    nsamples: int,
+    generator: random.Random,
+    holdout: int,
+    name: str,
+    fresh: int = 0,
 ) -> tuple[list, int]:
     """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
 
-    A document may be drawn twice, as there. At least one document must be longer than a window. Held-out windows come
-    from documents that are neither among those nor copies of one.
+    A document may be drawn twice, as there. At least one document must be longer than a window. Held-out and
+    fresh windows come from documents that are neither among those nor copies of one.
     """
     rows: list[list[int]] = []
     used: set[int] = set()
@@ -220,22 +230,29 @@ def _from_documents(
         if ids is not None:
             rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
             used.add(index)
-    seen = {text.documents[index] for index in used} if holdout else set()
+    more = holdout + fresh
+    seen = {text.documents[index] for index in used} if more else set()
     others = [index for index, document in enumerate(text.documents) if document not in seen]
-    for index in generator.sample(others, len(others)) if holdout else ():
+    for index in generator.sample(others, len(others)) if more else ():
         document = text.documents[index]
         ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
         if len(ids) > encoder.payload:
             rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
-        if len(rows) == nsamples + holdout:
+        if len(rows) == nsamples + more:
             break
-    if len(rows) < nsamples + holdout:
-        raise _too_short(name, "held-out", len(rows) - nsamples, holdout, encoder.seqlen, "data.holdout")
+    _enough(name, len(rows) - nsamples, holdout, fresh, encoder.seqlen)
     return rows, len(used)
 
 
 def _from_stream(
-    text: Text, encoder: Encoder, nsamples: int, generator: random.Random, name: str, holdout: int, part: slice
+    text: Text,
+    encoder: Encoder,
+    nsamples: int,
+    generator: random.Random,
+    name: str,
+    holdout: int,
+    part: slice,
+    fresh: int = 0,
 ) -> tuple[list, int, int]:
     """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there.
 
@@ -251,9 +268,9 @@ def _from_stream(
     if available < nsamples:
         raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
     picks = generator.sample(windows, nsamples)
-    if available - nsamples < holdout:
-        raise _too_short(name, "held-out", available - nsamples, holdout, encoder.seqlen, "data.holdout")
+    _enough(name, available - nsamples, holdout, fresh, encoder.seqlen)
     picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
+    picks += generator.sample(sorted(set(windows) - set(picks)), fresh) if fresh else []
     return [encoder.window(ids, pick * encoder.payload) for pick in picks], _holding_text(documents), total
 
 
@@ -295,6 +312,14 @@ def _known(rows: list[list[int]], encoder: Encoder, vocabulary: int | None, what
 def _at_least_one(key: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{key}={value} is not allowed: give a whole number from 1")
+
+
+def _enough(name: str, available: int, holdout: int, fresh: int, seqlen: int) -> None:
+    """Raise UserError unless so many windows are there beside the calibration windows."""
+    if available < holdout:
+        raise _too_short(name, "held-out", available, holdout, seqlen, "data.holdout")
+    if available - holdout < fresh:
+        raise _too_short(name, "fresh", available - holdout, fresh, seqlen, "finish.distil.windows")
 
 
 def _too_short(name: str, purpose: str, available: int, asked: int, seqlen: int, key: str) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -120,6 +120,26 @@ class HiddenStates:
         """The hidden states of some windows on the device."""
         self._model.know_calls(self._tokens[begin:end])
         return self._states[begin:end].to(self._model.device, self._dtype, non_blocking=True)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens in a window."""
+        return self._tokens.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Entries of a hidden state."""
+        return self._states.shape[-1]
+
+    def take(self, numbers: Sequence[int]) -> Tensor:
+        """The hidden states of the windows of these numbers on the device."""
+        rows = torch.as_tensor(numbers)
+        self._model.know_calls(self._tokens[rows])
+        picked = self._states[rows.to(self._states.device)]
+        return picked.to(self._model.device, self._dtype, non_blocking=True)
 
     def _size_at(self, begin: int) -> int:
         """Size of the batch that begins at a window."""

@@ -44,6 +44,7 @@ class BlockProblem:
         watched: somebody's hooks or replaced forwards see its modules run, so that no forward may be cut short.
         writers: those of them whose outputs are added to the residual stream, where a target asks for it.
         cached: its statistics were another run's.
+        finished: what its finishing did (`Training`); empty without.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class BlockProblem:
         )
         self.watch = watch
         self.cached = False
+        self.finished: dict = {}
         self._sizes: dict[str, list[int]] = {}
         self._settled = settled
         self._solved: list[Solved] = []
@@ -87,7 +89,7 @@ class BlockProblem:
         if self._changing:
             return
         self._changing = True
-        if self.job.target.beside:
+        if self.job.beside:
             self._dense = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
         else:
             self._sizes |= self.streams.advance(self.index, self.module, dense=True)
@@ -106,6 +108,14 @@ class BlockProblem:
         finally:
             for name, parameter in self.module.named_parameters():
                 parameter.data = pruned[name]
+
+    def advance_dense(self) -> None:
+        """Bring the dense model's hidden states behind the block now; its dense weights are of no use afterwards."""
+        self.begin_changing()
+        if self._dense is not None:
+            with self.dense() as module:
+                self._sizes |= self.streams.advance(self.index, module, dense=True)
+            self._dense = None
 
     def solved(self, name: str, inputs: Inputs, solution: Solution, seconds: float = 0.0) -> Solved:
         """What a method of block scope hands to `settle` for one layer.
@@ -143,17 +153,13 @@ class BlockProblem:
         rows = sorted(self.tools.team.gather(self._rows + late), key=lambda row: order[row.name])
         self._solved.clear()
         self.watch.lap("solve")
-        self.begin_changing()
-        if self._dense is not None:
-            with self.dense() as module:
-                self._sizes |= self.streams.advance(self.index, module, dense=True)
-            self._dense = None
+        self.advance_dense()
         self._sizes |= self.streams.advance(self.index, self.module, dense=False)
         drift = self.streams.drift(self.tools.team.gather)
         self.watch.lap("propagate")
         if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice
             self._tensors = self._own_tensors()
-        return FinishedBlock(rows, self.watch.seconds, self._sizes, drift)
+        return FinishedBlock(rows, self.watch.seconds, self._sizes, drift, self.finished)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the store is given of a finished block, in host memory; nothing in a process that does not write."""

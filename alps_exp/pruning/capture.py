@@ -189,7 +189,7 @@ def _error(dense: Addition, pruned: Addition) -> Tensor:
 
 def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
     """The same groups with the Gram matrix of the held-out windows, where there are such."""
-    if block.streams.held_out is None:
+    if block.streams.held_out is None or not block.job.losses:
         return groups
     leaders = {names[0]: block.layers[names[0]].module for names, _ in groups}
     collector = Collector(leaders, Statistics.GRAM)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..allocation.allocations import Allocation, Uniform
+from ..allocation.allocations import Allocation, Uniform, block_of
 from ..allocation.selection import Selection
 from ..calibration.sensitivity import SensitivityChoice
 from ..layer.inputs import Statistics
 from ..layer.method import Method
 from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
+from .finish import Finish
 
 PROPAGATE = ("pruned", "dense")
 CAPTURE = ("auto", "block", "groups")
@@ -39,6 +40,8 @@ class PruneJob:
             compares with the dense model, otherwise the block.
         allocation: how the sparsity is divided among layers.
         sensitivity: whether gradients of the dense model weigh the outputs.
+        finish: which gradients the kept weights follow after that.
+        fresh: (windows, seqlen) text to distil on beside the calibration windows.
         rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
 
@@ -55,7 +58,19 @@ class PruneJob:
     capture: str = "auto"
     allocation: Allocation = field(default_factory=Uniform)
     sensitivity: SensitivityChoice = field(default_factory=SensitivityChoice)
+    finish: Finish = field(default_factory=Finish)
+    fresh: Tensor | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> bool:
+        """Whether the dense model's hidden states go through the blocks beside those of the pruned one."""
+        return self.target.beside or self.finish.block is not None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks have layers to prune."""
+        return len({block_of(name) for name in self.patterns})
 
     @property
     def in_order(self) -> bool:

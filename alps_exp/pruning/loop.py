@@ -18,6 +18,9 @@ from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.structure import blocks_of, count
 from .block import BlockProblem
+from .distil import Teacher, distil
+from .finish import Finish
+from .finish_block import FinishBlock
 from .job import PruneJob
 from .method import ModelMethod
 from .rows import PruneResult
@@ -25,6 +28,8 @@ from .stages import Solve, Stage
 from .store import FinishedBlock
 from .tools import Tools
 from .weighing import weighed
+
+_UNFINISHED = Finish()
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,16 @@ class BlockLoop(ModelMethod):
 
 def _open(model: BlockModel, job: PruneJob, tools: Tools) -> Streams:
     """The hidden states before the first block, where any block needs them."""
-    indices = blocks_of(job.patterns, model.prefix) if job.statistics else []
+    beside = job.beside
+    indices = blocks_of(job.patterns, model.prefix) if job.statistics or beside else []
     unfinished = [index for index in indices if index >= len(tools.store.finished)]
-    last = max((index for index in unfinished if not tools.sharing.holds(index)), default=-1)
+    last = max((index for index in unfinished if beside or not tools.sharing.holds(index)), default=-1)
     if last < 0:
         return Streams(model, tools.ladder)
     windows = {CALIBRATION: tools.team.windows(job.tokens)}
     windows |= {HELD_OUT: job.held_out} if job.held_out is not None else {}
     # Beside the dense model, windows go through the last block too, to tell how far the two have come apart.
-    blocks, beside = last + 1 + job.target.beside, job.target.beside
+    blocks = last + 1 + beside
     return Streams.open(model, windows, job.batch_size, blocks, tools.ladder, job.propagate, beside)
 
 
@@ -106,11 +112,17 @@ def _replay(model: BlockModel, index: int, done: FinishedBlock, streams: Streams
             streams.advance(index, module, dense=False)
 
 
-def lifted(method: Method) -> ModelMethod:
-    """The method that prunes a whole model by this one: itself, or a block loop whose stage it is or is called by."""
+def lifted(method: Method, finish: Finish = _UNFINISHED) -> ModelMethod:
+    """The method that prunes a whole model by this one: itself, or a block loop whose stage it is or is called by.
+
+    Args:
+        method: of any scope.
+        finish: what is done to each block after that.
+    """
     if isinstance(method, ModelMethod):
         return method
-    return BlockLoop((method if isinstance(method, Stage) else Solve(),))
+    after = (FinishBlock(finish.block),) if finish.block is not None else ()
+    return BlockLoop((method if isinstance(method, Stage) else Solve(), *after))
 
 
 def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -> PruneResult:
@@ -123,13 +135,17 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     if model.source is None:
         check_weights(model.model, job.patterns)
     watch = Stopwatch(model.device)
+    teacher = Teacher(model, job, tools) if job.finish.distil is not None else None
+    watch.lap("teach")
     job = weighed(model, job, tools)
     watch.lap("weigh")
-    result = lifted(job.solver).run(model, job, tools)
+    result = lifted(job.solver, job.finish).run(model, job, tools)
     result.block_weights = count(model.blocks.parameters())
     if job.sensitivity.used or job.allocation.needs != "nothing":
-        result.add_seconds(watch.seconds)
+        result.add_seconds({"weigh": watch.seconds["weigh"]})
     result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
+    if teacher is not None:
+        distil(model, job, tools, teacher, result)
     if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
         result.notes.append("the allocation leaves N:M sparsity the same in every layer")
     return result

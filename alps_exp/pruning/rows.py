@@ -81,12 +81,14 @@ class FinishedBlock:
         sizes: windows of each forward through it by the name of the stream, by which its output is made again; empty
             without forwards.
         drift: of its output from the dense model's, by stream (`Streams.drift`); empty where that does not go beside.
+        finish: what its finishing did (`training.Training`) with its seconds and tokens; empty without.
     """
 
     rows: list[LayerRow]
     seconds: dict[str, float]
     sizes: dict[str, list[int]] = field(default_factory=dict)
     drift: dict[str, dict[str, float]] = field(default_factory=dict)
+    finish: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -103,6 +105,7 @@ class PruneResult:
         cached_passes: passes over the dense model whose results were those of another run.
         block_weights: all parameters of the decoder blocks, pruned or not.
         drift: of each block's output from the dense model's, where that goes beside.
+        finish: what finishing did: `blocks`, a training per block, and `distil`, that of the model.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
@@ -114,12 +117,15 @@ class PruneResult:
     cached_passes: list[str] = field(default_factory=list)
     block_weights: int = 0
     drift: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    finish: dict = field(default_factory=dict)
 
     def add(self, done: FinishedBlock) -> None:
         """Account for a finished block."""
         self.layers += done.rows
         self.block_seconds.append(sum(done.seconds.values()))
         self.drift += [done.drift] if done.drift else []
+        if done.finish:
+            self.finish.setdefault("blocks", []).append(done.finish)
         self.add_seconds(done.seconds)
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:

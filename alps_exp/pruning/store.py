@@ -160,6 +160,10 @@ class ProgressStore:
             return None
         return load_file(file), body["text"]
 
+    def file(self, name: str) -> Path:
+        """Where something else may be kept as long as the run is not complete."""
+        return self.folder / name
+
     def clear(self) -> None:
         """Remove all of it."""
         self.finished = []
@@ -183,7 +187,7 @@ class ProgressStore:
         if journal is None or not shard.is_file() or file_sha256(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
-        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal["drift"])
+        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal["drift"], journal["finish"])
 
 
 class NoStore:
@@ -207,6 +211,9 @@ class NoStore:
 
     def recall(self, name: str) -> None:
         """Nothing is kept."""
+
+    def file(self, name: str) -> None:
+        """Nowhere."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ NEUTRAL = {
     "target": {"name": "layer"},
     "sensitivity": {"name": "none"},
     "allocation": {"name": "uniform"},
+    "finish": {"name": "none"},
     "capture": "auto",
 }
 
@@ -124,6 +125,8 @@ def canonical(cfg: Mapping) -> dict:
         content["eval"]["task_source"] = _absolute(source)
     if "path" in content.get("allocation", {}):
         content["allocation"]["path"] = _absolute(content["allocation"]["path"])
+    if "finish" in content:
+        content["finish"] = _canonical_finish(content["finish"])
     for key, fields in _float_fields(content).items():
         content[key] |= {k: float(v) for k, v in content[key].items() if k in fields and type(v) is int}
     if content["save"] == "dense":
@@ -135,6 +138,19 @@ def canonical(cfg: Mapping) -> dict:
     if isinstance(layers["sparsity"], Mapping):
         layers["sparsity"] = {name: _level(value) for name, value in layers["sparsity"].items()}
     return content
+
+
+def _canonical_finish(node: Mapping) -> dict:
+    """With the name of all stages, of which Hydra gives the last one's, and whole numbers as floats."""
+    from ..pruning.finish import STAGES, build_finish
+
+    finish = build_finish(node)
+    found: dict = {"name": finish.name}
+    for stage in (stage for stage in STAGES if stage in node):
+        floats = {field.name for field in dataclasses.fields(getattr(finish, stage)) if "float" in str(field.type)}
+        pairs = node[stage].items()
+        found[stage] = {k: float(v) if k in floats and type(v) is int else v for k, v in pairs}
+    return found
 
 
 def _absolute(path) -> str | None:

@@ -20,6 +20,7 @@ from ..calibration.sharing import NoPasses, NoSharing
 from ..checkpoints.hub import first_line
 from ..evaluation import perplexity, protocol
 from ..model import loading
+from ..pruning.distil import refuse_streamed
 from ..pruning.job import PruneJob
 from ..pruning.loop import prune_blocks
 from ..pruning.store import NoStore, ProgressStore, locked
@@ -31,7 +32,7 @@ from .provenance import environment, identity, inputs_of, peak_memory
 from .record import FILE, RunRecord
 from .saving import rehearse, save
 from .settings import Settings, resolve
-from .workspace import Workspace
+from .workspace import Workspace, streams
 
 
 def run(
@@ -107,6 +108,8 @@ def run(
 def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: Workspace) -> ProgressStore | None:
     """All of a run but its record's last word; hands back the finished blocks, for which there is no use any more."""
     device, asked = settings.device, settings.evaluation
+    if settings.finish.distil is not None:
+        refuse_streamed(streams(settings, 2 if workspace.keep else 1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     record.environment = environment(device)
@@ -187,10 +190,11 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
 
     Args:
         settings: the run's.
-        tokens: (nsamples + data.holdout, seqlen) windows to calibrate on, then those to hold out.
+        tokens: (nsamples + data.holdout + fresh, seqlen) windows to calibrate on, those to hold out, and those of fresh
+            text to distil on.
         quiet: no progress.
     """
-    count = settings.calibration.nsamples
+    count, more = settings.calibration.nsamples, settings.calibration.data.holdout
     return PruneJob(
         solver=settings.solver,
         patterns=settings.patterns,
@@ -199,12 +203,14 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
         batch_size=settings.batch_size,
         propagate=settings.propagate,
         losses=settings.losses,
-        held_out=tokens[count:] if len(tokens) > count else None,
+        held_out=tokens[count : count + more] if more else None,
         quiet=quiet,
         target=settings.target,
         capture=settings.capture,
         sensitivity=settings.sensitivity,
         allocation=settings.allocation,
+        finish=settings.finish,
+        fresh=tokens[count + more :],
     )
 
 

@@ -29,7 +29,10 @@ from ..model.hidden import PLACES
 from ..model.loading import ModelSettings
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
+from ..pruning.distil import refuse_streamed
+from ..pruning.finish import Finish, build_finish
 from ..pruning.job import CAPTURE, PROPAGATE
+from ..pruning.method import ModelMethod
 from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
 from .loggers import LoggerSettings
@@ -60,6 +63,7 @@ class Settings:
         target: what the layers are fitted to.
         sensitivity: whether gradients of the dense model weigh the outputs.
         allocation: how the sparsity is divided among layers.
+        finish: which gradients the kept weights follow after that.
         statistics_cache: GB, or "auto".
         save: False, True, "packed" or "shrunk".
 
@@ -85,6 +89,7 @@ class Settings:
     capture: str
     sensitivity: SensitivityChoice
     allocation: Allocation
+    finish: Finish
     stream: str | bool
     hidden_states: str
     resumable: bool
@@ -136,10 +141,11 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     if cfg["stream"] is True and not cfg["resumable"] and prunes:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
     target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
-    allocation = build_allocation(cfg["allocation"])
+    allocation, finish = build_allocation(cfg["allocation"]), build_finish(cfg["finish"])
     configuration = Configuration.of(cfg)
     _check_target(cfg, target)
     _check_scope(cfg, configuration.solver, target, sensitivity)
+    _check_finish(cfg, configuration.solver, finish)
     resume.check(configuration, cfg["resume"], cfg["resumable"])
     device = parse_device(cfg["device"])
     logger = loggers.resolve(cfg["logger"]) if whole else None
@@ -170,7 +176,9 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     settings = Settings(
         configuration=configuration,
         model=model,
-        calibration=CalibrationSettings(data, cfg["nsamples"], cfg["seqlen"], cfg["seed"], cfg["model"]["bos"]),
+        calibration=CalibrationSettings(
+            data, cfg["nsamples"], cfg["seqlen"], cfg["seed"], cfg["model"]["bos"], finish.fresh(cfg["nsamples"])
+        ),
         evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
         solver=solver,
         selection=selection,
@@ -183,6 +191,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         capture=cfg["capture"],
         sensitivity=sensitivity,
         allocation=allocation,
+        finish=finish,
         save=configuration.content["save"],
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
@@ -198,7 +207,7 @@ def _check_values(cfg: Mapping) -> None:
         require(key, cfg[key], int, low, float("inf"))
     together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
-    if cfg["data"]["holdout"] and not cfg["losses"]:
+    if cfg["data"]["holdout"] and not cfg["losses"] and cfg["finish"]["name"] == "none":
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
@@ -256,6 +265,23 @@ def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: Sens
                 f"{words} goes with methods that prune layer by layer, and {cfg['method']['name']} prunes blocks or "
                 "the model as a whole: leave it out"
             )
+
+
+def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
+    if finish.name == "none":
+        return
+    if not method.prunes:
+        raise UserError(f"finish={finish.name} finishes what was pruned, and method=dense prunes nothing: leave it out")
+    finish.check(cfg["propagate"], cfg["data"]["holdout"], cfg["nsamples"])
+    if finish.distil is not None:
+        refuse_streamed(cfg["stream"] is True)
+    if finish.block is not None and isinstance(method, ModelMethod):
+        raise UserError(
+            f"finish=block is a stage of the block loop, and {cfg['method']['name']} prunes the model as a whole: give "
+            "finish=distil"
+        )
+    if finish.block is not None and cfg["devices"] > 1:
+        raise UserError(f"finish=block trains a block on one device: give devices=1 instead of {cfg['devices']}")
 
 
 def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:

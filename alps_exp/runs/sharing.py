@@ -38,7 +38,9 @@ def open_cache(
     identity = {name: value for name, value in same.items() if name != "configuration"} | own
     place, dense = directory.parent / FOLDER, job.propagate == "dense"
     try:
-        return StatisticsCache(place, identity, dense, job.statistics, job.held_out is not None, 1e9 * limit)
+        return StatisticsCache(
+            place, identity, dense, job.statistics, job.held_out is not None and job.losses, 1e9 * limit
+        )
     except OSError as error:
         _warn(f"statistics are not shared with other runs: {error}")
         return NoSharing()

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -58,7 +59,9 @@ def _work(asked: dict) -> dict:
     same = identity(settings, team.device, model.model.dtype, tokens)
     store = open_store(directory, same) if team.leads else ProgressStore(directory, same, writes=False)
     store.finished = team.tell(store.finished)
-    prune_blocks(model, job_of(settings, tokens, quiet=not team.leads), Tools(store, team=team))
+    job = job_of(settings, tokens, quiet=not team.leads)
+    job = replace(job, finish=replace(job.finish, distil=None))  # what follows is one process's
+    prune_blocks(model, job, Tools(store, team=team))
     team.leave()
     return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
 

@@ -47,7 +47,8 @@ class Workspace:
         return self._tokenizers[source]
 
     def calibration(self, settings: Settings) -> tuple[Tensor, dict]:
-        """Calibration windows (nsamples + data.holdout, seqlen), those to hold out last, and where they came from."""
+        """Calibration windows (nsamples + data.holdout + fresh, seqlen), those to hold out behind the first, those of
+        fresh text for a distillation last, and where they came from."""
         asked = settings.calibration
         key = settings.model.source, asked, settings.device, settings.dtype
         if key not in self._texts and isinstance(asked.data, GeneratedSettings):
@@ -65,6 +66,7 @@ class Workspace:
                 self.tokenizer(settings),
                 nsamples=asked.nsamples,
                 holdout=asked.data.holdout,
+                fresh=asked.fresh,
                 seqlen=asked.seqlen,
                 seed=asked.seed,
                 bos=asked.bos,

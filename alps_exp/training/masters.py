@@ -24,8 +24,8 @@ class Masters:
         trained: name of a weight in the module → its mask, of the same shape, or None: all of its entries are trained.
 
     Attributes:
-        values: name → float32 parameter: (kept,) of a masked weight, the weight's own shape otherwise. A float32 weight
-            without mask is its own master.
+        values: name → parameter in float32, or float64 where the weight is: (kept,) of a masked weight, of the weight's
+            own shape otherwise. A weight without mask that is not in half precision is its own master.
     """
 
     def __init__(self, module: nn.Module, trained: Mapping[str, Tensor | None]) -> None:
@@ -46,7 +46,7 @@ class Masters:
                     continue
             self._weights[name], self._indices[name] = weight, index
             taken = weight.data if index is None else weight.data.view(-1).index_select(0, index)
-            self.values[name] = nn.Parameter(taken.float())
+            self.values[name] = nn.Parameter(taken.to(torch.promote_types(taken.dtype, torch.float32)))
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -75,7 +75,7 @@ class Masters:
             gradient, weight.grad = weight.grad, None
             gradient = gradient if index is None else gradient.reshape(-1).index_select(0, index)
             if value.grad is None:
-                value.grad = gradient.to(torch.float32, copy=True)
+                value.grad = gradient.to(value.dtype, copy=True)
             else:
                 value.grad.add_(gradient)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..base.errors import UserError
 from ..base.files import replacing
 from ..base.progress import Progress
+from .casting import cast
 from .masters import Masters
 from .optimisers import optimiser
 from .recipe import Recipe
@@ -97,6 +99,8 @@ class Trainer:
         file: for checkpoints; what an earlier attempt of the same training has left there is gone on from, to the same
             bits on the same device. It is removed by the one who has kept the result.
         companions: what is added to each step.
+        working: dtype of weights → another that the module computes in meanwhile; the masters are made of the weights
+            as they are.
         lighter: takes the next measure when one window at a time is too much for the device, and says which; None when
             there is none left.
         shrunk: called with the windows per backward pass whenever they become fewer.
@@ -115,6 +119,7 @@ class Trainer:
         quiet: bool = False,
         file: Path | None = None,
         companions: Sequence[Companion] = (),
+        working: Mapping[torch.dtype, torch.dtype] = MappingProxyType({}),
         lighter: Callable[[], str | None] = lambda: None,
         shrunk: Callable[[int], None] = lambda micro: None,
     ) -> None:
@@ -124,6 +129,7 @@ class Trainer:
         self.recipe, self.label = recipe, label
         self._loss, self._windows, self._held_out = loss, windows, held_out
         self._quiet, self._file, self._companions = quiet, file, companions
+        self._module, self._working = module, working
         self._lighter, self._shrunk = lighter, shrunk
         values = self.masters.values.values()
         self.device = next(iter(values)).device
@@ -142,15 +148,15 @@ class Trainer:
         Raises:
             UserError: a loss that is not finite, or too little device memory for one window.
         """
-        self._restore()
-        self._start = time.perf_counter() - self._done.seconds
-        with self.masters.gathering(), _repeatable():
+        with self.masters.gathering(), cast(self._module, self._working), _repeatable():
+            self._restore()
+            self._start = time.perf_counter() - self._done.seconds
             if not self._done.curve:
                 self._look(0)
             self._train()
         if self._held_out:
             self.masters.load(self._best)
-            self.masters.write()
+        self.masters.write()
         self.masters.check_zeros(self.label)
         done = self._done
         done.seconds, done.micro = self._seconds(), self.micro

@@ -17,7 +17,7 @@ from alps_exp.model import loading
 from alps_exp.runs.settings import resolve
 
 CONF = resource_root() / "conf"
-GROUPS = ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "eval", "logger")
+GROUPS = ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "finish", "eval", "logger")
 CHOICES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 SWEEPS = sorted((resource_root() / "sweeps").glob("*.yaml"))
 # Values that only the user can know.

@@ -1,0 +1,234 @@
+"""Distillation: all kept weights together follow gradients towards the dense model's next-token distributions.
+
+Per token, with p the dense model's distribution and q the pruned one's, the loss is KL(p ‖ q). The dense model is not
+there any more by then, and need not be: what lies behind its last block is kept, some bytes per token, and its own norm
+and head, which are never pruned, make the distributions of it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..base.clock import Stopwatch
+from ..base.errors import UserError
+from ..base.progress import Progress
+from ..calibration.ladder import naming_the_step
+from ..model.blocks import BlockModel
+from ..model.hidden import HiddenStates
+from ..model.layers import Layer
+from ..model.structure import block_linears
+from ..training.losses import divergence
+from ..training.trainer import Trainer
+from .finish import Distillation
+from .job import PruneJob
+from .rows import PruneResult
+from .tools import Tools
+
+_FILE = "distil.pt"
+
+
+class Teacher:
+    """What the dense model makes of the windows, behind its last block. To be made before anything is pruned.
+
+    Args:
+        model: the dense model.
+        job: what is asked.
+        tools: what a model method works with.
+
+    Attributes:
+        tokens: (windows, seqlen) those to train on, then the held-out ones.
+        windows, held_out: how many of each.
+        states: their hidden states.
+        seconds: that it took.
+
+    Raises:
+        UserError: a model that is not in memory, or too large for the device.
+    """
+
+    def __init__(self, model: BlockModel, job: PruneJob, tools: Tools) -> None:
+        refuse_streamed(model.source is not None)
+        _check_memory(model, job)
+        fresh = job.fresh if job.fresh is not None else job.tokens[:0]
+        self.tokens = torch.cat([job.tokens, fresh, job.held_out])
+        self.held_out = len(job.held_out)
+        self.windows = len(self.tokens) - self.held_out
+        watch = Stopwatch(model.device)
+        with naming_the_step("the dense model's forward (finish=distil)"):
+            self.states = HiddenStates(model, self.tokens, job.batch_size, tools.ladder.place)
+            for index in Progress(range(len(model)), "dense forward for the distillation", quiet=job.quiet):
+                with model.block(index, changing=False) as block:
+                    self.states.advance(model, index, block)
+        self.seconds = watch.lap("distil")
+
+
+def refuse_streamed(streamed: bool) -> None:
+    """Raise UserError if the blocks are read from files one at a time."""
+    if streamed:
+        raise UserError(
+            "finish=distil trains all blocks at once and needs the model in memory, and this one is read from its "
+            "files block by block: give finish=block, or stream=false on a machine with more memory"
+        )
+
+
+def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, result: PruneResult) -> None:
+    """Train the pruned model in place, and account for it in the result. What a killed attempt has reached is gone on
+    from, where the store keeps files."""
+    choice, ladder, watch = job.finish.distil, tools.ladder, Stopwatch(model.device)
+    streams = {"teacher": teacher.states}
+    with _on_device(model), _Checkpointing(model.blocks) as checkpointing:
+        masks = {f"{name}.weight": model.model.get_parameter(f"{name}.weight") != 0 for name in job.patterns}
+        recipe = choice.recipe(teacher.windows, teacher.states.width, choice.minutes, ladder.micro)
+
+        def lighter() -> str | None:
+            return checkpointing.begin() or ladder.lighter_training("the distillation", streams)
+
+        trainer = Trainer(
+            model.model,
+            masks,
+            _loss(model, teacher),
+            teacher.windows,
+            recipe,
+            held_out=teacher.held_out,
+            working=_working(recipe.compute(model.device)),
+            label="distilling",
+            quiet=job.quiet,
+            file=tools.store.file(_FILE),
+            lighter=lighter,
+            shrunk=lambda micro: ladder.for_training("the distillation", micro, streams),
+        )
+        done = dataclasses.asdict(trainer.run())
+        result.layers = [_recounted(row, model) for row in result.layers]
+    seconds = teacher.seconds + watch.lap("distil")
+    result.notes = [*dict.fromkeys([*result.notes, *done["notes"], *ladder.notes])]
+    result.add_seconds({"distil": seconds})
+    tokens = done["windows"] * teacher.tokens.shape[1]
+    result.finish["distil"] = {**done, "seconds": seconds, "tokens": tokens}
+    # The rows were measured block by block, on inputs that the distillation has changed since.
+    result.finish["layer_losses"] = "before the distillation"
+
+
+def _working(compute: torch.dtype) -> Mapping[torch.dtype, torch.dtype]:
+    """What weights compute in: float16, whose gradients vanish, in bfloat16; with float32 asked for, all in that."""
+    if compute is torch.bfloat16:
+        return {torch.float16: torch.bfloat16}
+    return {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
+    def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
+        rows = [number + teacher.windows * held_out for number in numbers]
+        tokens, hidden = teacher.tokens[rows], teacher.states.take(rows)
+        logits = model.forward(tokens)
+        wanted = (model.head(tokens[i : i + 1], hidden[i : i + 1])[0] for i in range(len(rows)))
+        return divergence(logits, wanted)
+
+    return loss
+
+
+def _recounted(row, model: BlockModel):
+    weight = Layer(row.name, model.model.get_submodule(row.name)).weight
+    return dataclasses.replace(row, sparsity=1 - int(weight.count_nonzero()) / weight.numel())
+
+
+@contextmanager
+def _on_device(model: BlockModel) -> Iterator[None]:
+    """All blocks on the device for the length of the context, where their weights change."""
+    with ExitStack() as stack, naming_the_step("finish=distil"):
+        for index in range(len(model)) if model.offload else ():
+            stack.enter_context(model.block(index, ahead=False))
+        yield
+
+
+class _Checkpointing:
+    """Blocks that make their activations again in the backward pass, once that is begun."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks, self._on = blocks, False
+
+    def begin(self) -> str | None:
+        """Begin; in words what it is, None where it was begun before."""
+        if self._on:
+            return None
+        self._on = True
+        return "activations of blocks are made again in the backward pass"
+
+    def __enter__(self) -> _Checkpointing:
+        self._kept = [(block, vars(block).get("forward")) for block in self._blocks]
+        for block in self._blocks:
+            block.forward = self._around(block.forward)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for block, forward in self._kept:
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+    def _around(self, forward: Callable) -> Callable:
+        def around(*args, **kwargs):
+            if self._on and torch.is_grad_enabled():
+                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return forward(*args, **kwargs)
+
+        return around
+
+
+def device_bytes(
+    choice: Distillation,
+    layers: Mapping[str, tuple[tuple[int, int], float]],
+    weights: int,
+    itemsize: int,
+    blocks: int,
+    seqlen: int,
+    vocabulary: int,
+) -> int:
+    """Device memory that a distillation takes at least: one window at a time, activations made again.
+
+    Args:
+        choice: how.
+        layers: name → ((out, in), sparsity) of the layers to train.
+        weights: number of the model's parameters.
+        itemsize: bytes of each.
+        blocks: number of decoder blocks.
+        seqlen: tokens in a window.
+        vocabulary: number of tokens that there are.
+    """
+    sizes = {name: shape[0] * shape[1] for name, (shape, _) in layers.items()}
+    kept = sum((1 - layers[name][1]) * size for name, size in sizes.items())
+    # Per kept weight its index, master and gradient, and AdamW's two moments.
+    state = kept * (4 + 4 + 4 + (2 if choice.state == "8bit" else 8))
+    width = max(min(shape) for shape, _ in layers.values())
+    inside = sum(sum(shape) for shape, _ in layers.values()) / max(1, blocks)
+    activations = seqlen * itemsize * (blocks * width + 3 * inside)
+    logits = seqlen * vocabulary * (3 * itemsize + 12)
+    return int(weights * itemsize + state + max(sizes.values()) * itemsize + activations + logits)
+
+
+def _check_memory(model: BlockModel, job: PruneJob) -> None:
+    """Refuse what no measure can make fit, before hours are spent."""
+    if model.device.type != "cuda":
+        return
+    shapes = {
+        name: (Layer(name, module).shape, job.patterns[name].sparsity)
+        for index, block in enumerate(model.blocks)
+        for name, module in block_linears(block, model.name(index), job.selection.excluded).items()
+        if name in job.patterns
+    }
+    config = model.model.config.get_text_config(decoder=True)
+    count = sum(parameter.numel() for parameter in model.model.parameters())
+    itemsize = 4 if job.finish.distil.precision == "float32" else model.size // count
+    needed = device_bytes(
+        job.finish.distil, shapes, count, itemsize, len(model), job.tokens.shape[1], config.vocab_size
+    )
+    total = torch.cuda.mem_get_info(model.device)[1]
+    if needed > total:
+        raise UserError(
+            f"finish=distil needs at least {needed / 1e9:.0f} GB on the device for this model, which has "
+            f"{total / 1e9:.0f} GB: give finish=block, finish.distil.state=8bit, or shorter windows (seqlen)"
+        )

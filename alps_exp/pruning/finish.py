@@ -1,0 +1,164 @@
+"""What is asked of finishing: supports stay as they are, and the kept weights follow gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..base.checks import one_of, require
+from ..base.errors import UserError
+from ..base.resources import check_fields
+from ..training.optimisers import STATES, eight_bit
+from ..training.recipe import PRECISIONS, Recipe
+
+STAGES = ("block", "distil")
+_WIDTH = 576  # the width that the rates are meant for
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """What both kinds have.
+
+    Attributes:
+        rate: learning rate for hidden states of width 576; it goes with 1/√width.
+        epochs: passes over the windows.
+        batch: windows per step.
+        warmup: share of the steps in which the rate rises.
+        clip: largest norm of all gradients together; None: they are not clipped.
+        patience: end after so many looks at the held-out windows without improvement.
+        minutes: end after so long; None: when all is done.
+        precision, state: as in `Recipe`.
+    """
+
+    rate: float = 1e-3
+    epochs: int = 4
+    batch: int = 4
+    warmup: float = 0.0
+    clip: float | None = None
+    patience: int = 2
+    minutes: float | None = None
+    precision: str = "auto"
+    state: str = "float32"
+
+    key = "finish"
+
+    def __post_init__(self) -> None:
+        require(f"{self.key}.rate", self.rate, float, 0, 1, open_low=True)
+        for name in ("epochs", "batch", "patience"):
+            require(f"{self.key}.{name}", getattr(self, name), int, 1, float("inf"))
+        require(f"{self.key}.warmup", self.warmup, float, 0, 1)
+        for name in ("clip", "minutes"):
+            if (value := getattr(self, name)) is not None:
+                require(f"{self.key}.{name}", value, float, 0, float("inf"), open_low=True)
+        one_of(f"{self.key}.precision", self.precision, PRECISIONS)
+        one_of(f"{self.key}.state", self.state, STATES)
+        if self.state == "8bit":
+            eight_bit()
+
+    def recipe(self, windows: int, width: int, minutes: float | None, micro: int | None = None) -> Recipe:
+        """How a training on so many windows goes.
+
+        Args:
+            windows: to train on.
+            width: of the hidden states.
+            minutes: for this training.
+            micro: windows per backward pass, where earlier trainings have found that `batch` is too many.
+        """
+        same = ("batch", "warmup", "clip", "patience", "precision", "state")
+        return Recipe(
+            rate=self.rate * math.sqrt(_WIDTH / width),
+            steps=self.epochs * math.ceil(windows / self.batch),
+            judged=max(4, self.epochs),
+            minutes=minutes,
+            micro=min(micro, self.batch) if micro else None,
+            key=self.key,
+            **{name: getattr(self, name) for name in same},
+        )
+
+
+@dataclass(frozen=True)
+class BlockFinish(Finishing):
+    """Block by block, towards the dense block's output; `minutes` are those of all blocks together."""
+
+    key = "finish.block"
+
+
+@dataclass(frozen=True)
+class Distillation(Finishing):
+    """All blocks together, towards the dense model's next-token distributions.
+
+    Attributes:
+        windows: to train on, the calibration windows first, then fresh ones; None: the calibration windows.
+    """
+
+    rate: float = 5e-4
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    windows: int | None = None
+
+    key = "finish.distil"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.windows is not None:
+            require(f"{self.key}.windows", self.windows, int, 1, float("inf"))
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Which of the two, and how; neither by default."""
+
+    block: BlockFinish | None = None
+    distil: Distillation | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is written: "none", "block", "distil" or "block+distil"."""
+        return "+".join(stage for stage in STAGES if getattr(self, stage) is not None) or "none"
+
+    def check(self, propagate: str, held_out: int, windows: int) -> None:
+        """Raise UserError for what cannot be.
+
+        Args:
+            propagate: the job's.
+            held_out: how many windows are held out.
+            windows: number of calibration windows.
+        """
+        if self.name == "none":
+            return
+        if not held_out:
+            raise UserError(
+                f"finish={self.name} needs windows that are held out, which tell when to stop: give some, as in "
+                "data.holdout=8 (prune_model: held_out)"
+            )
+        if self.block is not None and propagate == "dense":
+            raise UserError(
+                "finish=block makes up for what pruned blocks have lost, and propagate=dense feeds every block what "
+                "the dense ones produce: leave one of them out"
+            )
+        if self.distil is not None and (self.distil.windows or windows) < windows:
+            raise UserError(
+                f"finish.distil.windows={self.distil.windows} is less than the calibration windows "
+                f"(nsamples={windows}): give at least that many"
+            )
+
+    def fresh(self, windows: int) -> int:
+        """How many windows of fresh text there must be beside the calibration windows."""
+        return (self.distil.windows or windows) - windows if self.distil is not None else 0
+
+
+def build_finish(node: Mapping) -> Finish:
+    """The choice that a composed `finish` node describes: `name`, and a node per stage.
+
+    Raises:
+        UserError: an unknown stage or field, or a value that is not allowed.
+    """
+    found: dict = {}
+    for stage, kind in {"block": BlockFinish, "distil": Distillation}.items():
+        if stage in node:
+            check_fields(kind, node[stage], f"finish {stage}")
+            found[stage] = kind(**node[stage])
+    if unknown := sorted(map(str, node.keys() - {"name", *STAGES})):
+        raise UserError(f"finish has no stage {unknown[0]!r}: give none, block, distil or [block,distil]")
+    return Finish(**found)

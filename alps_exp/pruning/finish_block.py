@@ -1,0 +1,79 @@
+"""Finishing a block: its kept weights follow gradients towards the dense block's output.
+
+Per token t, with o the pruned block's output for its input in the pruned model, and y the dense block's for its input
+in the dense model, the loss is mean_t ‖o_t - y_t‖² / ‖y_t‖².
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calibration.ladder import CALIBRATION
+from ..calibration.streams import DENSE, HELD_OUT
+from ..model.blocks import hidden_of
+from ..training.casting import floats_in
+from ..training.losses import relative_error
+from ..training.trainer import Trainer
+from .block import BlockProblem
+from .finish import BlockFinish
+from .stages import Stage
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # there is room for one block
+
+
+@dataclass(frozen=True)
+class FinishBlock(Stage):
+    """The stage after the one that prunes. Weights that are zero stay zero; norms and biases stay as they are."""
+
+    choice: BlockFinish
+
+    def run(self, block: BlockProblem) -> None:
+        block.advance_dense()
+        block.watch.lap("propagate")
+        if not block.layers:
+            return
+        ladder, streams = block.tools.ladder, block.streams
+        windows = streams.calibration
+        share = None if self.choice.minutes is None else self.choice.minutes / block.job.blocks
+        trainer = Trainer(
+            block.module,
+            _masks(block),
+            _Loss(block),
+            len(windows),
+            self.choice.recipe(len(windows), windows.width, share, ladder.micro),
+            held_out=len(streams.held_out),
+            working=_WIDE,
+            label=f"finishing {block.name}",
+            quiet=True,
+            lighter=lambda: ladder.lighter_training(block.name, streams.states),
+            shrunk=lambda micro: ladder.for_training(block.name, micro, streams.states),
+        )
+        done = dataclasses.asdict(trainer.run())
+        seconds = block.watch.lap("finish")
+        block.finished = {"block": block.index, **done, "seconds": seconds, "tokens": done["windows"] * windows.seqlen}
+
+
+def _masks(block: BlockProblem) -> dict[str, Tensor]:
+    names = [f"{name.removeprefix(f'{block.name}.')}.weight" for name in block.layers]
+    return {name: block.module.get_parameter(name) != 0 for name in names}
+
+
+class _Loss:
+    """The mean over tokens of the relative error of the block's output."""
+
+    def __init__(self, block: BlockProblem) -> None:
+        self._block = block
+        self._dtype = torch.promote_types(next(iter(block.layers.values())).weight.dtype, torch.float32)
+
+    def __call__(self, numbers: Sequence[int], held_out: bool) -> Tensor:
+        block, name = self._block, HELD_OUT if held_out else CALIBRATION
+        hidden = block.streams.states[name].take(numbers)
+        call = block.model.call(block.index, hidden)
+        args, kwargs = floats_in(self._dtype, (call.args, call.kwargs))
+        output = hidden_of(block.module(hidden.to(self._dtype), *args, **kwargs))
+        return relative_error(output, block.streams.states[f"{DENSE} {name}"].take(numbers))

@@ -1,0 +1,465 @@
+"""Finishing: blocks against a plain loop of autograd, distillation, zeros, resumed runs, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import tiny_models
+import torch
+from tiny import execute, network, tokens, weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alps_exp import LayerSolver, Solution, Statistics, UserError, prune_model
+from alps_exp.cli.overrides import compose
+from alps_exp.evaluation import perplexity
+from alps_exp.model.blocks import BlockModel
+from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.pruning.finish import BlockFinish, Distillation, Finish, build_finish
+from alps_exp.runs.naming import Configuration
+from alps_exp.runs.settings import resolve
+from alps_exp.training.recipe import Recipe
+from alps_exp.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+BOTH = Finish(BlockFinish(epochs=2, rate=3e-4), Distillation(epochs=2, rate=1e-4))
+CHOICES = {"block": Finish(block=BOTH.block), "distil": Finish(distil=BOTH.distil), "block+distil": BOTH}
+
+
+def prune(model: nn.Module, finish: Finish | str, method="magnitude", sparsity="0.5", **options) -> dict:
+    options = {"batch_size": 5, "held_out": tokens(15)[12:], **options}
+    return prune_model(model, tokens(), method, sparsity, finish=finish, **options)
+
+
+def masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    prefix, blocks = find_blocks(model)
+    found = {}
+    for index, block in enumerate(blocks):
+        found |= {name: layer.weight != 0 for name, layer in block_linears(block, f"{prefix}.{index}").items()}
+    return found
+
+
+class Outputs:
+    """What the blocks of a model give in whole forwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, {}
+        for index, block in enumerate(find_blocks(model)[1]):
+            block.register_forward_hook(self._keep(index))
+
+    def _keep(self, index: int):
+        def hook(module, args, output) -> None:
+            self.found[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def of(self, index: int, ids: torch.Tensor) -> torch.Tensor:
+        self.model(ids, use_cache=False)
+        return self.found[index]
+
+
+class Adam:
+    """By its formulas, with masked gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter], recipe: Recipe) -> None:
+        self.recipe, self.step = recipe, 0
+        self.state = [(p, p != 0, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        one, two = self.recipe.betas
+        gradients = [p.grad * mask for p, mask, _, _ in self.state]
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        scale = min(1.0, self.recipe.clip / norm) if self.recipe.clip else 1.0
+        rate = self.recipe.rate_at(self.step, 0)
+        self.step += 1
+        for (p, _, m, v), gradient in zip(self.state, gradients, strict=True):
+            m.mul_(one).add_((1 - one) * scale * gradient)
+            v.mul_(two).add_((1 - two) * (scale * gradient).square())
+            p -= rate * (m / (1 - one**self.step)) / ((v / (1 - two**self.step)).sqrt() + 1e-8)
+        for p, *_ in self.state:
+            p.grad = None
+
+
+def follow(loss, layers: list[nn.Module], recipe: Recipe, windows: int) -> None:
+    """The plain loop: steps along loss(numbers, held out), and the best of all looks."""
+    order = Trainer(nn.Linear(1, 1), {"weight": None}, loss, windows, recipe)
+    adam = Adam([layer.weight for layer in layers], recipe)
+    looks, seen = [0, *recipe.looks()], []
+    for step in range(recipe.steps + 1):
+        if step in looks:
+            with torch.no_grad():
+                seen.append((loss(range(3), True).item(), [layer.weight.clone() for layer in layers]))
+        if step < recipe.steps:
+            loss(order.batch(step), False).backward()
+            adam.update()
+    for layer, weight in zip(layers, min(seen, key=lambda pair: pair[0])[1], strict=True):
+        layer.weight.data.copy_(weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "opt-350m", "gpt-neox"])
+def test_blocks_are_finished_as_by_a_plain_loop(family):
+    ours, plain = network(family), network(family)
+    record = prune(ours, CHOICES["block"])
+    assert prune(plain, "none")["summary"]["layers"] == record["summary"]["layers"]
+    dense, ids = Outputs(network(family)), tokens(15)
+    prefix, blocks = find_blocks(plain)
+    for index, block in enumerate(blocks):
+        outputs = Outputs(plain)
+
+        def loss(numbers, held_out, index=index, outputs=outputs):
+            rows = ids[[number + 12 * held_out for number in numbers]]
+            with torch.no_grad():
+                wanted = dense.of(index, rows)
+            return ((outputs.of(index, rows) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+
+        layers = list(block_linears(block, f"{prefix}.{index}").values())
+        follow(loss, layers, CHOICES["block"].block.recipe(12, 32, None), 12)
+        found = record["finish"]["blocks"][index]
+        assert found["block"] == index and found["after"] < found["before"]
+        assert found["after"] == pytest.approx(loss(range(3), True).item(), rel=2e-4)
+    for name in masks(plain):
+        one, other = (model.get_submodule(name).weight for model in (ours, plain))
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt-350m"])
+def test_the_model_is_distilled_as_by_a_plain_loop(family):
+    ours, plain, dense, ids = network(family), network(family), network(family), tokens(15)
+    record = prune(ours, CHOICES["distil"])
+    prune(plain, "none")
+
+    def loss(numbers, held_out):
+        rows = ids[[number + 12 * held_out for number in numbers]]
+        with torch.no_grad():
+            p = dense(rows).logits.softmax(-1)
+        return (p * (p.log() - plain(rows).logits.log_softmax(-1))).sum(-1).mean()
+
+    layers = [plain.get_submodule(name) for name in masks(plain)]
+    follow(loss, layers, CHOICES["distil"].distil.recipe(12, 32, None), 12)
+    found = record["finish"]["distil"]
+    assert found["after"] < found["before"]
+    assert found["after"] == pytest.approx(loss(range(3), True).item(), rel=1e-4)
+    for name in masks(plain):
+        one, other = (model.get_submodule(name).weight for model in (ours, plain))
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=5e-5)
+    assert record["finish"]["layer_losses"] == "before the distillation"
+    assert (found["steps"], found["windows"], found["tokens"]) == (6, 24, 24 * 24)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "4:8", "1:4", "0.9"])
+@pytest.mark.parametrize("finish", CHOICES)
+def test_zeros_stay_where_they_are_in_their_exact_number(finish, sparsity):
+    finished, plain = network("llama").float(), network("llama").float()
+    own = {"*k_proj": "0.25"} if sparsity == "2:4" else {}
+    record = prune(finished, CHOICES[finish], "wanda", sparsity, layer_sparsity=own)
+    other = prune(plain, "none", "wanda", sparsity, layer_sparsity=own)
+    before, after = masks(plain), masks(finished)
+    if finish == "distil":  # the blocks saw the same inputs
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    for name, mask in before.items():
+        assert mask.sum() == after[name].sum()
+        if ":" in sparsity and "k_proj" not in name:
+            kept, width = map(int, sparsity.split(":"))
+            assert int(after[name].view(-1, width).sum(1).max()) <= kept
+    assert [row["sparsity"] for row in record["layers"]] == [row["sparsity"] for row in other["layers"]]
+    changed = [not torch.equal(finished.get_submodule(n).weight, plain.get_submodule(n).weight) for n in before]
+    assert all(changed)
+
+
+@dataclass(frozen=True)
+class Keep(LayerSolver):
+    """Prunes nothing, and is treated as if it did."""
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+
+    def _solve(self, problem, pattern) -> Solution:
+        return Solution(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_lost_nothing_stays_as_it_is(dtype):
+    model, dense = network("llama").to(dtype), network("llama").to(dtype)
+    record = prune(model, BOTH, Keep())
+    if dtype is torch.float32:
+        assert [block["before"] for block in record["finish"]["blocks"]] == [0.0, 0.0]
+        assert {block["kept"] for block in record["finish"]["blocks"]} == {0}
+    assert record["finish"]["distil"]["after"] <= record["finish"]["distil"]["before"] < 2e-2
+    before, after = (model(tokens()).logits.float() for model in (dense, model))
+    tolerance = 1e-4 if dtype is torch.float32 else 0.2
+    torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * before.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_half_precision_stays_half_precision(dtype, precision):
+    model = network("llama").to(dtype)
+    norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name or "embed" in name}
+    finish = Finish(BlockFinish(epochs=1, precision=precision), Distillation(epochs=1, precision=precision))
+    record = prune(model, finish)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in norms.items())
+    assert all(block["after"] < block["before"] for block in record["finish"]["blocks"])
+    assert record["summary"]["sparsity"] == 0.5
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_methods_without_statistics_and_blocks_without_layers_are_finished_too():
+    model = network("llama").float()
+    record = prune(model, CHOICES["block"], losses=False, exclude=["model.layers.0.*"])
+    assert [block["block"] for block in record["finish"]["blocks"]] == [1]
+    assert record["finish"]["blocks"][0]["after"] < record["finish"]["blocks"][0]["before"]
+    assert {row["relative_loss"] for row in record["layers"]} == {None}
+    assert record["drift"][-1]["calibration"]["mean"] > 0
+
+
+def test_rows_are_measured_on_the_finished_block():
+    finished, plain = network("llama"), network("llama")
+    record, other = prune(finished, CHOICES["block"]), prune(plain, "none")
+    dense = network("llama")
+    inputs = {}
+    layer = plain.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0].flatten(0, 1)))
+    with torch.no_grad():
+        plain(tokens())
+    w = dense.get_submodule("model.layers.0.self_attn.q_proj").weight
+    v = finished.get_submodule("model.layers.0.self_attn.q_proj").weight
+    expected = ((inputs["x"] @ (w - v).T).square().sum() / (inputs["x"] @ w.T).square().sum()).item()
+    assert record["layers"][0]["relative_loss"] == pytest.approx(expected, rel=1e-4)
+    assert record["layers"][0]["relative_loss"] != pytest.approx(other["layers"][0]["relative_loss"], rel=1e-3)
+
+
+def test_a_device_that_is_short_of_memory_takes_smaller_steps(monkeypatch):
+    expected = network("llama").float()
+    prune(expected, BOTH)
+    inner = Trainer._gradients
+
+    def short(self, batch):
+        return None if self.micro > 1 else inner(self, batch)
+
+    monkeypatch.setattr(Trainer, "_gradients", short)
+    model = network("llama").float()
+    record = prune(model, BOTH)
+    assert record["finish"]["distil"]["micro"] == 1 and record["finish"]["blocks"][1]["micro"] == 1
+    notes = [note for note in record["warnings"] if "gradients of" in note]
+    assert len(notes) == 2  # the second block and the distillation know it from the start
+    for name in masks(model):
+        one, other = (net.get_submodule(name).weight for net in (model, expected))
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-4)
+
+
+def test_activations_can_be_made_again(monkeypatch):
+    expected = network("llama").float()
+    prune(expected, CHOICES["distil"])
+    inner, done = Trainer._gradients, []
+
+    def short(self, batch):
+        if len(done) < 3:
+            done.append(self.micro)
+            return None
+        return inner(self, batch)
+
+    monkeypatch.setattr(Trainer, "_gradients", short)
+    model = network("llama").float()
+    record = prune(model, CHOICES["distil"])
+    assert any("made again in the backward pass" in note for note in record["warnings"])
+    assert all("forward" not in vars(block) for block in find_blocks(model)[1])
+    for name in masks(model):
+        one, other = (net.get_submodule(name).weight for net in (model, expected))
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-4)
+
+
+# Runs of the command line.
+
+
+@pytest.fixture
+def words(tiny_llama: Path, text_file: Path) -> list[str]:
+    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
+    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "method=wanda", "sparsity=0.7", "save=true"]
+    return [*found, "data.holdout=4", "resumable=true"]
+
+
+@pytest.fixture(scope="module")
+def plain_perplexity(tiny_llama, text_file, tmp_path_factory) -> float:
+    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
+    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "method=wanda", "sparsity=0.7"]
+    return execute(found, tmp_path_factory.mktemp("plain"))["evaluations"][0]["value"]
+
+
+@pytest.mark.parametrize("finish", ["block", "distil", "[block,distil]"])
+def test_a_trained_model_gains_from_each(words, finish, tmp_path, plain_perplexity):
+    record = execute(words, tmp_path, f"finish={finish}")
+    assert record["evaluations"][0]["value"] < 0.95 * plain_perplexity
+    assert record["config"]["finish"]["name"] == finish.strip("[]").replace(",", "+")
+    assert ("finish_seconds" in record["phases"]) == ("block" in finish)
+    assert ("distil_seconds" in record["phases"]) == ("distil" in finish)
+    assert record["calibration"]["held_out_windows"] == 4
+    for training in [*record["finish"].get("blocks", []), *filter(None, [record["finish"].get("distil")])]:
+        assert training["after"] < training["before"] and training["tokens"] == training["windows"] * 64
+        assert [row["step"] for row in training["curve"]] == [0, 2, 4, 6, 8]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    for row in record["layers"]:
+        assert 1 - masks(saved)[row["name"]].double().mean().item() == pytest.approx(row["sparsity"], abs=1e-12)
+        assert row["sparsity"] == pytest.approx(0.7, abs=0.02)  # whole rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finish", ["block", "distil"])
+def test_a_real_tiny_model_gains_at_70_percent(shared, finish):
+    folder = shared / "data/stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (shared / "data/wikitext-2/wiki.test.raw").read_text(encoding="utf-8")
+    ids = tokenizer(text[:120_000], return_tensors="pt", verbose=False).input_ids[0]
+    ids = ids[: 36 * 256].view(36, 256)
+    found = {}
+    for choice in ("none", finish):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        prune_model(model, ids[:16], "sparsegpt", 0.7, finish=choice, held_out=ids[16:20], batch_size=4)
+        found[choice] = perplexity.perplexity(BlockModel(model, CPU), ids[20:], 8, quiet=True)
+    assert found[finish] < 0.8 * found["none"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(monkeypatch, at: int) -> None:
+    """End the process, as it were, in the step of this number of all trainings, or after the last."""
+    steps, inner = [0], Trainer._step
+
+    def step(self, number):
+        if steps[0] == at:
+            raise Killed
+        steps[0] += 1
+        inner(self, number)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+
+
+@pytest.mark.parametrize("at", [0, 3, 8, 13, 16, 18, 21, 23])
+def test_a_killed_run_goes_on_to_the_same_bits(words, tmp_path, tmp_path_factory, monkeypatch, at):
+    words = [*words, "finish=[block,distil]"]
+    if not hasattr(test_a_killed_run_goes_on_to_the_same_bits, "whole"):
+        test_a_killed_run_goes_on_to_the_same_bits.whole = tmp_path_factory.mktemp("whole")
+        execute(words, test_a_killed_run_goes_on_to_the_same_bits.whole)
+    whole = test_a_killed_run_goes_on_to_the_same_bits.whole
+    with monkeypatch.context() as patch:
+        kill(patch, at)
+        with pytest.raises(Killed):
+            execute(words, tmp_path)
+    steps = []
+    with monkeypatch.context() as patch:
+        inner = Trainer._step
+        patch.setattr(Trainer, "_step", lambda self, number: (steps.append(number), inner(self, number)))
+        record = execute(words, tmp_path)
+    one, other = weights(tmp_path), weights(whole)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert record["attempts"] == 2
+    assert len(steps) == 24 - (at // 8) * 8 - (2 * ((at - 16) // 2) if at > 16 else 0)  # not all over again
+    assert not (tmp_path / ".progress").exists()
+
+
+def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
+    kept = execute([*words, "finish=block"], tmp_path / "memory")
+    streamed = execute([*words, "finish=block", "stream=true"], tmp_path / "streamed")
+    one, other = weights(tmp_path / "memory"), weights(tmp_path / "streamed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [b["after"] for b in kept["finish"]["blocks"]] == [b["after"] for b in streamed["finish"]["blocks"]]
+
+
+@pytest.mark.slow
+def test_a_team_prunes_and_one_process_distils(words, tmp_path, plain_perplexity):
+    record = execute([*words, "finish=distil", "devices=2"], tmp_path)
+    assert record["finish"]["distil"]["after"] < record["finish"]["distil"]["before"]
+    assert record["evaluations"][0]["value"] < 0.9 * plain_perplexity
+
+
+def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
+    plain = execute([*words, "finish=distil"], tmp_path / "plain")
+    more = execute([*words, "finish=distil", "finish.distil.windows=20", "finish.distil.epochs=1"], tmp_path / "more")
+    assert more["calibration"]["fresh_windows"] == 12 and more["calibration"]["windows"] == 8
+    assert more["finish"]["distil"]["windows"] == 20 and more["finish"]["distil"]["steps"] == 5
+    assert [row["relative_loss"] for row in more["layers"]] == [row["relative_loss"] for row in plain["layers"]]
+    assert more["finish"]["distil"]["before"] == plain["finish"]["distil"]["before"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("finish=block data.holdout=0", "finish=block needs windows that are held out"),
+        ("finish=[block,distil] data.holdout=0", "finish=block+distil needs windows that are held out"),
+        ("finish=block finish.block.rate=0", "finish.block.rate=0 is not allowed: give a number above 0"),
+        ("finish=distil finish.distil.epochs=0", "finish.distil.epochs=0 is not allowed: give a whole number from 1"),
+        ("finish=distil finish.distil.minutes=0", "finish.distil.minutes=0 is not allowed"),
+        ("finish=block finish.block.precision=half", "finish.block.precision='half' is not allowed"),
+        ("finish=blok", "unknown finish 'blok'; did you mean block?"),
+        ("finish=[block,foo]", "unknown finish 'foo'"),
+        ("finish=[block,3]", "finish=[block,3] is a list"),
+        ("finish=block finish.block.epoch=3", "unknown key 'finish.block.epoch'"),
+        ("finish=distil finish.block.epochs=3", "unknown key 'finish.block"),
+        ("finish=block method=dense", "finish=block finishes what was pruned, and method=dense prunes nothing"),
+        ("finish=block propagate=dense", "finish=block makes up for what pruned blocks have lost"),
+        ("finish=block devices=2", "finish=block trains a block on one device: give devices=1"),
+        ("finish=distil stream=true", "finish=distil trains all blocks at once and needs the model in memory"),
+        ("finish=distil finish.distil.windows=4", "finish.distil.windows=4 is less than the calibration windows"),
+        ("finish=block finish.block.state=8bit", "state=8bit needs torchao or bitsandbytes"),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_what_cannot_be_is_refused_in_one_line(words, more, said):
+    with pytest.raises(UserError) as caught:
+        resolve(compose([*words, *more.split(" ")]))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_too_short_is_refused_before_anything_is_pruned(words, tmp_path):
+    with pytest.raises(UserError, match=r"the held-out text has only \d+ windows of seqlen=64"):
+        execute([*words, "finish=block", "data.holdout=99999"], tmp_path / "one")
+    with pytest.raises(UserError, match=r"the fresh text has only \d+ windows .* lower finish.distil.windows"):
+        execute([*words, "finish=distil", "finish.distil.windows=99999"], tmp_path / "two")
+
+
+def test_no_finish_changes_no_name_and_the_order_of_stages_none_either(words):
+    digests = {}
+    for more in ("", "finish=none", "finish=block", "finish=[block,distil]", "finish=[distil,block]", "finish=[block]"):
+        digests[more] = Configuration.of(compose([*words, *filter(None, [more])])).digest
+    assert digests[""] == digests["finish=none"]
+    assert digests["finish=block"] == digests["finish=[block]"] != digests[""]
+    assert digests["finish=[block,distil]"] == digests["finish=[distil,block]"] != digests["finish=block"]
+    whole = Configuration.of(compose([*words, "finish=block", "finish.block.clip=1"])).digest
+    assert whole == Configuration.of(compose([*words, "finish=block", "finish.block.clip=1.0"])).digest
+
+
+def test_the_rate_goes_with_the_width():
+    choice = BlockFinish(rate=1e-3, epochs=3)
+    assert choice.recipe(128, 576, None).rate == pytest.approx(1e-3)
+    assert choice.recipe(128, 4 * 576, None).rate == pytest.approx(5e-4)
+    assert choice.recipe(126, 576, None).steps == 96
+    assert choice.recipe(8, 576, 2.5, micro=8).micro == 4
+
+
+def test_choices_are_built_from_their_nodes():
+    assert build_finish({"name": "none"}) == Finish() and Finish().name == "none"
+    assert build_finish({"name": "distil", "block": {"rate": 0.1}, "distil": {}}).name == "block+distil"
+    with pytest.raises(UserError, match="finish has no stage 'head'"):
+        build_finish({"name": "head", "head": {}})
+    with pytest.raises(UserError, match="finish block has no hyperparameter 'speed'"):
+        build_finish({"block": {"speed": 1}})
+
+
+def test_python_asks_for_held_out_windows(tiny_opt):
+    model = AutoModelForCausalLM.from_pretrained(tiny_opt)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (3, 16))
+    with pytest.raises(UserError, match=r"finish=distil needs windows that are held out.*prune_model: held_out"):
+        prune_model(model, ids, "magnitude", finish="distil")
+    with pytest.raises(UserError, match="held_out has windows of 8 tokens and tokens of 16"):
+        prune_model(model, ids, "magnitude", finish="block", held_out=ids[:, :8])
+    with pytest.raises(UserError, match="unknown finish 'blocks'"):
+        prune_model(model, ids, "magnitude", finish="blocks", held_out=ids)
+    record = prune_model(model, ids, "magnitude", finish="block+distil", held_out=ids[:2])
+    assert record["config"]["finish"]["name"] == "block+distil"
+    assert record["config"]["finish"]["distil"]["epochs"] == 4
