@@ -16,6 +16,7 @@ from ..data.settings import GeneratedSettings
 from ..layer.inputs import Statistics
 from ..model.hidden import choose_place
 from ..model.structure import blocks_of, count, find_blocks
+from ..pruning.distil import device_bytes
 from ..runs.settings import Settings
 from ..runs.workspace import streams
 
@@ -66,6 +67,7 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     if settings.sensitivity.used:  # forwards, forwards again, and backwards
         forward += 3 * 2 * block_weights * settings.sensitivity.windows * windows.seqlen
     inputs = _distinct_inputs(patterns, shapes)
+    training = _training_flops(settings, block_weights, sum(p.numel() for p in skeleton.parameters()))
     gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
     solving = sum(settings.solver.flops(*shapes[name]) for name in patterns)
     solving += sum(settings.solver.block_work(own, tokens)[0] for own in _by_block(patterns, shapes))
@@ -74,6 +76,7 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
     rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
+    parts |= {"finishing": training} if training else {}
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
     missing = ["evaluation on whole texts (eval.windows)"] if texts and not asked.windows else []
     missing += ["tasks"] if asked.tasks.names else []
@@ -86,6 +89,21 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
+
+
+def _training_flops(settings: Settings, block_weights: int, weights: int) -> float:
+    """Of finishing: a forward and a backward of twice that per window and epoch, and the looks at held-out windows."""
+    windows, finish = settings.calibration, settings.finish
+    held_out = windows.data.holdout
+    found = 0.0
+    for choice, size, trained in (
+        (finish.block, block_weights, windows.nsamples),
+        (finish.distil, weights, windows.nsamples + windows.fresh),
+    ):
+        if choice is not None:
+            looks = 1 + max(4, choice.epochs)
+            found += 2 * size * windows.seqlen * (3 * choice.epochs * trained + looks * held_out)
+    return found
 
 
 def _passes(settings: Settings, needed: Statistics) -> float:
@@ -109,7 +127,8 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
     outside = weights - sum(p.numel() for p in blocks.parameters())
     hidden = windows.nsamples * windows.seqlen * getattr(settings.model.config, "hidden_size", 0) * size
-    hidden *= 1 + settings.target.beside
+    beside = settings.target.beside or settings.finish.block is not None
+    hidden *= 1 + beside
     statistics = workspace = 0
     if patterns:
         first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
@@ -124,6 +143,10 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     if needed:
         place = choose_place(device, hidden) if settings.hidden_states == "auto" else settings.hidden_states
     step = statistics + workspace
+    if settings.finish.block is not None:  # the block, its kept weights' state, and gradients of the widest layer
+        state = 20 if settings.finish.block.state == "float32" else 14
+        kept = sum((1 - patterns[name].sparsity) * math.prod(shapes[name]) for name in first)
+        step += int(4 * block + state * kept + 4 * max(math.prod(shapes[name]) for name in first))
     # Streamed, one block is in use, one on its way in, and one on its way out.
     held = outside_bytes + 3 * block_bytes if streamed else model_bytes
     lines = []
@@ -135,6 +158,12 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     else:
         lines.append("device     none beside the CPU")
         rest = step + (hidden if place in ("host", "device") else 0)
+    if settings.finish.distil is not None:
+        distilling = _distilling_bytes(settings, shapes)
+        place_of = "device" if device.type == "cuda" else "host"
+        lines.append(
+            f"           at least {_bytes(distilling)} on the {place_of} for the distillation of the whole model"
+        )
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
     dense, disk = outside_bytes if streamed and patterns else model_bytes, []
@@ -154,9 +183,27 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
         kept = " (they become the saved model)" if settings.save is True and streamed else " while it runs"
         disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
     disk += [("hidden states while it runs", hidden)] if place == "disk" else []
+    if settings.finish.distil is not None and settings.resumable:
+        kept = sum((1 - pattern.sparsity) * math.prod(shapes[name]) for name, pattern in patterns.items())
+        disk.append(("the distillation's checkpoint while it runs", int(16 * kept)))
     parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
     lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
     return lines
+
+
+def _distilling_bytes(settings: Settings, shapes: Mapping) -> int:
+    skeleton, config = settings.model.skeleton, settings.model.config
+    layers = {name: (shapes[name], pattern.sparsity) for name, pattern in settings.patterns.items()}
+    wide = settings.finish.distil.precision == "float32" or settings.device.type == "cpu"
+    return device_bytes(
+        settings.finish.distil,
+        layers,
+        sum(parameter.numel() for parameter in skeleton.parameters()),
+        4 if wide else settings.itemsize,
+        len(find_blocks(skeleton)[1]),
+        settings.calibration.seqlen,
+        config.get_text_config(decoder=True).vocab_size,
+    )
 
 
 def _distinct_inputs(names, shapes) -> list[int]:

@@ -48,7 +48,8 @@ def generated_tokens(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> tuple[torch.LongTensor, dict]:
-    """Windows that the model has written, those to hold out behind the first and fresh ones last, and their description for the record.
+    """Windows that the model has written, held-out ones behind the first, fresh ones last, and their description for
+    the record.
 
     Args:
         asked: `asked.data` says how to sample.

@@ -122,12 +122,24 @@ def _log_wandb(record: Mapping, settings: LoggerSettings, directory: Path) -> No
                     "layer/seconds": row["seconds"],
                 }
             )
+        _log_finish(run, record.get("finish") or {})
         run.summary.update({"status": record["status"], **record["summary"]})
         run.summary.update({f"phase/{name}": value for name, value in record["phases"].items()})
         for evaluation in record["evaluations"]:
             partial = " (partial)" if evaluation.get("partial") else ""
             run.summary[f"eval/{evaluation['dataset']}/{evaluation['metric']}{partial}"] = evaluation["value"]
         run.summary["environment"] = dict(record["environment"])
+
+
+def _log_finish(run, finish: Mapping) -> None:
+    """The curves of finishing: of the blocks one after the other, and of the distillation."""
+    run.define_metric("finish/*", step_metric="finish/row")
+    run.define_metric("distil/*", step_metric="distil/step")
+    rows = [{"block": done["block"], **row} for done in finish.get("blocks", []) for row in done["curve"]]
+    for number, row in enumerate(rows):
+        run.log({"finish/row": number, **{f"finish/{key}": value for key, value in row.items()}})
+    for row in finish.get("distil", {}).get("curve", []):
+        run.log({f"distil/{key}": value for key, value in row.items()})
 
 
 def _with_numbers(value):

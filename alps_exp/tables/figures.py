@@ -22,12 +22,14 @@ from . import looks
 
 AXES = ("model", "sparsity", "method")
 PHASES = ("weigh", "transfer", "calibrate", "solve", "propagate")
+FINISHING = ("finish", "distil")
 UNKNOWN = "unknown"
 
 # The released ALPS is what was published; our default is set beside it too.
 _PUBLISHED_AS = {"alps-paper": "alps"}
 # What the dense model's figures depend on.
 _EVALUATED = ("model", "eval", "dtype", "device")
+_CHOICES = tuple(group for group, choice in NEUTRAL.items() if isinstance(choice, dict))
 _LOSSES = {"relative_loss": "relative loss", "held_out_loss": "held-out loss"}
 _CALIBRATION = ("dataset", "source", "split", "revision", "sampling", "windows", "seqlen", "bos")
 _READING = ("source", "split", "revision", "protocol", "reading", "windows", "seqlen", "bos", "sampling", "shots")
@@ -114,11 +116,27 @@ def measures(record: Mapping) -> dict[str, Measure]:
     spent = [record["phases"].get(f"{phase}_seconds") for phase in PHASES]
     if any(value is not None for value in spent):
         found["seconds"] = Measure(math.fsum(value for value in spent if value is not None), better=0)
+    spent = [record["phases"].get(f"{phase}_seconds") for phase in FINISHING]
+    if any(value is not None for value in spent):
+        found["finishing seconds"] = Measure(math.fsum(value for value in spent if value is not None), better=0)
+        found["finishing tokens"] = Measure(sum(row["tokens"] for row in trainings(record)), better=0, shown=False)
     if layers:
         iterations = math.fsum(row.get("iterations", 0) for row in layers) / len(layers)
         found["iterations"] = Measure(iterations, better=0, shown=False)
         found["zeros"] = Measure(float(record["summary"]["sparsity"]), better=0, shown=False)
     return found
+
+
+def trainings(record: Mapping, stages: Sequence[str] = ("blocks", "distil")) -> list[Mapping]:
+    """What finishing did, a row for each training: those of the blocks, and that of the model."""
+    finish = record.get("finish") or {}
+    rows = list(finish.get("blocks") or []) if "blocks" in stages else []
+    return rows + ([finish["distil"]] if "distil" in stages and finish.get("distil") else [])
+
+
+def finish_of(record: Mapping) -> str:
+    """The name of a record's finish, "none" where there is none."""
+    return ((record.get("config") or {}).get("finish") or {}).get("name", "none")
 
 
 def _better(item: Mapping) -> int:
@@ -175,14 +193,18 @@ def aggregate(
 
 
 def varying(records: Sequence[Mapping]) -> list[str]:
-    """Keys of the configuration, other than the seed, that differ among the records of one model; of a method's own
-    keys, among those of one model and method."""
+    """Keys of the configuration, other than the seed, that differ among the records of one model; of the keys that a
+    choice of a group brings, among those of one model with that choice."""
     scopes: dict[tuple, list[tuple[dict, bool]]] = {}
     for record in records:
         flat = _settings(record)
-        own = {key: value for key, value in flat.items() if key.startswith("method.")}
-        rest = {key: value for key, value in flat.items() if key not in own}
-        scopes.setdefault((record["model"], record["method"]), []).append((own, False))
+        rest = dict(flat)
+        for group, choice in {
+            "method": record["method"],
+            **{name: flat.get(f"{name}.name") for name in _CHOICES},
+        }.items():
+            own = {key: rest.pop(key) for key in flat if key.startswith(f"{group}.") and key != f"{group}.name"}
+            scopes.setdefault((record["model"], group, choice), []).append((own, False))
         scopes.setdefault((record["model"],), []).append((rest, is_dense(record)))
     keys = set()
     for configs in scopes.values():
@@ -289,7 +311,7 @@ def _rows(group: Group, settings: Sequence[str], seconds: bool, published: bool)
     found: dict[str, list[Measure]] = {}
     for record in group.records:
         for name, measure in measures(record).items():
-            if seconds or name != "seconds":
+            if seconds or name not in ("seconds", "finishing seconds"):
                 found.setdefault(name, []).append(measure)
     rows = []
     for name, values in found.items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from ..base.files import sha256
-from .figures import AXES, UNKNOWN, Aggregate, Group, is_dense, measures, sees_gradients
+from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, measures, sees_gradients
 
 _NAMED = 12  # runs that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
@@ -153,6 +153,7 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
         )
     if any(map(sees_gradients, records)):
         words.append("†: has seen gradients of the dense model, as one-shot methods do not")
+    words += _finished(records, metrics)
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")
@@ -161,10 +162,22 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     return _capital("; ".join(words)) + "." if words else ""
 
 
+def _finished(records: Sequence[Mapping], metrics: Sequence[str]) -> list[str]:
+    """Which rows have used gradients on the pruned model, and what that says about their losses."""
+    names = {finish_of(record) for record in records} - {"none"}
+    words = (
+        [f"‡: kept weights followed gradients on the pruned model (finish {', '.join(sorted(names))})"] if names else []
+    )
+    if any("distil" in name for name in names) and any(" loss" in metric for metric in metrics):
+        words.append("losses of distilled rows are those before the distillation")
+    return words
+
+
 _MEANINGS = {
     "relative loss": "relative loss: mean over the pruned layers",
     "held-out loss": "held-out loss: the same on windows not calibrated on",
     "seconds": "seconds: moving blocks, calibration, solving and propagation",
+    "finishing seconds": "finishing seconds: those of finishing, which are not among the others",
 }
 
 

@@ -17,11 +17,10 @@ import yaml
 from ..base.errors import UserError, nearest
 from ..patterns import written
 from . import looks
-from .figures import AXES, Aggregate, natural, sees_gradients
+from .figures import AXES, Aggregate, finish_of, natural, sees_gradients
 from .footnotes import footnotes
 
-PLOTS = ("perplexity", "losses", "seconds", "phases", "frontier", "drift", "allocation")
-MARK = "†"
+PLOTS = ("perplexity", "losses", "seconds", "phases", "frontier", "drift", "allocation", "finishing")
 NONE = "–"
 
 
@@ -164,16 +163,18 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
     with_n = _varying_n(frame)
     for line in lines:
         texts = [pick(places.get((line, key)), best) for key, pick in picks]
-        own = [(line, key) in places and tuple(places[line, key][axis] for axis in axes) in marked for key, _ in picks]
-        whole = all(own[index] for index, (key, _) in enumerate(picks) if (line, key) in places)
+        own = [
+            marked.get(tuple(places[line, key][axis] for axis in axes), "") if (line, key) in places else ""
+            for key, _ in picks
+        ]
+        marks = {mine for mine, (key, _) in zip(own, picks, strict=True) if (line, key) in places}
+        whole = marks.pop() if len(marks) == 1 else ""
         if not whole:  # only some of the row's cells
-            texts = [
-                replace(cell, text=cell.text + MARK) if mine else cell for cell, mine in zip(texts, own, strict=True)
-            ]
+            texts = [replace(cell, text=cell.text + mine) for cell, mine in zip(texts, own, strict=True)]
         counts = {int(places[line, key]["n"]) for key in keys if (line, key) in places}
         count = [Cell("/".join(map(str, sorted(counts))))] if with_n else []
         words = [_word(word) for word in line]
-        body.append(([*words[:-1], words[-1] + (MARK if whole else "")], texts + count))
+        body.append(([*words[:-1], words[-1] + whole], texts + count))
     if with_n:
         header.append((*[""] * (len(columns) - 1), "n"))
     named = {*rows, *columns}
@@ -182,9 +183,14 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
     return Grid(spec.title, list(rows), header, body, footnotes(found, constant, metrics))
 
 
-def _marked(found: Aggregate) -> set[tuple]:
-    """Keys of the groups that have seen gradients of the dense model."""
-    return {group.key for group in found.groups if any(map(sees_gradients, group.records))}
+def _marked(found: Aggregate) -> dict[tuple, str]:
+    """Key of each group → † if it has seen gradients of the dense model, ‡ if its weights followed those of the pruned
+    one, or both."""
+    signs = {"†": sees_gradients, "‡": lambda record: finish_of(record) != "none"}
+    return {
+        group.key: "".join(sign for sign, holds in signs.items() if any(map(holds, group.records)))
+        for group in found.groups
+    }
 
 
 def _shown_rows(found: Aggregate, metrics: Sequence[str]) -> pd.DataFrame:
@@ -207,7 +213,8 @@ def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]
     measured = frame[frame["metric"].notna()]
     # Losses, then perplexities and scores in the order of the records, then the rest.
     names = sorted(
-        dict.fromkeys(measured["metric"]), key=lambda name: (" loss" not in name, name in ("seconds", "zeros"))
+        dict.fromkeys(measured["metric"]),
+        key=lambda name: (" loss" not in name, name in ("seconds", "finishing seconds", "zeros")),
     )
     if globs is None:
         shown = set(measured.loc[measured["shown"].astype(bool), "metric"])

@@ -16,7 +16,7 @@ from ..base.files import replacing, sha256
 from ..patterns import Unstructured, written
 from ..runs.naming import NEUTRAL
 from . import looks
-from .figures import PHASES, Aggregate, Group, mean_and_std, measures
+from .figures import FINISHING, PHASES, Aggregate, Group, mean_and_std, measures, trainings
 from .layout import Spec, shown_metrics
 
 FORMATS = ("svg", "png")
@@ -28,6 +28,8 @@ _PHASES = {
     "calibrate": ("#FFFFFF", "///"),
     "solve": ("#555555", ""),
     "propagate": ("#BBBBBB", ".."),
+    "finish": ("#FFFFFF", "++"),
+    "distil": ("#888888", "\\\\"),
 }
 _COLUMNS = 3
 # Groups of choices beside the method that change what a run costs and brings.
@@ -143,9 +145,11 @@ def _place(name: str) -> int:
     return _BEYOND.index(group) if group in _BEYOND else len(_BEYOND)
 
 
-def _statistic(group: Group, metric: str) -> tuple[float, float] | None:
-    """Mean and deviation (0 of a single seed) of what is finite and positive, as a logarithmic axis needs it."""
-    values = [found[metric].value for record in group.records if metric in (found := measures(record))]
+def _statistic(group: Group, metric: str, *others: str) -> tuple[float, float] | None:
+    """Mean and deviation (0 of a single seed) of what is finite and positive, as a logarithmic axis needs it; of a
+    metric, with what is found of others added."""
+    rows = [found for record in group.records if metric in (found := measures(record))]
+    values = [math.fsum(found[name].value for name in (metric, *others) if name in found) for found in rows]
     mean, std = mean_and_std(values) if values else (math.nan, None)
     return (mean, std or 0.0) if math.isfinite(mean) and mean > 0 else None
 
@@ -294,17 +298,19 @@ def _frontier(found: Aggregate, spec: Spec) -> list[dict]:
     if not any(name.partition(".")[0] in _BEYOND for name in found.settings):
         return []
     metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
-    return _against_seconds(found, metrics, ", {}")
+    return _against_seconds(found, metrics, ", {}", ("seconds", "finishing seconds"))
 
 
-def _against_seconds(found: Aggregate, metrics: Sequence[str], suffix: str) -> list[dict]:
-    """A panel for each model, sparsity and metric; `suffix` names the metric in its title."""
+def _against_seconds(
+    found: Aggregate, metrics: Sequence[str], suffix: str, times: Sequence[str] = ("seconds",)
+) -> list[dict]:
+    """A panel for each model, sparsity and metric; `suffix` names the metric in its title, `times` what is summed."""
     panels, title = [], _titles(found)
     for (model, sparsity), groups in _cells(found).items() if found.seconds else ():
         for metric in metrics:
             points = []
             for look, members in _series(found, groups):
-                time, value = _statistic(members[0], "seconds"), _statistic(members[0], metric)
+                time, value = _statistic(members[0], *times), _statistic(members[0], metric)
                 if time and value:
                     points.append(look | {"seconds": time, "loss": value})
             if len(points) > 1:
@@ -409,6 +415,7 @@ def _phases(found: Aggregate, spec: Spec) -> list[dict]:
         for look, members in _series(found, groups):
             phases = [record["phases"] for record in members[0].records]
             there = [phase for phase in PHASES if phase != "weigh" or any(item.get("weigh_seconds") for item in phases)]
+            there += [phase for phase in FINISHING if any(f"{phase}_seconds" in item for item in phases)]
             means = {
                 phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in there
             }
@@ -431,6 +438,55 @@ def _draw_phases(axis, panel: dict, handles: dict) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     axis.set(xlabel="seconds")
+
+
+_STAGES = {"blocks": "error of a block's output", "distil": "KL(dense ‖ pruned)"}
+
+
+def _finishing(found: Aggregate, spec: Spec) -> list[dict]:
+    """The losses of trainings along their steps; of blocks the mean over all of them."""
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items():
+        for stage, what in _STAGES.items():
+            series = []
+            for look, members in _series(found, groups):
+                curves = [row["curve"] for record in members[0].records for row in trainings(record, [stage])]
+                for kind in ("loss", "held_out"):
+                    if points := _mean_curve(curves, kind):
+                        series.append(look | {"kind": kind, "points": points})
+            if series:
+                panels.append({"title": title(model, f"sparsity {sparsity}"), "what": what, "series": series})
+    return panels
+
+
+def _mean_curve(curves: Sequence[Sequence[Mapping]], kind: str) -> list[tuple[int, float]]:
+    """Mean over trainings at each of their looks; one that ended early stays where it was."""
+    values = [{row["step"]: float(row[kind]) for row in curve if row.get(kind) is not None} for curve in curves]
+    values = [found for found in values if found]
+    steps = sorted(set().union(*values)) if values else []
+
+    def at(found: Mapping[int, float], step: int) -> float:
+        return found[max((known for known in found if known <= step), default=min(found))]
+
+    return [(step, mean_and_std([at(found, step) for found in values])[0]) for step in steps]
+
+
+def _draw_finishing(axis, panel: dict, handles: dict) -> None:
+    """Loss of the held-out windows; the thin lines are those of the windows trained on."""
+    for item in panel["series"]:
+        colour, marker, style = _look(item)
+        held_out = item["kind"] == "held_out"
+        steps, values = zip(*item["points"], strict=True)
+        (handle,) = axis.plot(
+            steps, values, color=colour, linestyle=style, linewidth=1.4 if held_out else 0.7,
+            marker=marker if held_out else "", markersize=4,
+        )  # fmt: skip
+        if held_out:
+            handles.setdefault(item["label"], handle)
+    if any(item["kind"] == "loss" for item in panel["series"]) and "trained on" not in handles:
+        (handles["trained on"],) = axis.plot([], [], color="#666666", linewidth=0.7)
+    axis.set(xlabel="step", ylabel=panel["what"], yscale="log")
+    _plain_ticks(axis.yaxis)
 
 
 def _plain_ticks(axis) -> None:
@@ -467,4 +523,5 @@ KINDS = {
     "frontier": (_frontier, _draw_seconds),
     "drift": (_drift, _draw_drift),
     "allocation": (_allocation, _draw_allocation),
+    "finishing": (_finishing, _draw_finishing),
 }

@@ -55,3 +55,13 @@ def test_a_plan_of_a_packed_model_counts_both_of_its_forms(settings):
     settings = [*settings, "resumable=false", "sparsity=0.7"]
     dense, packed = (saved(plan_of([*settings, f"save={form}"])) for form in ("true", "packed"))
     assert packed["its dense form while it is packed"] == dense["the saved model"] > packed["the saved model"]
+
+
+def test_a_plan_tells_what_finishing_takes(settings):
+    settings = [*settings, "sparsity=0.7", "data.holdout=2"]
+    plain, block = plan_of(settings), plan_of([*settings, "finish=block"])
+    distil = plan_of([*settings, "finish=distil"])
+    assert "finishing" not in plain and "distillation" not in plain
+    assert "finishing" in block and "distillation" not in block
+    assert re.search(r"at least \d+ MB on the host for the distillation of the whole model", distil)
+    assert "the distillation's checkpoint while it runs" in distil

@@ -1,0 +1,114 @@
+"""Finished runs in tables, plots and W&B: which rows they are, what they cost apart, how their losses fell."""
+
+from __future__ import annotations
+
+import pytest
+from table_records import METRIC, cells, laid_out, record
+
+from alps_exp.runs import loggers
+from alps_exp.runs.naming import NEUTRAL
+from alps_exp.tables import figures, layout, plots
+
+
+def training(scale: float, ended: int = 8, **more) -> dict:
+    looks = [(0, 4.0), (2, 2.0), (4, 1.5), (8, 1.0)]
+    curve = [
+        {"step": step, "held_out": scale * value, "seconds": float(step)} | ({"loss": scale * value} if step else {})
+        for step, value in looks
+        if step <= ended
+    ]
+    return {"before": 4 * scale, "after": curve[-1]["held_out"], "curve": curve, "tokens": 640, **more}
+
+
+def finished(name: str, perplexity: float, seed: int = 0, **stages) -> dict:
+    made = record(perplexity=perplexity, seed=seed)
+    made["config"]["finish"] = {"name": name} | {stage: {"rate": 0.001} for stage in name.split("+") if name != "none"}
+    made["finish"], phases = {}, made["phases"]
+    if "block" in name:
+        made["finish"]["blocks"] = [training(0.1, block=0), training(0.3, ended=4, block=1)]
+        phases["finish_seconds"] = 3.0
+    if "distil" in name:
+        made["finish"]["distil"] = training(1.0)
+        phases["distil_seconds"] = 5.0
+    return made
+
+
+RECORDS = [record(), finished("block", 15.0), finished("distil", 14.0), finished("block+distil", 12.0)]
+
+
+def test_finish_is_an_axis_whose_own_keys_are_none():
+    assert figures.varying(RECORDS) == ["finish.name"]
+    grid = laid_out(RECORDS)
+    assert grid.labels == ["finish.name"]
+    assert [labels for labels, _ in grid.rows] == [["block‡"], ["block+distil‡"], ["distil‡"], ["none"]]
+    other = finished("block", 16.0)
+    other["config"]["finish"]["block"]["rate"] = 0.01
+    assert figures.varying([*RECORDS, other]) == ["finish.block.rate", "finish.name"]
+    assert NEUTRAL["finish"] == {"name": "none"}
+
+
+def test_tables_mark_gradients_and_say_whose_losses_they_are():
+    notes = " ".join(laid_out(RECORDS).notes)
+    marked = "‡: kept weights followed gradients on the pruned model (finish block, block+distil, distil)"
+    assert marked.lower() in notes.lower()
+    assert "losses of distilled rows are those before the distillation" in notes
+    both = finished("block", 15.0)
+    both["config"]["sensitivity"] = {"name": "outputs"}
+    assert "†‡" in str(laid_out([both, RECORDS[0]]).rows)
+    assert "gradients on the pruned" not in " ".join(laid_out(RECORDS[:1]).notes)
+    assert "before the distillation" not in " ".join(laid_out(RECORDS[:2]).notes)
+
+
+def test_seconds_and_tokens_of_finishing_are_apart():
+    measures = figures.measures(RECORDS[3])
+    assert measures["seconds"].value == 4.0
+    assert measures["finishing seconds"].value == 8.0 and measures["finishing tokens"].value == 3 * 640
+    assert "finishing seconds" not in figures.measures(RECORDS[0])
+    assert "finishing tokens" not in str(laid_out(RECORDS).header)
+    assert cells(laid_out(RECORDS))[("block‡",)]["finishing seconds"].startswith("3")
+    assert "finishing seconds" not in str(laid_out(RECORDS, seconds=False).header)
+
+
+def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
+    spec = layout.Spec(title="x", metrics=("wikitext2*",))
+    found = figures.aggregate(RECORDS)
+    frontier = plots.KINDS["frontier"][0](found, spec)
+    assert [point["seconds"][0] for point in frontier[0]["points"]] == pytest.approx([7.0, 12.0, 9.0, 4.0])
+    assert frontier[0]["loss"] == METRIC
+    blocks, distil = plots.KINDS["finishing"][0](found, spec)
+    assert (blocks["what"], distil["what"]) == ("error of a block's output", "KL(dense ‖ pruned)")
+    # The second block ended after step 4 and stays at 0.45.
+    expected = {0: 0.8, 2: 0.4, 4: 0.3, 8: (0.1 + 0.45) / 2}
+    assert dict(blocks["series"][1]["points"]) == pytest.approx(expected)
+    files = plots.draw(found, spec, tmp_path, "t")
+    names = {file.name for file in files}
+    assert {"t-frontier.png", "t-finishing.svg"} <= names and all(file.stat().st_size > 1000 for file in files)
+    plain = plots.draw(figures.aggregate(RECORDS[:1]), spec, tmp_path, "p")
+    assert not {"p-frontier.png", "p-finishing.svg"} & {file.name for file in plain}
+    phases = plots.KINDS["phases"][0](found, spec)[0]["bars"]
+    assert {tuple(bar["seconds"])[4:] for bar in phases} == {(), ("finish",), ("distil",), ("finish", "distil")}
+
+
+class Run:
+    def __init__(self) -> None:
+        self.logged, self.metrics = [], []
+
+    def define_metric(self, name, **options):
+        self.metrics.append((name, options))
+
+    def log(self, row):
+        self.logged.append(row)
+
+
+def test_wandb_is_given_the_curves():
+    run = Run()
+    loggers._log_finish(run, RECORDS[3]["finish"])
+    blocks = [row for row in run.logged if "finish/row" in row]
+    assert [row["finish/row"] for row in blocks] == list(range(7))
+    assert [row["finish/block"] for row in blocks] == [0] * 4 + [1] * 3
+    distil = [row for row in run.logged if "distil/step" in row]
+    assert [row["distil/held_out"] for row in distil] == [4.0, 2.0, 1.5, 1.0]
+    assert ("distil/*", {"step_metric": "distil/step"}) in run.metrics
+    run = Run()
+    loggers._log_finish(run, {})
+    assert run.logged == []
