@@ -123,7 +123,7 @@ class SparseLLM(BlockMethod):
                     "another method"
                 )
             if own.intersection(part.layers if part else ()):
-                self._penalties(part, name)
+                self.penalties(part, name)
                 if lacking := [layer for layer in part.layers if layer not in own]:
                     raise UserError(
                         f"SparseLLM prunes the feed-forward part of {name} as a whole, and {lacking[0]} is left out: "
@@ -131,7 +131,12 @@ class SparseLLM(BlockMethod):
                     )
         return self
 
-    def _penalties(self, part: FeedForward, name: str) -> Penalties:
+    def penalties(self, part: FeedForward, name: str) -> Penalties:
+        """What the alternation weighs in a block.
+
+        Raises:
+            UserError: an activation that it does not know.
+        """
         plain = part.gate is None
         if not part.computes(relu if plain else silu):
             raise UserError(
@@ -190,7 +195,7 @@ class SparseLLM(BlockMethod):
             gate = found[part.gate].weight if part.gate else None
             return dataclasses.replace(weights, up=found[part.up].weight, down=found[part.down].weight, gate=gate)
 
-        channels, penalties = inputs[names[part.down]].gram.to(device), self._penalties(part, block.name)
+        channels, penalties = inputs[names[part.down]].gram.to(device), self.penalties(part, block.name)
         alternate(dense, lambda: part_inputs(block, part), gram, channels, prune, penalties, self.rounds)
         seconds = watch.lap("alternation") / len(found)
         stats = {"rounds": self.rounds, "alpha": penalties.alpha, "beta": penalties.beta, "gamma": penalties.gamma}

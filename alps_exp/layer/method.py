@@ -25,6 +25,8 @@ class Method:
         shares: what it knows of the inputs is what other methods collect, so that runs can share it; False where it
             sends the calibration windows through blocks by itself.
         structured: whole channels and heads leave, of which the sparsity is the share.
+        even: as many of them in every block.
+        reconstruction: made from what is known of a method whose full text is not public.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
@@ -33,6 +35,8 @@ class Method:
     kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm"})
     shares: ClassVar[bool] = True
     structured: ClassVar[bool] = False
+    even: ClassVar[bool] = True
+    reconstruction: ClassVar[bool] = False
 
     def flops(self, rows: int, width: int) -> float:
         """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory

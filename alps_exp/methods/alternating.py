@@ -194,10 +194,10 @@ def updated(
 
 
 def _fitted(dense: Weights, last: Weights, sums: Sums, gram: Tensor, penalties: Penalties) -> Weights:
-    solve = _Solve(gram, penalties.ridge)
+    solve = GramSolve(gram, penalties.ridge)
     up = dense.up + solve(sums.up)
     if dense.gate is not None:
-        down = dense.down + _Solve(sums.channels, penalties.ridge)(sums.down)
+        down = dense.down + GramSolve(sums.channels, penalties.ridge)(sums.down)
         return replace(dense, up=up, gate=dense.gate + solve(sums.gate), down=down)
     down, rate = last.down, 2 * penalties.rate / (sums.tokens * len(last.down))
     for _ in range(penalties.steps):
@@ -205,7 +205,7 @@ def _fitted(dense: Weights, last: Weights, sums: Sums, gram: Tensor, penalties: 
     return replace(dense, up=up, down=down)
 
 
-class _Solve:
+class GramSolve:
     """right ↦ right G⁻¹, for a Gram matrix G, scaled to a unit diagonal; dead inputs get 0.
 
     The ridge is added to the scaled diagonal. Where G is not positive definite even so, it grows tenfold until it is.

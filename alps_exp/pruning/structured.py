@@ -72,7 +72,14 @@ def check_units(model: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, 
     return {name: asked_units(block, name, patterns) for name, block in names.items()}
 
 
-def settle_units(block: BlockProblem, units: Units, inputs: Inputs, kept: Tensor, solution: Solution) -> None:
+def settle_units(
+    block: BlockProblem,
+    units: Units,
+    inputs: Inputs,
+    kept: Tensor,
+    solution: Solution,
+    readers: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the writer's solution, and zero rows and biases of the readers.
 
     Args:
@@ -81,8 +88,9 @@ def settle_units(block: BlockProblem, units: Units, inputs: Inputs, kept: Tensor
         inputs: of the writer.
         kept: (count,) bool.
         solution: of the writer, with zeros for all inputs of units that leave.
+        readers: path of a reader → its weight (out, in), where it is another than the dense one.
     """
-    stats = {"unit": units.kind, "units": units.count, "kept": int(kept.sum())}
+    stats = {**solution.stats, "unit": units.kind, "units": units.count, "kept": int(kept.sum())}
     name = f"{block.name}.{units.writer}"
     solution.stats.update(stats)
     solved = [block.solved(name, inputs, solution, sum(solution.seconds.values()))]
@@ -90,8 +98,8 @@ def settle_units(block: BlockProblem, units: Units, inputs: Inputs, kept: Tensor
     for path, stay in rows.items():
         layer = block.layers[f"{block.name}.{path}"]
         support = stay[:, None].expand(layer.shape)
-        weight = layer.weight.float().masked_fill(~support, 0)
-        reader = Solution(weight, support, solution.status, stats=dict(stats))
+        weight = (readers or {}).get(path, layer.weight.float()).masked_fill(~support, 0)
+        reader = Solution(weight, support, solution.status, solution.iterations, stats=dict(stats))
         solved.append(block.solved(layer.name, Inputs(name=layer.name), reader))
     block.settle(solved)
     zero_biases(block.module, rows)

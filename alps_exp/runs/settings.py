@@ -172,6 +172,11 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
                 f"save=shrunk leaves out whole channels and heads, and {cfg['method']['name']} prunes single weights: "
                 "give save=true or save=packed"
             )
+        if not solver.even:
+            raise UserError(
+                f"{cfg['method']['name']} leaves other numbers of channels and heads in every block, which no model's "
+                "configuration can say: give save=true"
+            )
         shrunk_config(model.skeleton, patterns)
     settings = Settings(
         configuration=configuration,

@@ -157,6 +157,10 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")
+    made_up = {
+        r["method"] for r in records for row in r.get("layers") or () if (row.get("stats") or {}).get("reconstruction")
+    }
+    words += [f"{name}: a reconstruction, since the method's full text is not public" for name in sorted(made_up)]
     if zeros := _zeros(found):
         words.append(zeros)
     return _capital("; ".join(words)) + "." if words else ""
