@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..model.blocks import BlockModel
 from ..model.hidden import HiddenStates
 from .ladder import CALIBRATION, Ladder, naming_the_step
+from .replay import Replay
 
 HELD_OUT = "held out"
 DENSE = "dense"  # in front of a stream's name: the same windows through the dense model, beside the pruned one
@@ -129,13 +131,14 @@ class Streams:
             if sizes.get(name):
                 stream.rechunk(sizes[name])
 
-    def advance(self, index: int, block: nn.Module, dense: bool) -> dict[str, list[int]]:
+    def advance(self, index: int, block: nn.Module, dense: bool, replay: Replay | None = None) -> dict[str, list[int]]:
         """Replace hidden states by the block's output, unless it is the last block that they go through.
 
         Args:
             index: the block's.
             block: with the weights that the model has which these streams go through.
             dense: those that go through the dense model, or those that go through the pruned one.
+            replay: what was kept of the block's forwards on them.
 
         Returns:
             Windows of each forward, by the stream's name.
@@ -144,7 +147,8 @@ class Streams:
             return {}
         moving = {name: stream for name, stream in self.states.items() if (name in self.dense) == dense}
         with naming_the_step(self.model.name(index)):
-            for stream in moving.values():
-                stream.advance(self.model, index, block)
+            for name, stream in moving.items():
+                output_of = {} if replay is None else {"output_of": partial(replay.output, name)}
+                stream.advance(self.model, index, block, **output_of)
         self.ladder.take_over(self.model.name(index), self.states)
         return {name: list(stream.sizes) for name, stream in moving.items()}

@@ -254,11 +254,19 @@ class _Layer:
             self._change = torch.empty_like(self.b, dtype=self._low)
         state = (self.b, self._target, self.support, scale, self.rho, self._change)
         group, stride = self._tracker.group, self._tracker.stride(self.b)
+        size = self.b.numel()
+        if stride is not None and size <= stride * self._kernels.SELECTED:
+            sparsity, (drift, kept) = self._tracker.sparsity, self._tracker.memory(self.b.device, size)
+            threshold = self._kernels.sampled_threshold(
+                *state[:4], stride, sparsity, drift, kept, self._tracker.count(size)
+            )
+            self._kernels.threshold_step(*state, threshold, kept)
+            return True
         if stride is not None:
             b, target, support = (part.view(-1)[::stride] for part in state[:3])
             sample = torch.where(support, 0, target).mul_(scale).add_(b).abs_()
             kept = self._kernels.threshold_step(*state, self._tracker.threshold(sample))
-            self._tracker.observe(kept, self.b.numel(), stride)
+            self._tracker.observe(kept, size, stride)
             return True
         if group is not None and group[1] in (2, 4, 8, 16):
             self._kernels.group_step(*state, group)

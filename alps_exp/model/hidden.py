@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +73,11 @@ class HiddenStates:
                 self.relieve_or_raise(begin)
             else:
                 begin += size
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return self._states.nbytes
 
     def copy(self) -> HiddenStates:
         """The same hidden states, to go another way from here on."""
@@ -190,8 +196,20 @@ class HiddenStates:
         if self.relieve(begin) is None:
             raise torch.OutOfMemoryError("one window at a time with its hidden states in host memory is still too much")
 
-    def advance(self, model: BlockModel, index: int, block: nn.Module) -> None:
+    def advance(
+        self,
+        model: BlockModel,
+        index: int,
+        block: nn.Module,
+        output_of: Callable[[int, int, Callable[[], Tensor]], Tensor] = lambda begin, end, run: run(),
+    ) -> None:
         """Replace the hidden states by the block's output.
+
+        Args:
+            model: the model.
+            index: the block's.
+            block: on the device.
+            output_of: the output for the windows from `begin` to `end`, which `run` computes.
 
         Raises:
             UserError: the output has NaN or infinite entries.
@@ -202,7 +220,8 @@ class HiddenStates:
         while begin < len(self._tokens):
             end = begin + self._size_at(begin)
             try:
-                output = model.forward_block(index, block, self.at(begin, end))
+                run = partial(self._forward, model, index, block, begin, end)
+                output = output_of(begin, end, run)
             except torch.OutOfMemoryError:
                 output = None
             if output is None:
@@ -217,6 +236,9 @@ class HiddenStates:
                 f"{model.name(index)} produces {int(bad)} NaN or infinite activations: check the checkpoint, or use "
                 "another dtype (dtype=bfloat16 or dtype=float32 where float16 overflows)"
             )
+
+    def _forward(self, model: BlockModel, index: int, block: nn.Module, begin: int, end: int) -> Tensor:
+        return model.forward_block(index, block, self.at(begin, end))
 
     def _keep(self, begin: int, end: int, output: Tensor) -> None:
         wide = torch.promote_types(self._states.dtype, output.dtype)

@@ -51,8 +51,9 @@ class Additions(TorchDispatchMode):
         block: the block.
         layers: linear layers in it, by name; of those that share a sum, the earlier ones come first.
         hidden: what the block is called with.
-        full: called once every layer of `wanted` was added to the stream, such as to end the forward.
         wanted: names of layers.
+        full: called once every layer of `wanted` was added to the stream, such as to end the forward.
+        instead: modules that give the output of a layer without calling it, and the layer's name.
     """
 
     def __init__(
@@ -62,20 +63,21 @@ class Additions(TorchDispatchMode):
         hidden: Tensor,
         wanted: Iterable[str] = (),
         full: Callable[[], None] = lambda: None,
+        instead: Mapping[nn.Module, str] | None = None,
     ) -> None:
         super().__init__()
         self.found: dict[str, Addition] = {}
         self._block, self._layers = block, layers
         self._stream = {_address(hidden): hidden}
-        self._wanted, self._full = set(wanted), full
+        self._wanted, self._full, self._instead = set(wanted), full, dict(instead or {})
         self._terms: dict[int, _Term] = {}
         self._handles: list = []
 
     def __enter__(self):
-        linears = {id(module): name for name, module in self._layers.items()}
+        linears = {module: name for name, module in self._layers.items()} | self._instead
         for module in self._block.modules():
-            if id(module) in linears:
-                self._handles.append(module.register_forward_hook(self._written(linears[id(module)])))
+            if module in linears:
+                self._handles.append(module.register_forward_hook(self._written(linears[module])))
             elif "norm" in type(module).__name__.lower():
                 self._handles.append(module.register_forward_hook(self._normed))
         return super().__enter__()
@@ -88,7 +90,8 @@ class Additions(TorchDispatchMode):
         return super().__exit__(*error)
 
     def _written(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output) -> None:
+            output = output if isinstance(output, Tensor) else output[0]
             self._remember(_Term(output, {name: output}, 1.0))
 
         return hook
@@ -104,6 +107,11 @@ class Additions(TorchDispatchMode):
         if len(term.parts) == 1 and output.shape == args[0].shape:
             factor = output.float() / args[0].float()
             self._remember(_Term(output, dict.fromkeys(term.parts, output), _times(term.factor, factor)))
+
+    def whole(self, value: Tensor) -> frozenset[str]:
+        """The layer whose output this is, as it is; none or several where it is something else."""
+        term = self._term(value)
+        return frozenset(term.parts) if term is not None and term.factor == 1.0 else frozenset()
 
     def _remember(self, term: _Term) -> None:
         self._terms[_address(term.tensor)] = term

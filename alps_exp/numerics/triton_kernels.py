@@ -14,10 +14,54 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048
+# A sample of so many entries at most lies in the registers of one program, which selects from it by itself.
+SELECTED = 1 << 15
+
+
+def sampled_threshold(
+    b: Tensor,
+    target: Tensor,
+    support: Tensor,
+    scale: float,
+    stride: int,
+    sparsity: float,
+    drift: Tensor,
+    kept: Tensor,
+    wanted: int,
+) -> Tensor:
+    """The threshold of the next `threshold_step`, from every `stride`-th entry: the entry of the sample whose rank is
+    the sparsity's, corrected by what the former thresholds have kept too many (`ThresholdTracker`).
+
+    Args:
+        b: as in `threshold_step`, and so are `target`, `support` and `scale`; at most `SELECTED` entries are taken.
+        stride: every how many entries one is taken.
+        sparsity: the share of the entries that are not to be kept.
+        drift: 0-dim float64, what the rank is corrected by; overwritten.
+        kept: 0-dim int32, how many entries the last threshold has kept; overwritten with 0.
+        wanted: how many it was to keep.
+
+    Returns:
+        0-dim float32 on the device.
+    """
+    size = triton.cdiv(b.numel(), stride)
+    threshold = torch.empty((), device=b.device)
+    with torch.cuda.device_of(b):
+        _sampled_threshold[(1,)](
+            b, target, support.view(torch.uint8), threshold, drift, kept, scale, stride, sparsity, wanted, size,
+            BLOCK=max(triton.next_power_of_2(size), 32), num_warps=16,
+        )  # fmt: skip
+    return threshold
 
 
 def threshold_step(
-    b: Tensor, target: Tensor, support: Tensor, scale: float, rho: float, change: Tensor, threshold: Tensor
+    b: Tensor,
+    target: Tensor,
+    support: Tensor,
+    scale: float,
+    rho: float,
+    change: Tensor,
+    threshold: Tensor,
+    count: Tensor | None = None,
 ) -> Tensor:
     """ADMM's D and V for a new B, entries of at least `threshold` in magnitude being kept.
 
@@ -29,12 +73,13 @@ def threshold_step(
         rho: ρ.
         change: low precision, overwritten: ρ(2D - B - D_former).
         threshold: 0-dim float32.
+        count: 0-dim int32, 0; a new one if not given.
 
     Returns:
-        0-dim int32 on the device, how many entries are kept.
+        `count`, to which the number of entries that are kept is added.
     """
     size = b.numel()
-    count = torch.zeros((), dtype=torch.int32, device=b.device)
+    count = torch.zeros((), dtype=torch.int32, device=b.device) if count is None else count
     with torch.cuda.device_of(b):
         _threshold_step[(triton.cdiv(size, _BLOCK),)](
             b, target, support.view(torch.uint8), change, threshold, count, scale, rho, size, BLOCK=_BLOCK
@@ -101,6 +146,31 @@ def _advance(b, target, support, scale):
     """(former D, new B + V/ρ)."""
     former = tl.where(support, target, 0.0)
     return former, b + (target - former) * scale
+
+
+@triton.jit
+def _sampled_threshold(
+    b_at, target_at, support_at, threshold_at, drift_at, kept_at, scale, stride, sparsity, wanted, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    drift = tl.load(drift_at) + (tl.load(kept_at) - wanted).to(tl.float64) / stride
+    rank = tl.minimum(tl.maximum(sparsity * size + drift, 0.0), size - 1.0).to(tl.int32)
+    place = tl.arange(0, BLOCK)
+    inside, at = place < size, place.to(tl.int64) * stride
+    b = tl.load(b_at + at, mask=inside, other=0.0)
+    support = tl.load(support_at + at, mask=inside, other=0) != 0
+    _, target = _advance(b, tl.load(target_at + at, mask=inside, other=0.0), support, scale)
+    # Bits of floats that are not negative are in the floats' order. The largest number below which there are no more
+    # than `rank` entries is the entry of that rank; it is found bit by bit.
+    bits = tl.where(inside, tl.abs(target).to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    found = 0
+    for step in range(31):
+        tried = found | (1 << (30 - step))
+        found = tl.where(tl.sum((bits < tried).to(tl.int32), axis=0) <= rank, tried, found)
+    # After the sums, behind which no thread of the program has still to read what is overwritten here.
+    tl.store(threshold_at, found.to(tl.float32, bitcast=True))
+    tl.store(drift_at, drift)
+    tl.store(kept_at, 0)
 
 
 @triton.jit

@@ -49,13 +49,31 @@ class ThresholdTracker(Tracker):
     def __init__(self, pattern: Keeps) -> None:
         super().__init__(pattern)
         self._drift: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def stride(self, score: Tensor) -> int | None:
-        size, wanted = score.numel(), 1 << 18 if score.is_cuda else 1 << 14
-        if size < 4 * wanted or not 0 < self._count(size) < size:
+        size = score.numel()
+        if size < 1 << 16 or not 0 < self.count(size) < size:
             return None
         # An odd stride, or the sample would hold a few columns only where the width is a power of two.
-        return size // wanted | 1
+        if not score.is_cuda:
+            return size >> 14 | 1
+        # Of small layers no more than a kernel selects from by itself (`triton_kernels.SELECTED`): launches, not
+        # entries, take the time there.
+        return size >> 18 | 1 if size >= 1 << 20 else -(-size >> 15) | 1
+
+    def memory(self, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+        """For a kernel that does what `threshold` and `observe` do: the correction of the rank, 0-dim float64, and how
+        many of `size` entries the last threshold has kept, 0-dim int32; both are the kernel's to change."""
+        if self._drift is None:
+            self._drift = torch.zeros((), dtype=torch.float64, device=device)
+            self._kept = torch.full((), self.count(size), dtype=torch.int32, device=device)
+        return self._drift, self._kept
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the entries that are not kept."""
+        return self._pattern.sparsity
 
     def __call__(self, score: Tensor) -> Tensor:
         stride = self.stride(score)
@@ -75,11 +93,14 @@ class ThresholdTracker(Tracker):
             self._drift = torch.zeros((), dtype=torch.float64, device=sample.device)
         rank = (self._pattern.sparsity * len(sample) + self._drift).clamp_(0, len(sample) - 1)
         # The rank stays on a GPU, which sorts as fast as it selects; a CPU has nothing to wait for and selects faster.
-        return sample.sort().values[rank.long()] if sample.is_cuda else sample.kthvalue(int(rank) + 1).values
+        if sample.is_cuda:
+            return sample.sort().values.index_select(0, rank.long().view(1)).view(())
+        return sample.kthvalue(int(rank) + 1).values
 
     def observe(self, kept: Tensor, size: int, stride: int) -> None:
         """Learn how many of `size` scores the last threshold kept (0-dim)."""
-        self._drift += (kept - self._count(size)) / stride
+        self._drift += (kept - self.count(size)) / stride
 
-    def _count(self, size: int) -> int:
+    def count(self, size: int) -> int:
+        """How many of `size` entries are to be kept."""
         return round((1 - self._pattern.sparsity) * size)

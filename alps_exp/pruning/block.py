@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.clock import Stopwatch
+from ..calibration.replay import Replay
 from ..calibration.streams import Streams
 from ..layer.inputs import Inputs
 from ..layer.problem import LayerProblem
@@ -43,6 +44,8 @@ class BlockProblem:
         layers: those of them to prune.
         watched: somebody's hooks or replaced forwards see its modules run, so that no forward may be cut short.
         writers: those of them whose outputs are added to the residual stream, where a target asks for it.
+        open: those of `layers` whose weights are still to be found.
+        replay: what is kept of forwards for later ones.
         cached: its statistics were another run's.
         finished: what its finishing did (`Training`); empty without.
     """
@@ -65,6 +68,8 @@ class BlockProblem:
         self.linears = block_linears(module, self.name, job.selection.excluded)
         self.layers = {name: Layer(name, linear) for name, linear in self.linears.items() if name in job.patterns}
         self.writers: frozenset[str] = frozenset()
+        self.open = set(self.layers)
+        self.replay = Replay()
         self.watched = any(
             module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             for module in module.modules()
@@ -114,8 +119,10 @@ class BlockProblem:
         self.begin_changing()
         if self._dense is not None:
             with self.dense() as module:
-                self._sizes |= self.streams.advance(self.index, module, dense=True)
+                self._sizes |= self.streams.advance(self.index, module, True, self.replay)
             self._dense = None
+        if not self._settled:  # a later stage changes what was kept of the pruned block
+            self.replay.drop()
 
     def solved(self, name: str, inputs: Inputs, solution: Solution, seconds: float = 0.0) -> Solved:
         """What a method of block scope hands to `settle` for one layer.
@@ -143,8 +150,10 @@ class BlockProblem:
             found.layer.write(weight)
 
     def exchange(self, names: Sequence[str]) -> None:
-        """Give the other processes of a team the weights of these layers that this one has solved, and take theirs."""
+        """Give the other processes of a team the weights of these layers that this one has solved, and take theirs; all
+        are final then."""
         self.tools.team.exchange({name: self.layers[name].module.weight.data for name in names})
+        self.open.difference_update(names)
 
     def finish(self) -> FinishedBlock:
         """Measure the layers, which no stage changes any more, and bring the hidden states behind the block."""
@@ -154,7 +163,7 @@ class BlockProblem:
         self._solved.clear()
         self.watch.lap("solve")
         self.advance_dense()
-        self._sizes |= self.streams.advance(self.index, self.module, dense=False)
+        self._sizes |= self.streams.advance(self.index, self.module, False, self.replay)
         drift = self.streams.drift(self.tools.team.gather)
         self.watch.lap("propagate")
         if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..base.errors import UserError
 from ..calibration.capture import Accumulator, Collector, Enough, Group
-from ..calibration.ladder import naming_the_step
+from ..calibration.ladder import CALIBRATION, naming_the_step
+from ..calibration.replay import Parts, Replay
+from ..calibration.streams import DENSE
 from ..layer.inputs import Inputs, Statistics
 from ..layer.problem import LayerProblem
 from ..layer.solver import Solver
@@ -31,7 +33,11 @@ def order(block: BlockProblem) -> list[list[str]]:
     collector = Collector({name: layer.module for name, layer in block.layers.items()}, Statistics.NONE)
     collector.begin(hidden)
     try:
-        with naming_the_step(block.name), Additions(block.module, block.linears, hidden) as additions:
+        with (
+            naming_the_step(block.name),
+            Additions(block.module, block.linears, hidden) as additions,
+            Parts(block.module, block.linears, hidden, additions) as parts,
+        ):
             block.forward(hidden)
     finally:
         collector.remove()
@@ -42,6 +48,8 @@ def order(block: BlockProblem) -> list[list[str]]:
                 "give target=layer"
             )
         block.writers = frozenset(additions.found)
+    if not block.watched:
+        block.replay = Replay(parts, block.streams.calibration.nbytes, block.model.device)
     collector.finish()
     groups = collector.order()
     for names in groups:
@@ -66,6 +74,8 @@ def capture(block: BlockProblem, names: Sequence[str]) -> list[Group]:
     if (groups := _from_others(block)) is not None:
         return thriftily(block, groups)
     while (groups := _collect(block, names)) is None:
+        if block.replay.drop():
+            continue
         if tools.team.size > 1:
             raise UserError(
                 f"{block.name}: its statistics do not fit on each of {tools.team.size} devices: run on "
@@ -114,14 +124,22 @@ class _Watch:
         block: the block.
         writers: names of layers.
         hidden: what it is called with.
+        ending: end the forward once all that is wanted is known, unless somebody watches it.
+        instead: modules that give a writer's output without calling it, and its name.
     """
 
-    def __init__(self, block: BlockProblem, writers: Sequence[str], hidden: Tensor) -> None:
+    def __init__(
+        self,
+        block: BlockProblem,
+        writers: Sequence[str],
+        hidden: Tensor,
+        ending: bool,
+        instead: Mapping[nn.Module, str],
+    ) -> None:
         self._modules = {name: block.layers[name].module for name in writers}
         self.inputs: dict[str, Tensor] = {}
-        self.additions = Additions(
-            block.module, block.linears, hidden, writers, self._end if not block.watched else _go_on
-        )
+        end = self._end if ending and not block.watched else _go_on
+        self.additions = Additions(block.module, block.linears, hidden, writers, end, instead)
 
     def __enter__(self) -> _Watch:
         self._stack = ExitStack()
@@ -153,18 +171,24 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
     """One batch of windows, by the numbers of the first and behind the last, through the block as far as it is needed;
     where a target compares with the dense model, through the dense block too."""
     hidden = block.streams.calibration.at(first, last)
-    writers = [name for name in collector.names if name in block.writers]
+    names, replay, windows = collector.names, block.replay, (CALIBRATION, first, last)
+    writers = [name for name in names if name in block.writers]
+    more = not block.open.issubset(names)
+    later = block.open if more else None
     collector.begin(hidden, ending=not writers and not block.watched)
     if not writers:
-        with suppress(Enough):
+        with suppress(Enough), replay.forward(windows, names, later):
             block.forward(hidden)
         return
-    beside = block.streams.beside.at(first, last)
     collector.resting = True
-    with block.dense(), suppress(Enough), _Watch(block, writers, beside) as dense:
-        block.forward(beside)
+    dense = _forward_dense(block, writers, first, last)
     collector.resting = False
-    with suppress(Enough), _Watch(block, writers, hidden) as pruned:
+    instead = replay.writers(windows, names)
+    with (
+        suppress(Enough),
+        replay.forward(windows, names, later),
+        _Watch(block, writers, hidden, True, instead) as pruned,
+    ):
         block.forward(hidden)
     for name in writers:
         weight = block.layers[name].weight
@@ -172,6 +196,23 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
         one, other = (watch.additions.found[name] for watch in (dense, pruned))
         wanted = torch.nn.functional.linear(dense.inputs[name] - x, weight)
         collector.of(name).correct(wanted + _error(one, other).reshape(wanted.shape), x)
+
+
+def _forward_dense(block: BlockProblem, writers: Sequence[str], first: int, last: int) -> _Watch:
+    """One batch of windows through the dense block, as far as it is needed; the last time to its end."""
+    hidden, replay = block.streams.beside.at(first, last), block.replay
+    windows = (f"{DENSE} {CALIBRATION}", first, last)
+    others = block.open.difference(writers)
+    more = not others.isdisjoint(block.writers)
+    instead, later = replay.writers(windows, writers), others if more else None
+    with (
+        block.dense(),
+        suppress(Enough),
+        replay.forward(windows, writers, later),
+        _Watch(block, writers, hidden, more, instead) as watch,
+    ):
+        replay.finish(windows, block.forward(hidden))
+    return watch
 
 
 def _error(dense: Addition, pruned: Addition) -> Tensor:

@@ -178,3 +178,35 @@ def test_sparsegpt_with_and_without_kernels(written, monkeypatch):
     plain = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float32), pattern)
     losses = [problem.relative_loss(solution.weight.cpu()) for solution in (fused, plain, exact)]
     assert losses == pytest.approx([losses[2]] * 3, rel=2e-3)
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((40, 96), 1), ((33, 65), 3), ((1, 1), 1), ((300, 320), 7)])
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
+def test_sampled_threshold(kernels, shape, stride, sparsity):
+    b, target, support = state(shape)
+    sample = reference(b, target, support, 0.8, 0.3, lambda score: score)[0].abs().view(-1)[::stride]
+    drift = torch.full((), 2.0, dtype=torch.float64, device=DEVICE)
+    kept = torch.tensor(10 + 3 * stride, dtype=torch.int32, device=DEVICE)
+    found = kernels.sampled_threshold(b, target, support, 0.8, stride, sparsity, drift, kept, 10)
+    assert float(drift) == 5.0  # three entries of the sample too many were kept, beside what was known before
+    assert int(kept) == 0
+    rank = min(int(sparsity * len(sample) + 5.0), len(sample) - 1)
+    torch.testing.assert_close(found, sample.sort().values[rank])
+
+
+@needs_cuda
+def test_a_small_layer_keeps_about_its_count_in_every_iteration():
+    pattern = parse_sparsity("0.7")
+    generator = torch.Generator("cuda").manual_seed(0)
+    tracker = pattern.tracker()
+    b = torch.randn(576, 576, device="cuda", generator=generator)
+    stride, wanted = tracker.stride(b), tracker.count(b.numel())
+    kernels = kernels_for(b.device)
+    target, support, change = b.clone(), torch.ones_like(b, dtype=torch.bool), torch.empty_like(b, dtype=LOW)
+    for _ in range(8):
+        drift, kept = tracker.memory(b.device, b.numel())
+        threshold = kernels.sampled_threshold(b, target, support, 1.0, stride, 0.7, drift, kept, wanted)
+        kernels.threshold_step(b, target, support, 1.0, 0.3, change, threshold, kept)
+        assert int(kept) == int(support.sum())
+        assert abs(int(kept) - wanted) < 0.02 * wanted
+        b = b + 0.01 * torch.randn(576, 576, device="cuda", generator=generator)

@@ -1,0 +1,170 @@
+"""What a block's forwards have in common is computed once.
+
+A block whose groups of layers are captured in order is run several times over the same windows, and beside the dense
+model as often again. Between two of these runs only some of its layers have changed: the attention, once its layers are
+pruned, gives what it gave before. Its output is kept, and put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..base.memory import free_device
+from ..model.blocks import hidden_of
+from ..model.residual import Additions
+
+# Windows of one stream of hidden states: its name, the first window, and the one after the last.
+Windows = tuple[str, int, int]
+
+
+class Parts:
+    """The modules in a block whose outputs may stand for them: each called once, and giving hidden states.
+
+    Found during one forward, as a context. Where a part writes to the residual stream, its output must be that of its
+    one writer, as it is.
+
+    Args:
+        block: the block.
+        layers: its linear layers by name.
+        hidden: what it is called with.
+        additions: watches the same forward.
+    """
+
+    def __init__(self, block: nn.Module, layers: Mapping[str, nn.Module], hidden: Tensor, additions: Additions) -> None:
+        self.layers: dict[nn.Module, frozenset[str]] = {}
+        self.writers: dict[nn.Module, str | None] = {}
+        self._additions, self._size = additions, hidden.nbytes
+        self._calls: dict[nn.Module, int] = {}
+        names = {module: name for name, module in layers.items()}
+        self._candidates = {
+            child: own
+            for child in block.children()
+            if child not in names and (own := frozenset(names[m] for m in child.modules() if m in names))
+        }
+        self._written: dict[nn.Module, frozenset[str]] = {}
+
+    def __enter__(self) -> Parts:
+        self._handles = [child.register_forward_hook(self._look) for child in self._candidates]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for part, names in self._written.items():
+            wrote = self._candidates[part] & self._additions.found.keys()
+            if self._calls[part] == 1 and wrote == names and len(names) < 2:
+                self.layers[part] = self._candidates[part]
+                self.writers[part] = next(iter(names), None)
+
+    def _look(self, part: nn.Module, args: tuple, output) -> None:
+        self._calls[part] = self._calls.get(part, 0) + 1
+        first = next(iter(_tensors(output)), None)
+        if first is not None and first is hidden_of(output) and sum(t.nbytes for t in _tensors(output)) == self._size:
+            self._written[part] = self._additions.whole(first)
+
+
+class Replay:
+    """The outputs of parts that have not changed since, by the windows that they were computed for.
+
+    Args:
+        parts: what may be kept; nothing if not given.
+        size: bytes of the hidden states of all windows, each kept output's size.
+        device: where they are kept, as far as they take no more than a quarter of what is free there.
+    """
+
+    def __init__(self, parts: Parts | None = None, size: int = 0, device: torch.device | None = None) -> None:
+        # The attention's in the dense block and in the pruned one.
+        room = parts is not None and 2 * size <= 0.25 * free_device(device)
+        self._parts = parts if room else None
+        self._kept: dict[Windows, dict[nn.Module, tuple[object, list[int]]]] = {}
+        self._outputs: dict[Windows, Tensor] = {}
+
+    def drop(self) -> bool:
+        """Keep nothing any more; False where nothing was kept."""
+        held = bool(self._kept or self._outputs)
+        self._parts = None
+        self._kept.clear()
+        self._outputs.clear()
+        return held
+
+    def writers(self, windows: Windows, called: Iterable[str]) -> dict[nn.Module, str]:
+        """The parts that a `forward` does not run and that write to the residual stream, with the writer's name."""
+        return {
+            part: self._parts.writers[part] for part in self._left_out(windows, called) if self._parts.writers[part]
+        }
+
+    @contextmanager
+    def forward(
+        self, windows: Windows, called: Iterable[str] = (), later: Iterable[str] | None = None
+    ) -> Iterator[None]:
+        """The block's forward within it leaves out what was kept for these windows.
+
+        Args:
+            windows: what it is run on.
+            called: layers whose parts are to be run.
+            later: what is run is kept, but for the parts of these layers; nothing is kept if not given.
+        """
+        left_out = self._left_out(windows, called)
+        kept = self._kept.setdefault(windows, {}) if self._parts is not None else {}
+        with ExitStack() as stack:
+            for part in left_out:
+                part.forward = _returning(kept[part][0])
+                stack.callback(part.__dict__.pop, "forward")
+            if self._parts is not None and later is not None:
+                for part, layers in self._parts.layers.items():
+                    if part not in left_out and layers.isdisjoint(later):
+                        stack.callback(part.register_forward_hook(_keeping(kept)).remove)
+            yield
+        for part, (output, versions) in list(kept.items()):
+            if versions != [tensor._version for tensor in _tensors(output)]:  # written over by what came after it
+                del kept[part]
+
+    def _left_out(self, windows: Windows, called: Iterable[str]) -> list[nn.Module]:
+        return [part for part in self._kept.get(windows, ()) if self._parts.layers[part].isdisjoint(called)]
+
+    def finish(self, windows: Windows, output: Tensor) -> None:
+        """Keep the block's output for these windows, in place of its parts'."""
+        if self._parts is not None:
+            self._kept.pop(windows, None)
+            self._outputs[windows] = output
+
+    def output(self, stream: str, begin: int, end: int, run: Callable[[], Tensor]) -> Tensor:
+        """The block's output for these windows, of which nothing is kept any longer.
+
+        Args:
+            stream: the hidden states' name.
+            begin: the first window.
+            end: the one after the last.
+            run: runs the block on them.
+        """
+        windows = (stream, begin, end)
+        output = self._outputs.pop(windows, None)
+        if output is None:
+            try:
+                with self.forward(windows):
+                    output = run()
+            except torch.OutOfMemoryError:
+                self.drop()
+                raise
+        self._kept.pop(windows, None)
+        return output
+
+
+def _returning(output):
+    return lambda *args, **kwargs: output
+
+
+def _keeping(kept: dict):
+    def hook(part: nn.Module, args: tuple, output) -> None:
+        kept[part] = (output, [tensor._version for tensor in _tensors(output)])
+
+    return hook
+
+
+def _tensors(output) -> list[Tensor]:
+    values = output if isinstance(output, (tuple, list)) else [output]
+    return [value for value in values if isinstance(value, Tensor)]
