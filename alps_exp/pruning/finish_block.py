@@ -37,20 +37,21 @@ class FinishBlock(Stage):
         block.watch.lap("propagate")
         if not block.layers:
             return
-        ladder, streams = block.tools.ladder, block.streams
-        windows = streams.calibration
+        ladder, streams, team = block.tools.ladder, block.streams, block.tools.team
+        windows, every = streams.calibration, len(block.job.tokens)
         share = None if self.choice.minutes is None else self.choice.minutes / block.job.blocks
         trainer = Trainer(
             block.module,
             _masks(block),
             _Loss(block),
             len(windows),
-            self.choice.recipe(len(windows), windows.width, share, ladder.micro),
+            self.choice.recipe(every, windows.width, share, ladder.micro),
             held_out=len(streams.held_out),
             working=_WIDE,
             label=f"finishing {block.name}",
             quiet=True,
             lighter=lambda: ladder.lighter_training(block.name, streams.states),
+            together=team,
             shrunk=lambda micro: ladder.for_training(block.name, micro, streams.states),
         )
         done = dataclasses.asdict(trainer.run())

@@ -48,6 +48,9 @@ class Alone:
         """These are all."""
         return rows
 
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """They are the sums."""
+
     def tell(self, value: object) -> object:
         """It is its own."""
         return value
@@ -190,6 +193,11 @@ class Team:
         parts: list[list] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, rows)
         return [row for part in parts for row in part]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
     def tell(self, value: object) -> object:
         """The leading process's value."""

@@ -83,6 +83,23 @@ class _Error(_Form):
     message: str
 
 
+class _Look(_Form):
+    step: Whole
+    loss: Number | None = None
+    held_out: Number | None = None
+
+
+class _Training(_Form):
+    tokens: Whole
+    curve: list[_Look]
+    block: Whole | None = None
+
+
+class _Finish(_Form):
+    blocks: list[_Training] = []
+    distil: _Training | None = None
+
+
 class RecordForm(_Form):
     """A record as plain values; it may hold more."""
 
@@ -102,6 +119,7 @@ class RecordForm(_Form):
     error: _Error | None = None
     drift: list[dict[str, dict[str, Number]]] | None = None
     cached_passes: list[str] = []
+    finish: _Finish | None = None
     started: str = ""
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -257,6 +258,14 @@ def describe(record: RunRecord, directory: Path) -> str:
             removed = record.summary["removed"]
             units = ", ".join(f"{removed[kind]:.1%} of the {kind}" for kind in ("channels", "heads") if kind in removed)
             lines.append(f"  {units} left, with {removed['share']:.1%} of the blocks' weights")
+    if blocks := record.finish.get("blocks"):
+        before, after = (math.fsum(row[key] for row in blocks) / len(blocks) for key in ("before", "after"))
+        lines.append(f"  finished {len(blocks)} blocks: mean error on held-out windows {before:.4g} → {after:.4g}")
+    if done := record.finish.get("distil"):
+        lines.append(
+            f"  distilled in {done['steps']} steps: divergence on held-out windows {done['before']:.4g} → "
+            f"{done['after']:.4g} (the layers' losses are those before it)"
+        )
     lines += [f"  {line}" for line in protocol.describe(record.evaluations)]
     if record.saved:
         form = "shrunk" if "shrunk_bytes" in record.saved else "packed"

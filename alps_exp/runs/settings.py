@@ -285,8 +285,11 @@ def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
             f"finish=block is a stage of the block loop, and {cfg['method']['name']} prunes the model as a whole: give "
             "finish=distil"
         )
-    if finish.block is not None and cfg["devices"] > 1:
-        raise UserError(f"finish=block trains a block on one device: give devices=1 instead of {cfg['devices']}")
+    if finish.block is not None and finish.block.batch % cfg["devices"]:
+        raise UserError(
+            f"finish.block.batch={finish.block.batch} windows do not divide among devices={cfg['devices']}: give a "
+            "multiple of that"
+        )
 
 
 def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:

@@ -53,6 +53,23 @@ class Companion:
         """Take over what `state` gave."""
 
 
+class Single:
+    """A process that trains by itself. Of several, each has windows of its own and all the weights."""
+
+    size = 1
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+
+    def gather(self, values: list) -> list:
+        """What all processes give, one after the other."""
+        return values
+
+    def tell(self, value: object) -> object:
+        """The first process's value."""
+        return value
+
+
 @dataclass
 class Training:
     """What a training did.
@@ -60,7 +77,7 @@ class Training:
     Attributes:
         steps: how many were made.
         planned: how many there would have been at most.
-        windows: that they saw, each as often as it came.
+        windows: that they saw, each as often as it came; of all processes.
         seconds: wall time, of earlier attempts too.
         before, after: loss of the held-out windows at the start, and of the weights that were kept; None without such.
         kept: after which step the weights were those that were kept.
@@ -84,6 +101,9 @@ class Training:
     notes: list[str] = field(default_factory=list)
 
 
+_SINGLE = Single()
+
+
 class Trainer:
     """Trains some weights of a module in place.
 
@@ -91,7 +111,7 @@ class Trainer:
         module: the module, in evaluation mode, on one device.
         trained: name of a weight in the module → mask of its entries that are trained; None: all.
         loss: (numbers of windows, whether they are held-out ones) → mean loss over these windows, a scalar.
-        windows: number of windows to train on.
+        windows: number of windows to train on, of this process.
         recipe: how.
         held_out: number of held-out windows; without any the last weights are kept.
         label: what is trained, for progress and messages.
@@ -104,6 +124,8 @@ class Trainer:
         lighter: takes the next measure when one window at a time is too much for the device, and says which; None when
             there is none left.
         shrunk: called with the windows per backward pass whenever they become fewer.
+        together: the processes that train the same weights, each with windows of its own and the same held-out ones; a
+            step takes an equal part of its windows from each. The weights stay the same in all of them.
     """
 
     def __init__(
@@ -122,6 +144,7 @@ class Trainer:
         working: Mapping[torch.dtype, torch.dtype] = MappingProxyType({}),
         lighter: Callable[[], str | None] = lambda: None,
         shrunk: Callable[[int], None] = lambda micro: None,
+        together: Single = _SINGLE,
     ) -> None:
         self.masters = Masters(module, trained)
         if not self.masters.values:
@@ -134,7 +157,12 @@ class Trainer:
         values = self.masters.values.values()
         self.device = next(iter(values)).device
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
-        self.micro = recipe.micro or recipe.batch
+        self._together = together
+        self._batch, rest = divmod(recipe.batch, together.size)
+        if rest:
+            raise ValueError(f"{label}: {recipe.batch} windows do not divide among {together.size} processes")
+        self._most = max(together.gather([windows]))
+        self.micro = min(recipe.micro or self._batch, self._batch)
         self._done = Training(planned=recipe.steps)
         self._best: dict[str, Tensor] = {}
         self._worse = 0
@@ -172,7 +200,7 @@ class Trainer:
         for step in progress:
             self._step(step)
             done.steps = step + 1
-            late = self.recipe.minutes is not None and self._seconds() > 60 * self.recipe.minutes
+            late = self.recipe.minutes is not None and self._decisive_seconds() > 60 * self.recipe.minutes
             if done.steps in looks or late:
                 self._look(done.steps)
                 progress.note(_told(done.curve[-1]))
@@ -189,7 +217,10 @@ class Trainer:
         batch = self.batch(step)
         while (loss := self._gradients(batch)) is None:
             self._shrink()
-        self._recent.append((step, len(batch), loss))
+        count = len(batch)
+        if self._together.size > 1:
+            count, loss = self._added(count, loss)
+        self._recent.append((step, count, loss))
         if len(self._recent) - self._checked >= _NOTICED:
             self._check()
         values = list(self.masters.values.values())
@@ -198,7 +229,7 @@ class Trainer:
         for companion in self._companions:
             companion.before_update(self, step)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate_at(step, self._seconds())
+            group["lr"] = self.recipe.rate_at(step, self._decisive_seconds())
         try:
             self.optimiser.step()
         except torch.OutOfMemoryError as error:  # half of the weights may have moved: there is no second try
@@ -211,14 +242,27 @@ class Trainer:
         for companion in self._companions:
             companion.after_update(self, step)
         self.masters.write()
-        self._done.windows += len(batch)
+        self._done.windows += count
+
+    def _added(self, count: int, loss: Tensor) -> tuple[int, Tensor]:
+        """Windows and mean loss of all processes, whose gradients' mean is in the masters afterwards."""
+        for value in self.masters.values.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        gradients = [value.grad for value in self.masters.values.values()]
+        counts = torch.tensor([float(count)], dtype=torch.float64, device=self.device)
+        total = loss.double().reshape(1) * count
+        torch._foreach_mul_(gradients, float(count))
+        self._together.add([counts, total, *gradients])
+        torch._foreach_div_(gradients, float(counts))
+        return int(counts), (total / counts).to(loss.dtype).squeeze(0)
 
     def batch(self, step: int) -> list[int]:
-        """Numbers of the windows of a step: every epoch has an order of its own."""
-        epoch, place = divmod(step, -(-self._windows // self.recipe.batch))
+        """Numbers of this process's windows of a step: every epoch has an order of its own."""
+        epoch, place = divmod(step, -(-self._most // self._batch))
         generator = torch.Generator().manual_seed(1_000_003 * self.recipe.seed + epoch)
         order = torch.randperm(self._windows, generator=generator)
-        return order[place * self.recipe.batch : (place + 1) * self.recipe.batch].tolist()
+        return order[place * self._batch : (place + 1) * self._batch].tolist()
 
     def _gradients(self, batch: Sequence[int]) -> Tensor | None:
         """The mean loss of the windows, whose gradients are in the masters; None when the device's memory does not
@@ -294,7 +338,7 @@ class Trainer:
             if total is not None:
                 break
             self._shrink()
-        value = float(total) / self._held_out
+        value = self._together.tell(float(total) / self._held_out)
         if not math.isfinite(value):
             where = f"after step {step} of {self.recipe.steps}" if step else "before the first step"
             raise UserError(
@@ -308,6 +352,10 @@ class Trainer:
         dtype = self.recipe.compute(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             yield
+
+    def _decisive_seconds(self) -> float:
+        """The time so far, where something depends on it: the same in all processes."""
+        return self._together.tell(self._seconds()) if self.recipe.minutes is not None else 0.0
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._start

@@ -372,8 +372,13 @@ def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_team_prunes_and_one_process_distils(words, tmp_path, plain_perplexity):
-    record = execute([*words, "finish=distil", "devices=2"], tmp_path)
+def test_a_team_finishes_blocks_together_and_one_process_distils(words, tmp_path, plain_perplexity):
+    record = execute([*words, "finish=[block,distil]", "devices=2"], tmp_path)
+    alone = execute([*words, "finish=block"], tmp_path / "alone")
+    for one, other in zip(record["finish"]["blocks"], alone["finish"]["blocks"], strict=True):
+        assert (one["steps"], one["windows"], one["tokens"]) == (other["steps"], other["windows"], other["tokens"])
+        assert one["before"] == pytest.approx(other["before"], rel=0.05)
+        assert one["after"] == pytest.approx(other["after"], rel=0.1)  # other windows come together
     assert record["finish"]["distil"]["after"] < record["finish"]["distil"]["before"]
     assert record["evaluations"][0]["value"] < 0.9 * plain_perplexity
 
@@ -403,7 +408,7 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=distil finish.block.epochs=3", "unknown key 'finish.block"),
         ("finish=block method=dense", "finish=block finishes what was pruned, and method=dense prunes nothing"),
         ("finish=block propagate=dense", "finish=block makes up for what pruned blocks have lost"),
-        ("finish=block devices=2", "finish=block trains a block on one device: give devices=1"),
+        ("finish=block devices=3", "finish.block.batch=4 windows do not divide among devices=3: give a multiple"),
         ("finish=distil stream=true", "finish=distil trains all blocks at once and needs the model in memory"),
         ("finish=distil finish.distil.windows=4", "finish.distil.windows=4 is less than the calibration windows"),
         ("finish=block finish.block.state=8bit", "state=8bit needs torchao or bitsandbytes"),

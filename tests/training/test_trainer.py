@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import types
 from collections.abc import Sequence
 
@@ -136,6 +137,68 @@ def test_masters_of_a_masked_weight_are_its_kept_entries():
     module[0].weight.data.fill_(1.0)
     with pytest.raises(RuntimeError, match="not zero where it was pruned"):
         masters.check_zeros("here")
+
+
+class Two:
+    """One of two processes, as threads: sums, lists and words are exchanged at a barrier."""
+
+    size = 2
+
+    def __init__(self, rank: int, table: list, barrier: threading.Barrier) -> None:
+        self.rank, self.table, self.barrier = rank, table, barrier
+
+    def _exchanged(self, value):
+        self.table[self.rank] = value
+        self.barrier.wait()
+        both = list(self.table)
+        self.barrier.wait()
+        return both
+
+    def add(self, tensors):
+        one, other = self._exchanged([tensor.clone() for tensor in tensors])
+        for tensor, a, b in zip(tensors, one, other, strict=True):
+            tensor.copy_(a + b)
+
+    def gather(self, values):
+        one, other = self._exchanged(values)
+        return one + other
+
+    def tell(self, value):
+        return self._exchanged(value)[0]
+
+
+@pytest.mark.parametrize("minutes", [None, 60.0], ids=str)
+def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
+    table, barrier = [None, None], threading.Barrier(2)
+    modules, found, batches = [network(), network()], [None, None], [[], []]
+    windows = [range(0, 5), range(5, WINDOWS)]
+
+    def work(rank: int) -> None:
+        inner, own = loss_of(modules[rank]), list(windows[rank])
+        recipe = Recipe(rate=0.01, steps=9, batch=4, clip=0.5, patience=99, minutes=minutes)
+
+        def loss(numbers, held_out):
+            return inner(numbers if held_out else [own[number] for number in numbers], held_out)
+
+        options = {"held_out": HELD_OUT, "quiet": True, "together": Two(rank, table, barrier)}
+        training = Trainer(modules[rank], masks(modules[rank]), loss, len(own), recipe, **options)
+        batches[rank] = [[own[number] for number in training.batch(step)] for step in range(9)]
+        found[rank] = training.run()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert torch.equal(modules[0][0].weight, modules[1][0].weight)
+    assert torch.equal(modules[0][2].weight, modules[1][2].weight)
+    assert (found[0].windows, found[0].kept) == (30, 9) and found[0].after == found[1].after
+    reference = network()
+    plain(reference, [one + other for one, other in zip(*batches, strict=True)], Recipe(rate=0.01, steps=9, clip=0.5))
+    for name, weight in reference.named_parameters():
+        torch.testing.assert_close(modules[0].get_parameter(name).double(), weight, rtol=1e-4, atol=2e-6)
+    with pytest.raises(ValueError, match="3 windows do not divide among 2 processes"):
+        trainer(network(), recipe={"batch": 3}, together=types.SimpleNamespace(size=2))
 
 
 class Short:
