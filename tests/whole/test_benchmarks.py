@@ -30,6 +30,24 @@ def test_a_benchmark_can_be_imported(path):
 
 
 @pytest.mark.skipif(not FILES, reason="no benchmarks here")
+def test_the_ablation_prints_a_row_for_each_variant(tiny_llama, text_file, monkeypatch, capsys):
+    ablation = loaded(ROOT / "benchmarks" / "ablation.py")
+    words = ["--model", str(tiny_llama), "--calibration", str(text_file), "--texts", str(text_file), "--device", "cpu"]
+    words += ["--windows", "8", "--seqlen", "32", "--evaluated", "4", "--method", "sparsegpt", "--seeds", "0"]
+    monkeypatch.setattr("sys.argv", ["ablation.py", *words, "--only", "plain", "cap 0.15, all", "gen*plain"])
+    ablation.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [
+        "dense",
+        "plain",
+        "cap 0.15, all",
+        "generated text, plain",
+    ]
+    assert all(float(row[1]) > float(rows[0][1]) for row in rows[1:]), "pruning at 0.7 costs perplexity"
+    assert len({row[1] for row in rows}) == len(rows)
+
+
+@pytest.mark.skipif(not FILES, reason="no benchmarks here")
 def test_a_generated_layer_is_measured():
     layer = loaded(ROOT / "benchmarks" / "layer.py")
     problems = layer.generated(8, 16, 2, 64, 0, torch.device("cpu"))

@@ -1,0 +1,122 @@
+"""What each part of going beyond the layers' own targets brings, on a small model: a Markdown table, row by row.
+
+    python benchmarks/ablation.py --model DIR --calibration FILE --texts FILE FILE > ablation.md
+    python benchmarks/ablation.py --model DIR --calibration FILE --texts FILE --only "strength *" --seeds 0,1,2
+
+The model is any folder of transformers. Calibration windows are drawn from the calibration text without its last tenth;
+perplexity is on consecutive windows from the start of that tenth and of the other texts. Choose texts that you report
+nothing else on: what is chosen by such a table has seen them. Needs alps_exp and its dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from alps_exp import generate_tokens, prune_model
+from alps_exp.allocation.allocations import ByLoss, ByOutliers, BySensitivity, BySpectrum, Progression
+from alps_exp.calibration.sensitivity import SensitivityChoice
+from alps_exp.data.settings import DataSettings
+from alps_exp.data.windows import calibration_tokens, evaluation_tokens
+from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.methods.target import StreamTarget
+from alps_exp.model import loading
+from alps_exp.model.blocks import BlockModel
+
+
+def outputs(rows: float, windows: int = 8) -> SensitivityChoice:
+    """One backward pass."""
+    return SensitivityChoice("outputs", windows, rows)
+
+
+STREAM = {"target": StreamTarget()}
+ALL = STREAM | {"sensitivity": outputs(0.5), "allocation": BySensitivity(0.15)}
+VARIANTS: dict[str, dict] = {
+    "plain": {},
+    "strength 0.25": {"target": StreamTarget(strength=0.25)},
+    "strength 0.5 (stream)": STREAM,
+    "strength 0.75": {"target": StreamTarget(strength=0.75)},
+    "strength 1": {"target": StreamTarget(strength=1.0)},
+    "order: stream, a block at once": STREAM | {"capture": "block"},
+    "order: plain, group by group": {"capture": "groups"},
+    "ridge 0.001": {"target": StreamTarget(ridge=0.001)},
+    "ridge 0.1": {"target": StreamTarget(ridge=0.1)},
+    "rows 0.5, plain": {"sensitivity": outputs(0.5)},
+    "rows 1, plain": {"sensitivity": outputs(1.0)},
+    "rows 0.5, stream": STREAM | {"sensitivity": outputs(0.5)},
+    "rows 1, stream": STREAM | {"sensitivity": outputs(1.0)},
+    "cap 0.15, plain, rows 0": {"sensitivity": outputs(0.0), "allocation": BySensitivity(0.15)},
+    "cap 0.05, all": ALL | {"allocation": BySensitivity(0.05)},
+    "cap 0.15, all": ALL,
+    "cap 0.3, all": ALL | {"allocation": BySensitivity(0.3)},
+    "windows 2, all": ALL | {"sensitivity": outputs(0.5, 2)},
+    "windows 32, all": ALL | {"sensitivity": outputs(0.5, 32)},
+    "allocation atp, stream": STREAM | {"allocation": Progression()},
+    "allocation owl, stream": STREAM | {"allocation": ByOutliers()},
+    "allocation spectral, stream": STREAM | {"allocation": BySpectrum()},
+    "allocation loss, stream": STREAM | {"allocation": ByLoss()},
+    "generated text, plain": {"text": "generated"},
+    "generated text, stream": STREAM | {"text": "generated"},
+}
+
+
+def main() -> None:
+    """Prune by every variant and print a row of each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--texts", nargs="+", default=[])
+    parser.add_argument("--method", default="alps")
+    parser.add_argument("--sparsity", default="0.7")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--evaluated", type=int, default=40, help="windows of each text")
+    parser.add_argument("--seeds", default="0", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--only", nargs="+", default=["*"], help="globs on the variants' names")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    settings = loading.resolve({"name": "local", "path": options.model})
+    tokenizer, device = loading.load_tokenizer(settings.source), torch.device(options.device)
+    model = loading.load_model(settings, torch.float32).to(device)
+    dense, drawn = copy.deepcopy(model.state_dict()), {"nsamples": options.windows, "seqlen": options.seqlen}
+    web = DataSettings("local", path=options.calibration, column="text", sampling="concatenated", held_out=0.1)
+    others = [DataSettings("local", eval_path=text, column="text") for text in options.texts]
+    texts = {f"held-out {Path(options.calibration).name}": web}
+    texts |= {Path(data.eval_path).name: data for data in others}
+    evaluated = {
+        name: evaluation_tokens(data, tokenizer, seqlen=options.seqlen, windows=options.evaluated)[0]
+        for name, data in texts.items()
+    }
+
+    def perplexities() -> list[float]:
+        return [perplexity(BlockModel(model, device), tokens, 8, quiet=True) for tokens in evaluated.values()]
+
+    print(f"| | {' | '.join(texts)} | seconds |\n|---{'|---' * (len(texts) + 1)}|")
+    print(f"| dense | {' | '.join(f'{value:.4g}' for value in perplexities())} | |", flush=True)
+    for name, variant in VARIANTS.items():
+        if not any(fnmatchcase(name, glob) for glob in options.only):
+            continue
+        found, seconds = [], []
+        for seed in options.seeds:
+            model.load_state_dict(dense)
+            rest = {key: value for key, value in variant.items() if key != "text"}
+            if "text" in variant:
+                tokens = generate_tokens(model, tokenizer, **drawn, seed=seed)
+            else:
+                tokens = calibration_tokens(web, tokenizer, **drawn, seed=seed)[0]
+            begin = time.perf_counter()
+            prune_model(model, tokens, options.method, options.sparsity, batch_size=8, **rest)
+            seconds.append(time.perf_counter() - begin)
+            found.append(perplexities())
+        cells = [f"{statistics.fmean(values):.4g}" for values in zip(*found, strict=True)]
+        print(f"| {name} | {' | '.join(cells)} | {statistics.fmean(seconds):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
