@@ -183,14 +183,18 @@ def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
-    hessian = (problem.gram + problem.gram.T) / 2
+    hessian, mean = (problem.gram + problem.gram.T) / 2, problem.diagonal.mean()
+    # Squares of inputs of 1e-20 are below what float32 holds with all its digits.
+    tiny = 2.0**40 if 0 < float(mean) < 2.0**-100 else 1.0
+    if tiny > 1:
+        hessian, mean = hessian * tiny**2, mean * tiny**2
     diagonal = hessian.diagonal()
-    diagonal += damping * problem.diagonal.mean()
-    diagonal[problem.dead] = 1
+    diagonal += damping * mean
+    diagonal[problem.dead] = tiny**2  # as if it were 1
     factor, failed_at = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if int(failed_at) or not bool(torch.isfinite(factor).all()):
         raise UserError(
             f"{problem.name}: the Gram matrix with damping {damping:g} is not positive definite; raise method.damping "
             "or calibrate on more windows"
         )
-    return factor
+    return factor / tiny if tiny > 1 else factor

@@ -33,6 +33,12 @@ def _what_is_imported_is_no_garbage():
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.slow)
+
+
 def _tiny(kind: str, steps: int):
     @pytest.fixture(scope="session", name=f"tiny_{kind}")
     def folder(tmp_path_factory) -> Path:

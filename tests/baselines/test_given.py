@@ -45,7 +45,9 @@ def words(model, mask, text_file, *more) -> list[str]:
     return [*start, "device=cpu", "eval=none", "method=given", f"method.mask={mask}", *more]
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "llama", "gpt2"))]
+)
 def test_the_mask_is_that_of_the_other_checkpoint(request, family, tmp_path):
     dense = request.getfixturevalue(f"tiny_{family}")
     mask, before = pruned(dense, tmp_path / "pruned", "wanda", "0.5")
@@ -73,6 +75,7 @@ def test_a_run_fits_the_dense_weights_to_the_mask(tiny_opt, text_file, tmp_path)
         assert exact <= pcg * (1 + 1e-5) and exact <= admm * (1 + 1e-5) and max(pcg, admm) < none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["streamed", "packed", "bin", "prefix", "bool"])
 def test_other_forms_of_models_and_masks(form, tiny_llama, text_file, tmp_path):
     mask, _ = pruned(tiny_llama, tmp_path / "pruned")
@@ -121,6 +124,7 @@ def test_a_mask_of_another_model_is_refused_before_anything_runs(what, tiny_llam
         alps_exp.prune_model(network, tokens(), method="given", mask=str(mask), sparsity=0.5)
 
 
+@pytest.mark.slow
 def test_the_sparsity_is_that_of_the_mask(tiny_llama, text_file, tmp_path):
     mask, _ = pruned(tiny_llama, tmp_path / "pruned", sparsity="0.5")
     for sparsity, message in (("0.7", r"has 0\.5 zeros, and sparsity=0\.7 was asked for"), ("2:4", "is not 2:4")):

@@ -167,6 +167,7 @@ def test_levels_from_a_file_or_another_run(tmp_path):
         FromFile(str(plain)).allocate(patterns, sizes, Sensitivity())
 
 
+@pytest.mark.slow
 def test_a_file_of_levels_is_looked_at_before_the_run_and_counts_as_an_input(tiny, tmp_path, monkeypatch):
     from alps_exp.cli.overrides import compose
     from alps_exp.runs.provenance import inputs_of
@@ -199,6 +200,7 @@ def words(tiny) -> list[str]:
     return [word for word in tiny if not word.startswith("nsamples")] + WORDS
 
 
+@pytest.mark.slow
 def test_a_run_records_all_of_it_and_streams_to_the_same_bits(words, tmp_path):
     one = execute(words, tmp_path / "one", "stream=false", "save=true")
     other = execute(words, tmp_path / "other", "stream=true", "save=true")
@@ -211,12 +213,14 @@ def test_a_run_records_all_of_it_and_streams_to_the_same_bits(words, tmp_path):
     assert one["drift"] == other["drift"]
 
 
+@pytest.mark.slow
 def test_an_allocation_leaves_n_of_m_as_asked_and_says_so(words, tmp_path):
     record = execute([word for word in words if word != "sparsity=0.6"], tmp_path, "sparsity=2:4")
     assert {row["pattern"] for row in record["layers"]} == {"2:4"}
     assert "the allocation leaves N:M sparsity the same in every layer" in record["warnings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pass(
     words, tmp_path, monkeypatch, stream
@@ -270,6 +274,7 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(words, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_choices_that_say_nothing_change_no_hash(tiny):
     from alps_exp.cli.overrides import compose
     from alps_exp.runs.naming import config_hash

@@ -42,7 +42,11 @@ def sets(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("more", "cached"),
-    [([DENSE, "data.holdout=2"], [0, 1, 2]), ([DENSE, "stream=true"], [0, 1, 2]), (["propagate=pruned"], [0])],
+    [
+        pytest.param([DENSE, "data.holdout=2"], [0, 1, 2], marks=pytest.mark.slow),
+        pytest.param([DENSE, "stream=true"], [0, 1, 2], marks=pytest.mark.slow),
+        (["propagate=pruned"], [0]),
+    ],
 )
 def test_the_same_bits_as_without(settings, tmp_path, more, cached):
     more, workspace = [*more, "save=true"], Workspace(keep=True)
@@ -63,6 +67,7 @@ def test_the_same_bits_as_without(settings, tmp_path, more, cached):
     assert len(sets(tmp_path / "shared")) == 1 and not sets(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_no_window_is_forwarded_where_all_is_known(settings, tmp_path, monkeypatch):
     execute(settings, tmp_path / "one", "method=wanda", DENSE)
     monkeypatch.setattr(streams, "HiddenStates", lambda *_: pytest.fail("windows were embedded"))
@@ -75,6 +80,7 @@ def test_no_window_is_forwarded_where_all_is_known(settings, tmp_path, monkeypat
     assert execute(settings, tmp_path / "four", "method=sparsegpt", *only_first)["cached_blocks"] == [0]
 
 
+@pytest.mark.slow
 def test_windows_go_no_further_than_the_last_unknown_block(settings, tmp_path, monkeypatch):
     expected = execute(settings, tmp_path / "one", "method=wanda", DENSE)
     (sets(tmp_path)[0] / "block-00001.safetensors").unlink()
@@ -87,6 +93,7 @@ def test_windows_go_no_further_than_the_last_unknown_block(settings, tmp_path, m
     assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
 
 
+@pytest.mark.slow
 def test_a_diagonal_is_not_taken_from_a_gram_matrix(settings, tmp_path):
     workspace, every = Workspace(keep=True), [0, 1, 2]
     cells = [("wanda", "true", []), ("wanda", "false", []), ("dsnot", "false", every), ("wanda", "false", every)]
@@ -95,6 +102,7 @@ def test_a_diagonal_is_not_taken_from_a_gram_matrix(settings, tmp_path):
         assert execute(settings, tmp_path / str(number), *words, workspace=workspace)["cached_blocks"] == cached
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_added(settings, tmp_path):
     workspace = Workspace(keep=True)
     for number, (method, losses, cached) in enumerate(
@@ -104,6 +112,7 @@ def test_what_is_missing_is_added(settings, tmp_path):
         assert execute(settings, tmp_path / str(number), *words, workspace=workspace)["cached_blocks"] == cached
 
 
+@pytest.mark.slow
 def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypatch):
     settings = [*settings, "method=wanda", "layers.include=[layers.0.*]"]
     changes = ["nsamples=5", "seqlen=32", "seed=1", "batch_size=3", "dtype=bfloat16", "layers.exclude=[k_proj]"]
@@ -121,6 +130,7 @@ def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypat
         assert record["cached_blocks"] == [] and len(sets(tmp_path)) == 2 + number, change
 
 
+@pytest.mark.slow
 def test_in_sweeps_only_unless_asked(settings, tmp_path):
     settings = [*settings[:-1], "method=wanda"]
     execute(settings, tmp_path / "single")
@@ -234,6 +244,7 @@ def test_on_a_full_disk_the_run_goes_on(settings, tmp_path, monkeypatch):
     assert [path.name for path in sets(tmp_path)[0].iterdir()] == ["identity.json"]
 
 
+@pytest.mark.slow
 def test_what_is_cut_short_is_collected_again(settings, tmp_path):
     execute(settings, tmp_path / "one", "method=wanda", DENSE)
     for file in sets(tmp_path)[0].glob("*.safetensors"):
@@ -286,6 +297,7 @@ def test_what_is_not_as_it_was_written_is_as_good_as_none(tmp_path, damage):
         assert "block 0" in one.notes[0] and not one.holds(0)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_changes_no_result(settings, tmp_path):
     expected = execute(settings, tmp_path / "one", "method=sparsegpt", "save=true")
     flip(sets(tmp_path)[0] / "block-00000.safetensors")
@@ -299,6 +311,7 @@ def test_a_flipped_bit_changes_no_result(settings, tmp_path):
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("obstruct", "told"),
     [
@@ -332,6 +345,7 @@ def test_foreign_folders_are_left_alone(tmp_path):
     assert (tmp_path / "notes" / "mine.txt").exists() and one.holds(0) and not one.holds(1)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_lost_on_the_way_is_named_and_the_same_command_goes_on(settings, tmp_path, monkeypatch):
     execute(settings, tmp_path / "one", "method=wanda", DENSE)
     expected = execute(settings, tmp_path / "alone", "method=sparsegpt", DENSE, "statistics_cache=0", "save=true")
@@ -353,6 +367,7 @@ def test_a_file_that_is_lost_on_the_way_is_named_and_the_same_command_goes_on(se
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_statistics_that_do_not_fit_on_the_device_wait_in_host_memory(settings, tmp_path, monkeypatch):
     expected, asked = execute(settings, tmp_path / "one", "method=wanda", DENSE), []
     out_of_memory(monkeypatch, StatisticsCache, "load", lambda *_: asked.append(1) or len(asked) == 2)

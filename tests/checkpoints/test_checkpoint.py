@@ -187,6 +187,7 @@ def test_tensors_that_contradict_the_configuration_are_refused_at_once(words, co
             load(loading.resolve(node(copy)))
 
 
+@pytest.mark.slow
 def test_blocks_that_are_left_out_are_in_the_record(words, copy, tmp_path, capsys):
     change_config(copy, num_hidden_layers=1)
     change_tensors(copy, lambda tensors: tensors | {"value_head.weight": torch.ones(1, 64)})
@@ -206,6 +207,7 @@ def test_configurations_that_speak_of_other_weights_are_refused(copy, fields):
         loading.resolve(node(copy))
 
 
+@pytest.mark.slow
 def test_a_spoilt_generation_config_is_refused_by_name(words, copy):
     for content in ("{", '{"max_new_tokens": 0}', "[]"):
         (copy / "generation_config.json").write_text(content)
@@ -306,6 +308,7 @@ def test_the_saved_configuration_is_the_checkpoints(words, copy, tmp_path, form,
     assert before == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype", "saved", "form"),
     [
@@ -430,6 +433,7 @@ def mixture(folder: Path, source: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["true", "packed"])
 def test_tensors_that_transformers_stores_in_another_layout_are_compared_by_loading(
     words, tiny_llama, tmp_path, monkeypatch, form
@@ -476,6 +480,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_model_code_that_is_trusted_prunes_and_saves(words, copy, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (copy / "own_code.py").write_text(OWN_CODE)

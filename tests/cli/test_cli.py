@@ -159,6 +159,7 @@ def test_a_wrong_value_is_refused_before_a_sweep(here, capsys, tiny, word, monke
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_made_is_one_line(here, capsys, tiny):
     (here / "file").write_text("")
     assert call(*tiny, "method=magnitude", "hydra.run.dir=file/run") == 2
@@ -193,6 +194,7 @@ def test_a_folder_whose_name_hydra_cannot_take_is_refused(here, capsys, tiny, mo
     assert "start in another one" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_name_with_an_escaped_reference_runs(here, tiny, tiny_opt):
     shutil.copytree(tiny_opt, here / "x${y}")
     assert call(*tiny, "method=magnitude", r"model.path=x\${y}", "hydra.run.dir=run") == 0
@@ -219,6 +221,7 @@ def mine(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_groups_and_roots_of_the_users_own(tmp_path, capsys, monkeypatch, tiny, mine):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -281,6 +284,7 @@ def test_the_demo_model_takes_no_other_path(here, capsys):
     assert "model=local model.path=some/folder" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered_without_importing_torch(tmp_path):
     code = (
         "import sys, alps_exp.cli.command as cli\n"
@@ -300,6 +304,7 @@ def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
     assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps?"
 
 
+@pytest.mark.slow
 def test_questions_about_the_configuration(here, capsys):
     assert call("--help") == 0
     text = capsys.readouterr().out
@@ -342,6 +347,7 @@ def test_completion_installs(here, capsys, monkeypatch, shell):
     assert "alps-exp" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_writes_nothing(here, capsys, tiny):
     assert call(*tiny, "plan=true") == 0
     assert capsys.readouterr().out.strip()
@@ -349,6 +355,7 @@ def test_a_plan_writes_nothing(here, capsys, tiny):
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_as_a_process(tmp_path, tiny):
     end = process(*tiny, "sparsity=0.6", "method=magnitude", cwd=tmp_path)
     assert end.returncode == 0, end.stderr
@@ -359,6 +366,7 @@ def test_a_run_as_a_process(tmp_path, tiny):
     assert (directory / ".hydra" / "overrides.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_all_forms_of_sparsity_in_one_sweep(here, tmp_path, tiny):
     assert call("method=magnitude", "sparsity=0.5,'0.65',2:4,\"4:8\",1:4", *tiny, "-m") == 0
     slugs = sorted(path.name.split("-")[2] for path in (tmp_path / "results" / "runs").glob("tiny_opt-*"))
@@ -366,6 +374,7 @@ def test_all_forms_of_sparsity_in_one_sweep(here, tmp_path, tiny):
     assert all(record["status"] == "complete" for record in records(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failing_run_does_not_stop_a_sweep(here, capsys, tiny, monkeypatch):
     started = []
 
@@ -415,6 +424,7 @@ def test_one_configuration_is_not_run_twice_in_a_sweep(here, capsys, tiny):
     assert "the same configuration" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_directory_of_the_users_own(here, tiny, monkeypatch):
     directories = []
 

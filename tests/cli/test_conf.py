@@ -85,6 +85,7 @@ def tiny_model(node):
     return loading.ModelSettings(source, config, loading.skeleton(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=label)
 def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
     monkeypatch.setattr(loading, "resolve", tiny_model)

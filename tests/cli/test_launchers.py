@@ -19,7 +19,7 @@ from alps_exp.cli.sweep import Cell
 from alps_exp.pruning import store
 from alps_exp.runs.record import RunRecord
 
-pytestmark = pytest.mark.slow  # starts processes
+pytestmark = pytest.mark.heavy  # starts processes
 
 # A method that kills its process.
 DEADLY = """

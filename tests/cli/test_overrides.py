@@ -7,11 +7,13 @@ import hashlib
 import json
 import re
 import shlex
+from functools import cache
 
 import hydra
 import pytest
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from alps_exp.base.errors import UserError
@@ -150,9 +152,15 @@ def test_names_are_taken_as_they_are_written(name):
     keys = ("model.path", "data.path", "eval.path", "logger.group")
     cfg = compose(["logger=wandb", *(f"{key}={name}" for key in keys)])
     assert [OmegaConf.select(cfg, key) for key in keys] == [name] * 4
-    jobs = jobs_of([*SMALL, f"model.path={name},other"])
+
+
+def test_names_are_taken_as_they_are_written_in_sweeps():
+    jobs = jobs_of([*SMALL, f"model.path={','.join(NAMES)}"])
+    parse = OverridesParser.create().parse_override
+    found = [parse(word).value() for job in jobs for word in job if word.startswith("model.path=")]
+    assert [value if isinstance(value, str) else value.text for value in found] == NAMES
     with overrides.initialized():
-        assert [overrides.compose_prepared(job).model.path for job in jobs] == [name, "other"]
+        assert overrides.compose_prepared(jobs[3]).model.path == NAMES[3]
 
 
 def test_names_within_dictionaries_and_lists_are_taken_as_they_are_written():
@@ -281,6 +289,7 @@ def test_compose_leaves_another_use_of_hydra_in_place():
     assert not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.slow
 def test_the_hash_is_that_of_what_would_be_computed():
     default = naming.config_hash(compose(SMALL))
     for same in (
@@ -300,10 +309,14 @@ def test_the_hash_is_that_of_what_would_be_computed():
 def test_a_dense_run_is_named_by_what_its_evaluation_depends_on():
     dense = [*SMALL, "method=dense", "data=wikitext2", "eval.datasets=[wikitext2]"]
 
-    def same(*words: str) -> bool:
-        return naming.run_name(compose([*dense, *words])) == naming.run_name(compose(dense))
+    @cache
+    def name(*words: str) -> str:
+        return naming.run_name(compose(words))
 
-    assert naming.run_name(compose(dense)) == f"opt-125m-dense-{naming.config_hash(compose(dense))[:8]}"
+    def same(*words: str) -> bool:
+        return name(*dense, *words) == name(*dense)
+
+    assert name(*dense) == f"opt-125m-dense-{naming.config_hash(compose(dense))[:8]}"
     assert same("sparsity=2:4", "seed=1", "nsamples=3", "propagate=dense", "losses=false", "batch_size=2", "devices=2")
     assert same("layers.exclude=[k_proj]", "data.holdout=4", "seqlen=64", "eval.seqlen=2048")
     for word in ("seqlen=64", "eval.windows=3", "model.bos=true", "data.column=x", "dtype=float16", "save=true"):
@@ -327,6 +340,7 @@ def test_what_is_written_in_another_way_is_the_same_run(tmp_path, monkeypatch):
     (tmp_path / "t.txt").touch()
     monkeypatch.chdir(tmp_path)
 
+    @cache
     def name(*words: str) -> str:
         path = [] if any(word.startswith("model.path=") for word in words) else [f"model.path={tmp_path}/m"]
         return naming.run_name(compose(["model=local", "data=local", f"data.path={tmp_path}/t.txt", *path, *words]))

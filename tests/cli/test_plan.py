@@ -39,6 +39,7 @@ def test_a_plan_is_validated(settings):
         plan_of([*settings, "seqlen=1000"])
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_is_streamed_and_kept(settings):
     whole = plan_of([*settings, "stream=false", "resumable=false"])
     assert "for the model" in whole and "less than 1 MB for the record" in whole

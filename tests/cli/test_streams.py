@@ -12,7 +12,6 @@ import pytest
 from helpers import ROOT, process, records
 
 MODULES = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation")
-PROGRAMS = (*MODULES[:2], pytest.param(MODULES[2], marks=pytest.mark.slow))  # the last imports lm-eval
 SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
 
 
@@ -67,8 +66,8 @@ def test_other_peoples_streams_stay(capsys):
         sys.excepthook = hook
 
 
-@pytest.mark.parametrize("redirections", [">&-", ">/dev/full", "| true"])
-@pytest.mark.parametrize("module", PROGRAMS)
+@pytest.mark.heavy
+@pytest.mark.parametrize(("module", "redirections"), list(zip(MODULES, (">&-", ">/dev/full", "| true"), strict=True)))
 def test_messages_and_answers_need_no_standard_output(tmp_path, module, redirections):
     line = f'"$PY" -m {module} "$@" {redirections}'
     assert shell(line, "--help", cwd=tmp_path).returncode == 0
@@ -76,6 +75,7 @@ def test_messages_and_answers_need_no_standard_output(tmp_path, module, redirect
     assert refused.returncode == 2 and b"error: " in refused.stderr.replace(b"alps_exp: ", b"error: ")
 
 
+@pytest.mark.heavy
 def test_a_complete_run_is_complete_wherever_its_lines_go(tmp_path, tiny):
     line = '"$PY" -m alps_exp -m method=magnitude sparsity=0.5 seed=0,1 "$@" >/dev/full 2>&1'
     assert shell(line, *tiny, cwd=tmp_path).returncode == 0
@@ -84,7 +84,8 @@ def test_a_complete_run_is_complete_wherever_its_lines_go(tmp_path, tiny):
     assert end.returncode == 0 and "+-" in end.stdout and "2 complete before" in end.stdout, end.stderr
 
 
-@pytest.mark.parametrize("module", [*PROGRAMS, "alps_exp.demo"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("module", [*MODULES, "alps_exp.demo"])
 def test_an_interrupt_while_it_starts_is_one_line(tmp_path, module):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONVERBOSE": "1"}
     for begun in ("argparse", "omegaconf" if "evaluation" not in module else "yaml"):
@@ -121,11 +122,10 @@ def test_an_interrupt_behind_another_error_is_one():
     assert guarded(lambda: 1 / 0) == 1
 
 
-@pytest.mark.slow  # Python compiles all libraries anew
+@pytest.mark.heavy  # Python compiles all libraries anew
 def test_without_docstrings(tmp_path, tiny):
     line = '"$PY" -OO -m alps_exp method=alps sparsity=0.5 hydra.run.dir=run "$@"'
     end = shell(line, *tiny, cwd=tmp_path)
     assert end.returncode == 0 and b"run/record.json" in end.stdout, end.stderr
-    for module in MODULES:
-        assert shell(f'"$PY" -OO -m {module} --help', cwd=tmp_path).returncode == 0
     assert shell('"$PY" -OO -m alps_exp.tables run tables', cwd=tmp_path).returncode == 0
+    assert shell('"$PY" -OO -m alps_exp.evaluation --help', cwd=tmp_path).returncode == 0

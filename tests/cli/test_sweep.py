@@ -74,6 +74,7 @@ def ran(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_a_method_that_prunes_nothing_runs_once(words):
     found = [cell.cfg.method.name for cell in cells(*words[1:], "seed=0,1")]
     assert found == ["dense"] + 4 * ["magnitude"]
@@ -102,6 +103,7 @@ def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, 
     assert rows(again) == rows(first)
 
 
+@pytest.mark.slow
 def test_records_of_other_code_are_a_choice(words, capsys, ran, monkeypatch):
     assert call([*words, "sparsity=0.5"]) == 0
     old = {name: record(place)["started"] for name, place in folders().items()}
@@ -124,6 +126,7 @@ def test_records_of_other_code_are_a_choice(words, capsys, ran, monkeypatch):
     assert old.keys() < folders().keys() and record(place)["config"]["complete"] == "again"
 
 
+@pytest.mark.slow
 def test_a_record_without_a_code_version_is_of_other_code(words, capsys):
     assert call([*words, "method=dense"]) == 0
     (place,) = folders().values()
@@ -134,6 +137,7 @@ def test_a_record_without_a_code_version_is_of_other_code(words, capsys):
     assert "1 of 1 runs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_starts_no_run_that_would_take_too_long(words, capsys, monkeypatch):
     """By a clock on which the first run takes 40 s, and the checks before it less than 20."""
     real = time.time
@@ -143,6 +147,7 @@ def test_it_starts_no_run_that_would_take_too_long(words, capsys, monkeypatch):
     assert "1 run now, 2 left, where the same command goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_recorded_and_does_not_stop_the_others(words, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         own = runs.resolve
@@ -167,6 +172,7 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(words, capsys, mo
     assert "2 complete before, 1 run now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lack_of_memory_is_one_failure(words, capsys, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("out of memory")
@@ -193,6 +199,7 @@ def test_a_mistake_is_one_line(words, capsys, word, part):
     assert error.count("\n") == 1 and part in error and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_file_names_its_runs(single, monkeypatch, capsys):
     words = [*single, "+sweeps=demo", "method=dense,magnitude", "sparsity=0.5,2:4", "hydra.sweep.dir=grid"]
     monkeypatch.setattr(runs, "run", lambda cfg, place, *_: 1 / 0)
@@ -204,6 +211,7 @@ def test_a_sweep_of_a_file_names_its_runs(single, monkeypatch, capsys):
     assert len(json.loads(Path("grid/demo.sweep.json").read_text())["runs"]) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -216,6 +224,7 @@ def test_an_interrupted_sweep_says_so_in_one_line(words, capsys, monkeypatch):
     assert call(words) == 0
 
 
+@pytest.mark.slow
 def test_what_another_process_holds_is_waited_for(words, capsys, ran, monkeypatch):
     """Left for later at first; here the other one goes away while the sweep waits."""
     held = cells(*words[1:])[1].directory
@@ -228,6 +237,7 @@ def test_what_another_process_holds_is_waited_for(words, capsys, ran, monkeypatc
     assert f"waiting for another process: {held.name}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_another_process_holds_is_left_when_time_is_up(words, capsys, monkeypatch):
     held = cells(*words[1:])[1].directory
     held.mkdir(parents=True)
@@ -237,6 +247,7 @@ def test_what_another_process_holds_is_left_when_time_is_up(words, capsys, monke
     assert "2 run now, 1 left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_another_process_has_made_meanwhile_is_not_made_again(words, capsys, ran, monkeypatch):
     """The list of open runs is made before the others' locks are looked at."""
     monkeypatch.setattr(sweep, "_pending", list)
@@ -254,6 +265,7 @@ def test_a_single_run_keeps_nothing(single, capsys, monkeypatch):
     assert "mean relative loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     """Neither hooks on the network that both use, nor a block that is still being written while its weights change."""
     cfg = compose([*single, "method=magnitude", "sparsity=0.5"])
@@ -299,6 +311,7 @@ def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch)
         assert runs.run(cfg, tmp_path / str(number), place)["environment"]["streamed"] is streamed
 
 
+@pytest.mark.slow
 def test_a_changed_text_or_checkpoint_is_noticed(words, capsys, tmp_path, tiny_llama, text_file):
     text, folder = tmp_path / "text.txt", tmp_path / "tiny"
     text.write_bytes(text_file.read_bytes())
@@ -316,6 +329,7 @@ def test_a_changed_text_or_checkpoint_is_noticed(words, capsys, tmp_path, tiny_l
     assert call(own) == 2 and "(checkpoint model.safetensors)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_died_comes_last(words, ran):
     """A run that takes its process with it must not be all that the next attempts do."""
     assert call(words) == 0
@@ -328,6 +342,7 @@ def test_what_died_comes_last(words, ran):
     assert len(ran) == 3 and ran[-1] == dead.name
 
 
+@pytest.mark.slow
 def test_a_users_own_sweep_has_its_table(words, capsys, tmp_path):
     (tmp_path / "own/sweeps").mkdir(parents=True)
     node = {"title": "Mine", "rows": ["sparsity"], "columns": ["method"], "plots": []}
@@ -346,6 +361,7 @@ def test_a_users_own_sweep_has_its_table(words, capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_again_runs_whatever_the_clock_said_when_it_was_made(words, ran):
     own = [*words, "method=magnitude", "sparsity=0.5", "complete=again"]
     assert call(own) == 0
@@ -355,6 +371,7 @@ def test_again_runs_whatever_the_clock_said_when_it_was_made(words, ran):
     assert len(ran) == 2 and record(place)["started"] < "2099"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["null", '{"schema": 99}'])
 def test_a_record_that_cannot_be_read_is_kept_aside_and_its_run_made(words, capsys, ran, content):
     own = [*words, "sparsity=0.5"]
@@ -368,6 +385,7 @@ def test_a_record_that_cannot_be_read_is_kept_aside_and_its_run_made(words, caps
     assert "record.unreadable.json" in captured.err and (place / "record.unreadable.json").read_text() == content
 
 
+@pytest.mark.slow
 def test_an_infinite_perplexity_is_a_result(words, capsys, monkeypatch):
     monkeypatch.setattr(perplexity, "perplexity", lambda *_: float("inf"))
     assert call([*words, "sparsity=0.5"]) == 0
@@ -379,6 +397,7 @@ def test_an_infinite_perplexity_is_a_result(words, capsys, monkeypatch):
         assert record(place)["status"] == "complete" and record(place)["evaluations"][0]["value"] == "inf"
 
 
+@pytest.mark.slow
 def test_what_is_refused_for_another_process_writes_nothing(single, words, capsys):
     (cell,) = cells(*single, "method=magnitude", "sparsity=0.5")
     cell.directory.mkdir(parents=True)
@@ -395,6 +414,7 @@ def test_what_is_refused_for_another_process_writes_nothing(single, words, capsy
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "status"), [("magnitude", "complete"), ("wanda", "failed")])
 def test_a_directory_of_another_configuration_is_refused_before_anything_runs(single, capsys, ran, method, status):
     place, own = Path("mine"), [*single, "eval=none", "hydra.run.dir=mine"]

@@ -115,6 +115,7 @@ def test_concatenated_windows_are_distinct_pieces_of_the_text(gpt2, text_file):
     assert description["sampling"] == "concatenated" and description["total_windows"] == len(starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["local", "c4"])
 def test_seeds_with_windows_of_their_own(gpt2, text_file, name):
     local = node(name, path=text_file, sampling="concatenated", disjoint_seeds=3)
@@ -209,6 +210,7 @@ def test_c4_evaluates_1100_documents_and_at_most_256_windows(gpt2, tmp_path):
     assert description["split"] == "first 1100 documents"
 
 
+@pytest.mark.slow
 def test_bos_rules(opt, gpt2, text_file):
     local, first = node("local", path="unused"), opt.bos_token_id
 

@@ -120,6 +120,7 @@ def alps_c4(tokenizer, rows: list[str], seqlen: int) -> list[int]:
     return stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["sparsegpt", "alps", "wanda"])
 def test_protocols_from_the_hub_and_from_local_files(protocol, texts, tiny_opt, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_opt)
@@ -160,6 +161,7 @@ def test_protocols_from_the_hub_and_from_local_files(protocol, texts, tiny_opt, 
         assert split in found[0][name][1]["split"] and "sha256" in found[1][name][1]["source"]
 
 
+@pytest.mark.slow
 def test_a_protocol_in_the_record(tiny_llama, text_file, tmp_path):
     words = ["model=local", f"model.path={tiny_llama}", "method=dense", "eval=wanda", f"eval.path={text_file}"]
     record = runs.run(compose([*words, "device=cpu"]), tmp_path / "whole")

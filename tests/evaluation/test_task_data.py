@@ -136,6 +136,7 @@ def test_a_tokenizer_without_special_tokens(settings, tiny_llama, tmp_path):
             resolve(compose([*settings, f"model.path={folder}", f"eval.tasks=[{names}]"]))
 
 
+@pytest.mark.slow
 def test_broken_files(settings, tmp_path):
     for number, (content, part) in enumerate(
         (
@@ -169,6 +170,7 @@ def test_exported_tasks_serve_as_a_source(source, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_files_that_change_are_read_again(settings, tmp_path):
 
     words = [*settings, f"eval.task_source={tmp_path}", "eval.tasks=[piqa]"]

@@ -81,6 +81,7 @@ def reference(source: Path, folder: Path, model: Path, names: list[str]) -> dict
     )
 
 
+@pytest.mark.slow
 def test_requests_and_scores_are_those_of_lm_eval(settings, source, tiny_llama, tmp_path, monkeypatch):
     from alps_exp.evaluation.task_model import TaskModel
 
@@ -124,6 +125,7 @@ def test_requests_and_scores_are_those_of_lm_eval(settings, source, tiny_llama, 
             assert row["samples"] == row["total_samples"] == 30 and not row["partial"]
 
 
+@pytest.mark.slow
 def test_rows_of_the_record_and_columns_of_tables(settings, tmp_path, capsys):
     record = runs.run(compose([*settings, "eval.limit={piqa:7}", "eval.limit_seed=3"]), tmp_path / "run")
     row = scores(record)["piqa", "acc"]
@@ -141,6 +143,7 @@ def test_rows_of_the_record_and_columns_of_tables(settings, tmp_path, capsys):
         assert {"dataset", "metric", "value", "stderr", "shown", "protocol", "partial", "source", "bos"} <= set(item)
 
 
+@pytest.mark.slow
 def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, source):
     from alps_exp.evaluation import tasks
 
@@ -176,6 +179,7 @@ def test_tasks_are_prepared_once_until_the_tokenizer_changes(tiny_llama, source,
         tasks.prepare(asked.model, asked.evaluation.tasks)
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeypatch):
     from alps_exp.evaluation import tasks
 
@@ -186,6 +190,7 @@ def test_the_batch_size_is_found_and_changes_nothing(settings, tmp_path, monkeyp
     assert [row["value"] for row in found["evaluations"]] == [row["value"] for row in fixed["evaluations"]]
 
 
+@pytest.mark.slow
 def test_groups_and_examples_in_the_prompt(settings, tmp_path, source, monkeypatch):
     from alps_exp.evaluation.task_model import TaskModel
 
@@ -207,6 +212,7 @@ def test_groups_and_examples_in_the_prompt(settings, tmp_path, source, monkeypat
     assert contexts[0].count("Answer:") == 1 and contexts[1].count("Answer:") == 3
 
 
+@pytest.mark.slow
 def test_generation(settings, tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "longer")
     config = AutoConfig.from_pretrained(tiny_llama)
@@ -220,6 +226,7 @@ def test_generation(settings, tiny_llama, tmp_path):
     assert strict["value"] == 0 and strict["samples"] == 2
 
 
+@pytest.mark.slow
 def test_a_random_model_guesses(settings, tiny_qwen3, tmp_path):
     generator = random.Random(7)
     rows = [
@@ -279,6 +286,7 @@ def test_options_are_checked_without_lm_eval_where_there_are_no_tasks(settings, 
     resolve(compose([*settings, "eval.tasks=[]"]))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_path):
     """lm-eval would take a continuation's tokens from behind an end that its context does not have."""
     shutil.copytree(tiny_llama, tmp_path / "model")
@@ -294,6 +302,7 @@ def test_a_tokenizer_that_ends_each_text_is_refused(settings, tiny_llama, tmp_pa
         resolve(compose([*words, f"eval.bos={rule}"]))
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_vocabulary(settings, tiny_llama, tmp_path):
     """A padding token may be: nothing reads it. A word of a prompt may not."""
     for name in ("pad", "word"):

@@ -64,7 +64,7 @@ def assert_valid(solution, problem: LayerProblem, written: str, selection: str) 
 
 @each_variant
 @each_pattern
-@bounded(12)
+@bounded(8)
 @given(data=st.data())
 def test_degenerate_layers_are_solved_at_any_scale(method, options, written, data):
     solver, layer = registry.solver(method, **options), data.draw(layers(written))
@@ -186,6 +186,7 @@ def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny
         alps_exp.prune_model(network, tokens(), method=Enlarging(), sparsity=0.5)
 
 
+@pytest.mark.slow
 def test_one_token_is_enough(tiny_llama):
     for method in methods_for_a_layer():
         network = AutoModelForCausalLM.from_pretrained(tiny_llama)

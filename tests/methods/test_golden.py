@@ -18,17 +18,12 @@ from alps_exp.patterns import parse_sparsity
 
 LAYERS = ("block00_k_proj", "block12_down_proj", "block20_gate_proj")
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8", "1:4")
-# ALPS takes seconds a cell: one layer whole, of the others what covers every pattern once more.
-ALPS_FAST = [
-    *(("block00_k_proj", written) for written in PATTERNS),
-    *(("block20_gate_proj", written) for written in ("0.5", "0.8", "4:8", "1:4")),
-    ("block12_down_proj", "0.7"),
-]
-ALPS_SLOW = [(layer, written) for layer in LAYERS for written in PATTERNS if (layer, written) not in ALPS_FAST]
-
-every_cell = pytest.mark.parametrize(
-    ("layer", "written"), [(layer, written) for layer in LAYERS for written in PATTERNS]
-)
+CELLS = [(layer, written) for layer in LAYERS for written in PATTERNS]
+# Some methods take seconds a cell: every pattern once, every layer two or three times.
+SOME_CELLS = [(LAYERS[number % 3], written) for number, written in enumerate(PATTERNS)]
+every_cell = pytest.mark.parametrize(("layer", "written"), CELLS)
+SLOW = pytest.mark.slow
+some_cells = pytest.mark.parametrize(("layer", "written"), SOME_CELLS)
 
 
 @cache
@@ -120,17 +115,15 @@ def test_dsnot_without_the_sign_test_is_the_released_default(golden, layer, writ
     assert ratio("dsnot", golden, layer, written, same_sign=False) == pytest.approx(1, abs=0.005)
 
 
-@pytest.mark.parametrize(("layer", "written"), ALPS_FAST)
+@pytest.mark.parametrize(
+    ("layer", "written"),
+    [cell if cell in ((LAYERS[0], "0.8"), (LAYERS[2], "2:4")) else pytest.param(*cell, marks=SLOW) for cell in CELLS],
+)
 def test_alps(golden, layer, written):
     assert ratio("alps", golden, layer, written) <= 1.002
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layer", "written"), ALPS_SLOW)
-def test_alps_in_the_remaining_cells(golden, layer, written):
-    assert ratio("alps", golden, layer, written) <= 1.002
-
-
 @every_cell
 def test_admm_grad_by_the_released_schedule(golden, layer, written):
     if "admm" not in golden(layer, written)[1]:
@@ -139,6 +132,7 @@ def test_admm_grad_by_the_released_schedule(golden, layer, written):
     assert ratio("admm", golden, layer, written, ours="admm-grad", schedule="code") == pytest.approx(1, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "written"), [(layer, written) for layer in LAYERS for written in ("0.5", "0.6", "0.7")]
 )
@@ -150,7 +144,8 @@ def test_admm_grad_lies_between_sparsegpt_and_alps(golden, layer, written):
     assert found > (ratio("alps", golden, layer, written) if layer == LAYERS[0] else 1)
 
 
-@every_cell
+@pytest.mark.slow
+@some_cells
 def test_sparseswaps_from_wanda_is_below_dsnot_after_five_swaps(golden, layer, written):
     found = ratio("dsnot", golden, layer, written, ours="sparseswaps", max_swaps=5)
     assert found < min(0.96, ratio("dsnot", golden, layer, written))

@@ -213,6 +213,7 @@ def test_prune_model_refits_any_method(tiny_llama):
         assert losses["exact"][name] <= losses["pcg"][name] * (1 + 1e-5) <= losses["exact"][name] * 1.01
 
 
+@pytest.mark.slow
 def test_a_run_refits_and_says_so(tiny_opt, text_file, tmp_path):
     words = ["model=local", f"model.path={tiny_opt}", "data=local", f"data.path={text_file}", "nsamples=4", "seqlen=64"]
     words += ["device=cpu", "eval=none", "method=wanda"]

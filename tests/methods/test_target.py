@@ -233,6 +233,7 @@ def test_rows_tell_what_was_fitted_and_how_well():
         assert 0 < row.relative_loss < 1 and (row.target_loss is None or 0 < row.target_loss < 1)
 
 
+@pytest.mark.slow
 def test_a_trained_model_gains_perplexity(tiny_opt):
     from alps_exp.evaluation.perplexity import perplexity
 

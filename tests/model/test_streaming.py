@@ -252,7 +252,11 @@ def settings(tiny_llama, text_file) -> list[str]:
 
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("opt", ["batch_size=4", "method=sparsegpt"]), ("gpt2", ["dtype=bfloat16"]), ("gemma3", ["propagate=dense"])],
+    [
+        pytest.param("opt", ["batch_size=4", "method=sparsegpt"], marks=pytest.mark.slow),
+        ("gpt2", ["dtype=bfloat16"]),
+        pytest.param("gemma3", ["propagate=dense"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_streamed_run_equals_one_in_memory(request, settings, tmp_path, family, more):
     words = [*settings, f"model.path={request.getfixturevalue(f'tiny_{family}')}", *more]
@@ -274,6 +278,7 @@ def test_a_streamed_run_equals_one_in_memory(request, settings, tmp_path, family
         assert tensor.dtype == weights[1][name].dtype and torch.equal(tensor, weights[1][name]), name
 
 
+@pytest.mark.slow
 def test_a_streamed_dense_model_is_evaluated_and_saved(settings, tiny_llama, tmp_path):
     whole = runs.run(compose([*settings, "method=dense", "stream=false"]), tmp_path / "whole")
     streamed = runs.run(compose([*settings, "method=dense", "stream=true"]), tmp_path / "streamed")
@@ -283,6 +288,7 @@ def test_a_streamed_dense_model_is_evaluated_and_saved(settings, tiny_llama, tmp
     assert all(torch.equal(expected[name], tensor) for name, tensor in saved.items())
 
 
+@pytest.mark.slow
 def test_a_streamed_model_is_saved_packed_and_not_streamed_from_there(settings, tmp_path):
     dense = runs.run(compose([*settings, "stream=true", "method=magnitude"]), tmp_path / "dense")
     packed = runs.run(compose([*settings, "stream=true", "method=magnitude", "save=packed"]), tmp_path / "packed")

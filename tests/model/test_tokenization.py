@@ -173,6 +173,7 @@ def words_of(model, text_file, *more):
     return [*where, "nsamples=4", "seqlen=64", "eval=none", "method=wanda", "sparsity=0.5", *more]
 
 
+@pytest.mark.slow
 def test_a_run_says_that_the_file_decided(tiny_llama, text_file, tmp_path, capsys):
     evaluated = ["eval=perplexity", "eval.windows=4", "eval.seqlen=64", "eval.sample_tokens=4"]
     odd = under_class(tiny_llama, tmp_path / "odd", "LlamaTokenizerFast")
@@ -186,6 +187,7 @@ def test_a_run_says_that_the_file_decided(tiny_llama, text_file, tmp_path, capsy
     assert capsys.readouterr().err.count("warning: tokenizer.json splits texts otherwise") == 1
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_vocabulary_are_refused_before_the_model_is_loaded(tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(Workspace, "model", lambda *_: pytest.fail("the model is loaded"))
     copy, clean = tmp_path / "model", tmp_path / "clean.txt"

@@ -56,7 +56,8 @@ def relative_losses(network, dense, pruned, ids: torch.Tensor, names: list[str])
     return losses
 
 
-@pytest.mark.parametrize("more", [[], ["stream=true"], pytest.param(["devices=2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["stream=true"]])
 def test_losses_are_those_of_the_held_out_windows(settings, tmp_path, tiny_llama, more):
     record = runs.run(compose([*settings, "save=true", *more]), tmp_path)
     node = resolve(compose(settings)).calibration.data
@@ -76,6 +77,7 @@ def test_losses_are_those_of_the_held_out_windows(settings, tmp_path, tiny_llama
     assert calibrated != list(found.values())
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_else(settings, tmp_path):
     one, other = (
         runs.run(compose([*settings, f"data.holdout={count}"]), tmp_path / str(count))["layers"] for count in (0, 5)
@@ -109,6 +111,7 @@ def test_refused(settings, words):
         resolve(compose([*settings, *words]))
 
 
+@pytest.mark.slow
 def test_tables_and_plot(settings, tmp_path):
     for method in ("wanda", "magnitude"):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)

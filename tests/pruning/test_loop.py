@@ -70,6 +70,7 @@ def test_weights_and_losses_are_those_of_a_plain_loop(request, family, method, s
     assert float((one - other).norm() / other.norm()) < 0.02
 
 
+@pytest.mark.slow
 def test_alps_losses_are_those_of_a_plain_loop(tiny_llama):
     # ADMM turns rounding into other supports of equal quality, so only the losses can agree.
     ids, network = tokens(), load(tiny_llama)
@@ -88,6 +89,7 @@ def test_dense_propagation_calibrates_on_the_dense_model(tiny_llama):
     assert any(abs(pruned[name] / loss - 1) > 0.05 for name, loss in losses.items())
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_weights(tiny_opt):
     one, other = load(tiny_opt), load(tiny_opt)
     for network in (one, other):
@@ -113,6 +115,7 @@ def test_tied_head_stays_tied_and_untouched(tiny_gemma3):
     assert torch.equal(network.lm_head.weight, before)
 
 
+@pytest.mark.slow
 def test_half_precision_model_keeps_its_dtype(tiny_llama):
     network = load(tiny_llama).to(torch.bfloat16)
     record = alps_exp.prune_model(network, tokens(), sparsity=0.5)
@@ -242,6 +245,7 @@ def test_a_single_layer_takes_one_forward_of_one_block(tiny_gemma3, monkeypatch)
     assert ran == [0] * (2 + len(tokens()))  # two windows before, to see that the loop is faithful
 
 
+@pytest.mark.slow
 def test_what_is_not_pruned_is_not_read_from_the_files_and_saved_as_it_is(
     tiny_gemma3, text_file, tmp_path, monkeypatch
 ):

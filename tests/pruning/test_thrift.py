@@ -72,6 +72,7 @@ def test_statistics_in_several_passes(tiny_llama, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_layers_one_by_one(tiny_llama, monkeypatch):
     network, expected = load(tiny_llama), None
     expected = alps_exp.prune_model(network, tokens(), sparsity=0.6)

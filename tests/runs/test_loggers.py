@@ -87,6 +87,7 @@ def _items(items) -> dict:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_the_record(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -129,6 +130,7 @@ def test_the_environment_variable_works_without_an_account(tmp_path, monkeypatch
     assert bool(list(tmp_path.rglob("*.wandb"))) == (mode == "offline")
 
 
+@pytest.mark.slow
 def test_a_network_that_is_away_is_waited_for_once(tmp_path, monkeypatch, capsys):
     import wandb
 

@@ -50,7 +50,13 @@ def interrupted(settings, folder, monkeypatch, *more: str) -> None:
             execute(settings, folder, *more)
 
 
-@pytest.mark.parametrize("more", [[], ["propagate=dense"], ["method=magnitude", "losses=false"], ["stream=true"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["method=magnitude", "losses=false"],
+        *(pytest.param(more, marks=pytest.mark.slow) for more in ([], ["propagate=dense"], ["stream=true"])),
+    ],
+)
 def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatch, more):
     expected = execute(settings, tmp_path / "whole", *more)
     interrupted(settings, tmp_path / "run", monkeypatch, *more)
@@ -67,6 +73,7 @@ def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatc
     assert not (tmp_path / "run" / ".progress").exists()
 
 
+@pytest.mark.slow
 def test_a_part_of_the_model_goes_on_and_ends_with_its_last_block(settings, tmp_path, monkeypatch):
     more = ["layers.include=[layers.0.*,layers.1.mlp.*]", "save=false", "eval=none", "refit=pcg", "stream=true"]
     expected = execute(settings, tmp_path / "whole", *more)
@@ -81,6 +88,7 @@ def test_a_part_of_the_model_goes_on_and_ends_with_its_last_block(settings, tmp_
     assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
 
 
+@pytest.mark.slow
 def test_what_began_in_memory_goes_on_streamed(settings, tmp_path, monkeypatch):
     expected = execute(settings, tmp_path / "whole")
     interrupted(settings, tmp_path / "run", monkeypatch, "stream=false")
@@ -102,6 +110,7 @@ def change_code(settings, monkeypatch):
     monkeypatch.setattr(provenance, "_software", lambda: {"code": "0.0", "torch": "2", "transformers": "5"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -119,6 +128,7 @@ def test_what_has_changed_is_named_and_nothing_mixed(settings, tmp_path, monkeyp
     assert execute(settings, tmp_path / "run", "resume=false")["attempts"] == 1
 
 
+@pytest.mark.slow
 def test_a_directory_can_be_named(settings, tmp_path, monkeypatch):
     place = tmp_path / "run"
     interrupted(settings, place, monkeypatch)
@@ -141,17 +151,20 @@ def test_a_directory_can_be_named(settings, tmp_path, monkeypatch):
     assert json.loads((place / "record.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_a_complete_run_starts_afresh(settings, tmp_path):
     execute(settings, tmp_path / "run", "method=magnitude")
     record = execute(settings, tmp_path / "run", "method=magnitude")
     assert record["attempts"] == 1 and (tmp_path / "run" / "record.previous.json").is_file()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_when_it_is_switched_off(settings, tmp_path, monkeypatch):
     interrupted(settings, tmp_path / "run", monkeypatch, "resumable=false")
     assert not (tmp_path / "run" / ".progress").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings, tmp_path, monkeypatch):
     original, written = store.save_file, []
 

@@ -68,6 +68,7 @@ def test_methods_rank_as_they_should(settings, tmp_path):
     assert perplexities["dense"] < perplexities["alps"] < perplexities["magnitude"]
 
 
+@pytest.mark.slow
 def test_a_kept_workspace_changes_no_result(settings, tmp_path):
     workspace = Workspace(keep=True)
     runs.run(compose([*settings, "method=magnitude"]), tmp_path / "first", workspace)
@@ -105,12 +106,14 @@ def test_a_sample_that_cannot_be_made_is_refused_before_pruning(
         execute([*settings, f"model.path={tiny_gpt2}"], tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_an_earlier_record_is_kept(settings, tmp_path):
     first = execute(settings, tmp_path, "method=magnitude")
     execute(settings, tmp_path, "method=magnitude")
     assert json.loads((tmp_path / "record.previous.json").read_text()) == first
 
 
+@pytest.mark.slow
 def test_failures_never_displace_a_complete_record(settings, tmp_path, monkeypatch):
     first = execute(settings, tmp_path, "method=magnitude")
 
@@ -153,6 +156,7 @@ def _config(settings):
     return type(AutoConfig.from_pretrained(compose(settings).model.path))
 
 
+@pytest.mark.slow
 def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
@@ -168,6 +172,7 @@ def test_too_little_space_is_refused_before_writing(settings, tmp_path, monkeypa
     assert record["saved"]["ratio"] < 1
 
 
+@pytest.mark.slow
 def test_seed_and_dtype_reach_the_run(settings, tmp_path):
     one = execute(settings, tmp_path / "a", "method=wanda")
     other = execute(settings, tmp_path / "b", "method=wanda", "seed=1")
@@ -213,6 +218,7 @@ def test_overflow_names_the_block(settings, tiny_llama, tmp_path):
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_few_tokens_and_more_inputs_are_handled_and_warned_of(settings, tmp_path, capsys):
     record = execute(settings, tmp_path, "nsamples=1", "seqlen=16", "eval=none")
     assert any("more inputs than calibration tokens" in line for line in record["warnings"])

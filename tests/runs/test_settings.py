@@ -43,6 +43,7 @@ def test_settings_are_frozen(tiny):
             setattr(part, dataclasses.fields(part)[0].name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["save=true"], ["plan=true"], ["method=dense", "eval.sample_tokens=4"]])
 def test_a_run_reads_config_json_once_and_makes_one_skeleton(tiny, text_file, read, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
@@ -52,12 +53,14 @@ def test_a_run_reads_config_json_once_and_makes_one_skeleton(tiny, text_file, re
     assert read == (2 if "save=true" in more else 1) * ["_config", "skeleton"]
 
 
+@pytest.mark.slow
 def test_a_streamed_run_makes_one_skeleton_beside_its_network(tiny, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command.guarded(lambda: command.command([*tiny, "method=magnitude", "stream=true"])) == 0
     assert read == ["_config", "skeleton", "skeleton"]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_share_what_is_known_of_their_model(tiny, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["-m", *tiny, "method=magnitude,wanda", "sparsity=0.5,0.7"]

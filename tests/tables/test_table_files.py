@@ -59,6 +59,7 @@ class TestReading:
         (found,) = archive.read_all(tmp_path, None)
         assert "a.sweep.json is no readable list" in found.unreadable["a.sweep.json"] and not found.records
 
+    @pytest.mark.slow
     def test_a_bad_file_costs_no_other_its_place(self, tmp_path, capsys):
         runs = save([record(), record("wanda"), record("dsnot")], tmp_path / "runs", "mine")
         (runs / "tiny-wanda-u0.7-s0-00000001" / "record.json").write_text("null")
@@ -75,6 +76,7 @@ class TestReading:
 
 
 class TestFiles:
+    @pytest.mark.slow
     def test_the_same_bytes_in_any_order_of_records(self, grid_of_runs, tmp_path):
         shuffled = copy.deepcopy(grid_of_runs)
         random.Random(1).shuffle(shuffled)
@@ -87,6 +89,7 @@ class TestFiles:
         pictures = {f"a-{plot}.{suffix}" for plot in drawn for suffix in ("png", "svg")}
         assert set(contents[0]) == {f"a.{suffix}" for suffix in render.FORMATS} | pictures
 
+    @pytest.mark.slow
     def test_csv_and_parquet_hold_the_numbers_unrounded(self, grid_of_runs, tmp_path):
         make.make(archive.RunSet("a", grid_of_runs, [], "here"), tmp_path)
         read = pd.read_csv(tmp_path / "a.csv", dtype={"sparsity": str})
@@ -118,6 +121,7 @@ class TestFiles:
         assert "**1.500**" in render.markdown(grid) and r"\textbf{1.500}" in render.latex(grid)
         assert "1.500*" in render.plain(grid, 80)
 
+    @pytest.mark.slow
     def test_plots_no_longer_asked_for_are_removed(self, grid_of_runs, tmp_path, monkeypatch):
         runs = archive.RunSet("a", grid_of_runs, [], "here")
         (tmp_path / "a-phases.png").touch(), (tmp_path / "ab-phases.png").touch()
@@ -152,6 +156,7 @@ class TestSweeps:
         monkeypatch.chdir(tmp_path)
         return tmp_path
 
+    @pytest.mark.slow
     def test_own_runs_take_the_place_of_kept_ones(self, place, capsys):
         archive.write_kept([record(perplexity=99.0)], place / make.KEPT / "mine.jsonl.gz")
         archive.write_kept([record(perplexity=88.0)], place / make.KEPT / "other.jsonl.gz")
@@ -170,6 +175,7 @@ class TestSweeps:
         (make.RUNS / "mine.sweep.json").write_text('{"runs": ["none"]}')
         assert [found.origin for found in archive.read_all(make.RUNS, make.KEPT)] == ["results/records/mine.jsonl.gz"]
 
+    @pytest.mark.slow
     def test_keeping_writes_the_sweeps_records_without_this_machines_paths(self, place, capsys):
         odd = record(
             error={"type": "X", "message": "in /home/me/alps/x.py (https://a.org/b/c, conversion/d/e) 3 tokens/s"}
@@ -206,6 +212,7 @@ class TestSweeps:
 
 
 class TestCheck:
+    @pytest.mark.slow
     @pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="no results/: not a checkout")
     def test_the_committed_tables_are_those_of_the_committed_records(self):
         assert make.check(ROOT / make.KEPT, ROOT / make.TABLES) == []

@@ -133,6 +133,7 @@ class TestLayouts:
         assert "piqa acc_norm" in set(found.frame["metric"])
         assert ("piqa acc_norm",) not in layout.grid(found, layout.Spec()).header
 
+    @pytest.mark.slow
     def test_without_seconds_there_are_none_anywhere(self, grid_of_runs, tmp_path):
         spec = layout.parse({"seconds": False}, "test")
         found = figures.aggregate(grid_of_runs, seconds=spec.seconds)

