@@ -6,7 +6,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test testall crash lint docs format tables bench clean
+.PHONY: help setup demo test quick testall crash lint docs format tables bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,10 +25,13 @@ $(stamp): pyproject.toml constraints.txt
 demo: setup ## Prune a real model with all five methods and print the table
 	@$(python) -m alps_exp.demo
 
-test: setup ## Run the tests but the slow ones, as many at a time as there are cores
+test: setup ## Run the tests but the heavy ones, as many at a time as there are cores
+	@$(python) -m pytest -n auto -m "not heavy" $(ARGS)
+
+quick: setup ## Run the tests of less than a second each, the loop while you write
 	@$(python) -m pytest -n auto -m "not slow" $(ARGS)
 
-testall: setup ## Run all tests, also those marked as slow
+testall: setup ## Run all tests, also the heavy ones: many processes, launchers, wheels, a real model
 	@$(python) -m pytest -n auto $(ARGS)
 
 crash: setup ## Kill runs of a tiny model at random moments and see that each goes on to the same result (minutes)

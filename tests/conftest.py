@@ -14,6 +14,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import tiny_models
+from tiny import words_for
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -66,8 +67,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(tiny_opt, text_file) -> list[str]:
     """The words of a run of a second."""
-    words = ["model=local", f"model.path='{tiny_opt}'", "data=local", f"data.path='{text_file}'"]
-    return [*words, "nsamples=2", "seqlen=32", "eval=none", "device=cpu"]
+    return words_for(tiny_opt, text_file, "nsamples=2", "seqlen=32", "eval=none")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 from torch import Tensor
 
+from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.solver import Solver
@@ -120,3 +122,14 @@ def parquet(path: Path, rows: list[str], column: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({column: rows, "number": list(range(len(rows)))}), path)
     return path
+
+
+def refused(call, *words: str) -> str:
+    """The message of the UserError that `call` raises: one line with all the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500, message
+    for word in words:
+        assert word in message, f"{word!r} not in: {message}"
+    return message

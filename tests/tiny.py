@@ -13,6 +13,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
 )
@@ -32,6 +33,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt-350m": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16, dropout=0.0, do_layer_norm_before=False),
     "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
 }
+
+
+def words_for(model: Path | str, text: Path | str, *more: str) -> list[str]:
+    """The words of a run on the CPU of the model in a folder, calibrated on a text file."""
+    where = ["model=local", f"model.path='{model}'", "data=local", f"data.path='{text}'"]
+    return [*where, "device=cpu", *more]
 
 
 def execute(settings: list[str], folder: Path, *more: str, workspace: Workspace | None = None) -> dict:
@@ -65,3 +72,10 @@ def network(family: str) -> nn.Module:
 
 def tokens(windows: int = 12, seqlen: int = 24) -> torch.Tensor:
     return torch.randint(3, 90, (windows, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def mixtral() -> MixtralConfig:
+    """A tiny mixture of experts."""
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralConfig(**sizes, **heads, num_local_experts=4, max_position_embeddings=256)

@@ -113,6 +113,7 @@ def test_gradients_take_no_part_in_what_is_of_the_inputs(allocation, tiny_llama,
     assert found[0]["layers"][0]["relative_loss"] != found[1]["layers"][0]["relative_loss"]  # rows do weigh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["spectral", "loss"])
 def test_a_run_streams_to_the_same_bits_and_goes_on(allocation, tiny, tmp_path, monkeypatch):
     from alps_exp.pruning import stages, weighing

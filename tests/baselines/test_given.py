@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny import words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -41,8 +42,9 @@ def mend(folder, change, target):
 
 
 def words(model, mask, text_file, *more) -> list[str]:
-    start = ["model=local", f"model.path={model}", "data=local", f"data.path={text_file}", "nsamples=4", "seqlen=64"]
-    return [*start, "device=cpu", "eval=none", "method=given", f"method.mask={mask}", *more]
+    return words_for(
+        model, text_file, "nsamples=4", "seqlen=64", "eval=none", "method=given", f"method.mask={mask}", *more
+    )
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,7 @@ def test_a_shrunk_model_gives_what_the_zeroed_one_gives(family, sparsity, words,
         assert small.config.ffn_dim == 48
 
 
+@pytest.mark.slow
 def test_what_it_cannot_prune_or_save_is_refused_before_the_run(tiny, tiny_gpt2):
     def asked(*words):
         own = [] if any(word.startswith("sparsity=") for word in words) else ["sparsity=0.25"]

@@ -162,6 +162,7 @@ def test_it_is_the_same_however_many_tokens_are_in_memory(tiny_llama, monkeypatc
             assert int((other.view(-1, 4) != 0).sum(1).max()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_runs_save_and_plan(tiny, tmp_path, stream):
     words = [*tiny, "method=sparsellm", "sparsity=0.5", f"stream={stream}", "method.rounds=2"]
@@ -174,6 +175,7 @@ def test_runs_save_and_plan(tiny, tmp_path, stream):
     assert "device" in cheap and cheap.split("device")[1] != dear.split("device")[1]
 
 
+@pytest.mark.slow
 def test_what_it_cannot_prune_is_refused_before_the_run(tiny, tiny_gemma3, tiny_gpt2):
     def asked(*words):
         return resolve(compose([*tiny, "method=sparsellm", "sparsity=0.5", *words]))

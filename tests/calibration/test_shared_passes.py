@@ -38,6 +38,7 @@ def same(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_make_one_backward_pass(words, passes, tmp_path):
     sweep = Workspace(keep=True)
     first = execute(words, tmp_path / "a" / "first", workspace=sweep)
@@ -58,6 +59,7 @@ def test_the_runs_of_a_sweep_make_one_backward_pass(words, passes, tmp_path):
     assert again["cached_passes"] == ["gradients"], "another process reads it from the disk"
 
 
+@pytest.mark.slow
 def test_what_decides_otherwise_is_measured_again(words, passes, tmp_path):
     sweep = Workspace(keep=True)
     execute(words, tmp_path / "first", workspace=sweep)
@@ -76,6 +78,7 @@ def test_what_decides_otherwise_is_measured_again(words, passes, tmp_path):
         assert record["cached_passes"] == [] and len(passes) == index + 2, more
 
 
+@pytest.mark.slow
 def test_spectra_are_shared_by_runs_with_other_texts(tiny, passes, tmp_path):
     words = [*tiny, "method=magnitude", "allocation=spectral"]
     sweep = Workspace(keep=True)
@@ -87,6 +90,7 @@ def test_spectra_are_shared_by_runs_with_other_texts(tiny, passes, tmp_path):
     assert len(passes) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again_and_one_without_room_is_told(words, passes, tmp_path):
     sweep = Workspace(keep=True)
     execute(words, tmp_path / "first", workspace=sweep)

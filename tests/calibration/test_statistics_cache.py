@@ -14,7 +14,7 @@ import torch
 from helpers import out_of_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import execute, weights
+from tiny import execute, weights, words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.calibration import sharing, streams
@@ -32,8 +32,7 @@ DENSE = "propagate=dense"
 @pytest.fixture
 def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
     model = shutil.copytree(tiny_gemma3, tmp_path / "gemma")
-    words = ["model=local", f"model.path={model}", "data=local", f"data.path={text_file}", "nsamples=6", "seqlen=48"]
-    return [*words, "eval=none", "device=cpu", "batch_size=2", "statistics_cache=1"]
+    return words_for(model, text_file, "nsamples=6", "seqlen=48", "eval=none", "batch_size=2", "statistics_cache=1")
 
 
 def sets(folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ import fake_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from tiny import mixtral, words_for
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import alps_exp
 from alps_exp.base.errors import UserError
@@ -39,8 +40,17 @@ def copy(tiny_llama, tmp_path) -> Path:
 @pytest.fixture
 def words(copy, text_file) -> list[str]:
     """Of a short run of the copy."""
-    run = ["model=local", f"model.path={copy}", "data=local", f"data.path={text_file}", "nsamples=4", "seqlen=48"]
-    return [*run, "eval=none", "device=cpu", "method=wanda", "sparsity=0.5", "save=true", "eval.sample_tokens=0"]
+    return words_for(
+        copy,
+        text_file,
+        "nsamples=4",
+        "seqlen=48",
+        "eval=none",
+        "method=wanda",
+        "sparsity=0.5",
+        "save=true",
+        "eval.sample_tokens=0",
+    )
 
 
 def change_config(folder: Path, **fields) -> None:
@@ -416,18 +426,8 @@ def test_a_shard_that_changes_on_the_disk_is_noticed(words, tmp_path, monkeypatc
 
 def mixture(folder: Path, source: Path) -> Path:
     """A tiny mixture of experts, whose checkpoint has a tensor for each expert and whose model has one for all."""
-    config = MixtralConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=256,
-    )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(mixtral()).save_pretrained(folder)
     for file in source.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder

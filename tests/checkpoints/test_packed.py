@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -122,14 +123,12 @@ def test_what_does_not_get_smaller_is_stored_as_it_is():
 def saved(tiny_llama, text_file, tmp_path_factory):
     """A packed run and a dense run of the same configuration: their folders, and the packed one's record."""
     folder = tmp_path_factory.mktemp("saved")
-    words = [
-        "model=local",
-        f"model.path={tiny_llama}",
-        "data=local",
-        f"data.path={text_file}",
-        *("nsamples=4", "seqlen=64", "eval.windows=4", "device=cpu", "method=alps", "sparsity=0.7"),
+    words = words_for(
+        tiny_llama,
+        text_file,
+        *("nsamples=4", "seqlen=64", "eval.windows=4", "method=alps", "sparsity=0.7"),
         'layers.sparsity={"q_proj":"2:4"}',
-    ]
+    )
     records = {form: run.run(compose([*words, f"save={form}"]), folder / form) for form in ("packed", "true")}
     return folder / "packed" / "model", folder / "true" / "model", records["packed"], words
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from tiny import words_for
 
 from alps_exp.cli import command, launchers
 from alps_exp.cli.cell import Outcome
@@ -49,7 +50,7 @@ def words(tiny_opt, text_file, tmp_path, monkeypatch) -> list[str]:
     for name, value in {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    local = ["model=local", f"model.path={tiny_opt}", "data=local", f"data.path={text_file}", "device=cpu"]
+    local = words_for(tiny_opt, text_file)
     return ["-m", *local, "nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0"]
 
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from tiny import words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
@@ -14,8 +15,7 @@ def plan_of(words: list[str]) -> str:
 
 @pytest.fixture
 def settings(tiny_llama, text_file) -> list[str]:
-    local = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}"]
-    return [*local, "nsamples=8", "seqlen=64", "device=cpu", "eval.windows=2"]
+    return words_for(tiny_llama, text_file, "nsamples=8", "seqlen=64", "eval.windows=2")
 
 
 def test_a_plan_names_layers_time_and_memory(settings):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli import command, launchers, overrides, sweep
@@ -35,8 +36,7 @@ def single(tiny_llama: Path, text_file: Path, tmp_path, monkeypatch) -> list[str
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     workspace.shared.cache_clear()
-    local = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "device=cpu"]
-    return [*local, "nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0"]
+    return words_for(tiny_llama, text_file, "nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=0")
 
 
 @pytest.fixture

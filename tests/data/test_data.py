@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from helpers import ROOT, parquet
+from helpers import ROOT, parquet, refused
 
 from alps_exp.base import packages
 from alps_exp.base.errors import UserError
@@ -27,16 +27,6 @@ CONF = ROOT / "conf"
 def node(name, **fields):
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
     return dataclasses.replace(DataSettings.named(name), **plain)
-
-
-def refused(call, *words):
-    """The message of the UserError that `call` raises: one line with all the words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500, message
-    for word in words:
-        assert word in message, f"{word!r} not in: {message}"
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,6 @@ from alps_exp.evaluation.settings import TaskSettings
 from alps_exp.runs.settings import resolve
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return tiny_tasks.build(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture
-def settings(tiny_llama: Path, source: Path) -> list[str]:
-    return tiny_tasks.settings(tiny_llama, source)
-
-
 def prepared(words: list[str]):
     """The passes of a configuration's tasks, which are those of `resolve`."""
     from alps_exp.evaluation import tasks

@@ -22,16 +22,6 @@ from alps_exp.runs.workspace import Workspace
 from alps_exp.tables import figures
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return tiny_tasks.build(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture
-def settings(tiny_llama: Path, source: Path) -> list[str]:
-    return tiny_tasks.settings(tiny_llama, source)
-
-
 def scores(record: dict) -> dict:
     return {(row["dataset"], row["metric"]): row for row in record["evaluations"]}
 

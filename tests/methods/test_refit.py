@@ -11,6 +11,7 @@ from degenerate import Layer, bounded, layers
 from helpers import planted, planted_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -215,8 +216,8 @@ def test_prune_model_refits_any_method(tiny_llama):
 
 @pytest.mark.slow
 def test_a_run_refits_and_says_so(tiny_opt, text_file, tmp_path):
-    words = ["model=local", f"model.path={tiny_opt}", "data=local", f"data.path={text_file}", "nsamples=4", "seqlen=64"]
-    words += ["device=cpu", "eval=none", "method=wanda"]
+    words = words_for(tiny_opt, text_file, "nsamples=4", "seqlen=64")
+    words += ["eval=none", "method=wanda"]
     records = {how: runs.run(compose([*words, f"refit={how}"]), tmp_path / how) for how in ("none", *EVERY)}
     assert len({record["config_hash"] for record in records.values()}) == 4
     assert {record["method"] for record in records.values()} == {"wanda"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import load
+from tiny import load, mixtral
 from torch import nn
 
 import alps_exp
@@ -94,22 +94,8 @@ def test_a_model_without_blocks_is_refused():
         find_blocks(nn.Sequential(nn.Linear(3, 3)))
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
-    return transformers.MixtralForCausalLM(config).eval()
-
-
 def test_fused_experts_are_refused_by_name_unless_excluded():
-    prefix, blocks = find_blocks(mixtral())
+    prefix, blocks = find_blocks(transformers.AutoModelForCausalLM.from_config(mixtral()))
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj is a fused weight"):
         block_linears(blocks[0], f"{prefix}.0")
     linears = block_linears(blocks[0], f"{prefix}.0", lambda name: "experts" in name)

@@ -18,10 +18,9 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, refused
 
 from alps_exp.base import packages
-from alps_exp.base.errors import UserError
 from alps_exp.checkpoints import gguf_files
 from alps_exp.data import windows
 from alps_exp.data.settings import DataSettings
@@ -44,17 +43,6 @@ def load_tokenizer(node):
 
 def node(name):
     return yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
-
-
-def refused(call, *words):
-    """The message of the UserError that `call` raises: one line with all the words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500, message
-    for word in words:
-        assert word in message, f"{word!r} not in: {message}"
-    return message
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import fake_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -246,8 +247,9 @@ def test_a_fingerprint_tells_a_model_whose_middle_was_pruned(tmp_path):
 
 @pytest.fixture
 def settings(tiny_llama, text_file) -> list[str]:
-    words = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=6"]
-    return [*words, "seqlen=48", "eval.windows=4", "eval.sample_tokens=4", "device=cpu", "save=true"]
+    return words_for(
+        tiny_llama, text_file, "nsamples=6", "seqlen=48", "eval.windows=4", "eval.sample_tokens=4", "save=true"
+    )
 
 
 @pytest.mark.parametrize(

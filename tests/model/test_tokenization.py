@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny_models
+from tiny import words_for
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
@@ -169,8 +170,7 @@ def test_prompts_that_cannot_be_continued(tiny_llama):
 
 
 def words_of(model, text_file, *more):
-    where = ["model=local", f"model.path={model}", "data=local", f"data.path={text_file}", "device=cpu"]
-    return [*where, "nsamples=4", "seqlen=64", "eval=none", "method=wanda", "sparsity=0.5", *more]
+    return words_for(model, text_file, "nsamples=4", "seqlen=64", "eval=none", "method=wanda", "sparsity=0.5", *more)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from tiny import words_for
 from transformers import AutoModelForCausalLM
 
 from alps_exp.base.errors import UserError
@@ -20,19 +21,9 @@ from alps_exp.tables import archive, figures, layout, make, plots
 
 @pytest.fixture
 def settings(tiny_llama: Path, text_file: Path) -> list[str]:
-    return [
-        "model=local",
-        f"model.path={tiny_llama}",
-        "data=local",
-        f"data.path={text_file}",
-        "nsamples=4",
-        "seqlen=64",
-        "batch_size=2",
-        "eval=none",
-        "device=cpu",
-        "method=wanda",
-        "data.holdout=3",
-    ]
+    return words_for(
+        tiny_llama, text_file, "nsamples=4", "seqlen=64", "batch_size=2", "eval=none", "method=wanda", "data.holdout=3"
+    )
 
 
 def relative_losses(network, dense, pruned, ids: torch.Tensor, names: list[str]) -> dict[str, float]:

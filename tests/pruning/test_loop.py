@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import load
+from tiny import load, words_for
 from torch import nn
 
 import alps_exp
@@ -249,8 +249,8 @@ def test_a_single_layer_takes_one_forward_of_one_block(tiny_gemma3, monkeypatch)
 def test_what_is_not_pruned_is_not_read_from_the_files_and_saved_as_it_is(
     tiny_gemma3, text_file, tmp_path, monkeypatch
 ):
-    words = ["model=local", f"model.path={tiny_gemma3}", "data=local", f"data.path={text_file}", "nsamples=3"]
-    words += ["seqlen=48", "device=cpu", "eval=none", "method=wanda", "layers.include=[layers.0.*]"]
+    words = words_for(tiny_gemma3, text_file, "nsamples=3")
+    words += ["seqlen=48", "eval=none", "method=wanda", "layers.include=[layers.0.*]"]
     read, original = [], StreamedBlocks._read
     with monkeypatch.context() as patch:
         patch.setattr(StreamedBlocks, "_read", lambda self, *rest: [read.append(rest[0]), original(self, *rest)][1])

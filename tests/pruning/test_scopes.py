@@ -63,8 +63,8 @@ class Model(ModelMethod):
         return result
 
 
-FOUND = [registry.solver(name) for name in registry.methods() if name != "given"]
-WIDE = {type(found).__name__.lower(): found for found in FOUND if isinstance(found, (BlockMethod, ModelMethod))}
+FOUND = {name: registry.solver(name) for name in registry.methods() if name != "given"}
+WIDE = {name: found for name, found in FOUND.items() if isinstance(found, (BlockMethod, ModelMethod))}
 WIDE |= {"whole": Whole(), "model": Model()}
 SINGLE = {name: method for name, method in WIDE.items() if not method.structured}  # these prune weights one by one
 TARGETS = {name: node for name, node in choices("target").items()}

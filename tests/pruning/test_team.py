@@ -13,7 +13,7 @@ import torch
 from helpers import planted, planted_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tiny import execute
+from tiny import execute, words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.capture import Accumulator
@@ -32,18 +32,9 @@ pytestmark = pytest.mark.heavy  # starts processes
 
 @pytest.fixture
 def settings(tiny_llama: Path, text_file: Path) -> list[str]:
-    return [
-        "model=local",
-        f"model.path={tiny_llama}",
-        "data=local",
-        f"data.path={text_file}",
-        "nsamples=5",
-        "seqlen=64",
-        "eval.windows=2",
-        "eval.sample_tokens=0",
-        "device=cpu",
-        "method=sparsegpt",
-    ]
+    return words_for(
+        tiny_llama, text_file, "nsamples=5", "seqlen=64", "eval.windows=2", "eval.sample_tokens=0", "method=sparsegpt"
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import execute, weights
+from tiny import execute, weights, words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
@@ -20,8 +20,9 @@ from alps_exp.runs.settings import resolve
 def settings(tiny_gemma3, text_file, tmp_path) -> list[str]:
     model = shutil.copytree(tiny_gemma3, tmp_path / "gemma")
     text = shutil.copy(text_file, tmp_path / "text.txt")
-    words = ["model=local", f"model.path={model}", "data=local", f"data.path={text}", "nsamples=6", "seqlen=48"]
-    return [*words, "eval.windows=3", "eval.sample_tokens=2", "device=cpu", "save=true", "batch_size=2"]
+    return words_for(
+        model, text, "nsamples=6", "seqlen=48", "eval.windows=3", "eval.sample_tokens=2", "save=true", "batch_size=2"
+    )
 
 
 class Failure(RuntimeError):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import execute
+from tiny import execute, words_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alps_exp.base.errors import UserError
@@ -19,17 +19,7 @@ from alps_exp.runs.workspace import Workspace
 
 @pytest.fixture
 def settings(tiny_llama: Path, text_file: Path) -> list[str]:
-    return [
-        "model=local",
-        f"model.path={tiny_llama}",
-        "data=local",
-        f"data.path={text_file}",
-        "nsamples=8",
-        "seqlen=64",
-        "eval.windows=6",
-        "eval.sample_tokens=4",
-        "device=cpu",
-    ]
+    return words_for(tiny_llama, text_file, "nsamples=8", "seqlen=64", "eval.windows=6", "eval.sample_tokens=4")
 
 
 def test_record_of_a_run(settings, tmp_path, capsys):

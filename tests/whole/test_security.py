@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from tiny import words_for
 
 from alps_exp.base import redaction
 from alps_exp.base.errors import UserError
@@ -144,7 +145,7 @@ def test_a_gguf_file_is_one_in_its_folder(copy, tmp_path):
 @pytest.fixture
 def words(tiny_llama, text_file) -> list[str]:
     small = ["nsamples=2", "seqlen=32", "eval=none", "device=cpu", "method=magnitude"]
-    return ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", *small]
+    return words_for(tiny_llama, text_file, *small)
 
 
 def call(*words: str) -> int:
