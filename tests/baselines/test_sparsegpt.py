@@ -110,3 +110,12 @@ def test_an_indefinite_matrix_is_refused_with_advice():
         registry.solver("sparsegpt", damping=0.0).solve(problem, parse_sparsity("0.5"))
     assert "\n" not in str(error.value)
     registry.solver("sparsegpt").solve(problem, parse_sparsity("0.5"))
+
+
+def test_inputs_whose_squares_float32_hardly_holds_are_solved_like_larger_ones():
+    inputs, weight = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)), planted(4, 6, seed=2).weight.float()
+    larger, tiny = (LayerProblem.from_inputs(weight, inputs * 2.0**scale) for scale in (0, -66))
+    assert 0 < float(tiny.diagonal.max()) < torch.finfo(torch.float32).tiny
+    one, other = (registry.solver("sparsegpt").solve(problem, parse_sparsity("0.5")) for problem in (larger, tiny))
+    assert torch.equal(one.support, other.support)
+    torch.testing.assert_close(other.weight, one.weight, rtol=1e-3, atol=1e-4)
