@@ -6,8 +6,8 @@
 Random Llama-like models of hidden size w, 4 w channels and heads of 32, with `--depth` blocks, or with w / 64 of them
 (`--depth 0`). Each measurement is a process of its own. On a GPU it is the peak of allocated memory less the model's;
 on a CPU the growth of the largest resident size from the loaded model on, after one forward of all windows, which is
-good to some MB. The exponent is the slope of log memory over log N, N the weights of the blocks, by least squares; STRUPRUNE's
-authors claim 1/2.
+good to some MB. The exponent is the slope of log memory over log N, N the weights of the blocks, by least squares;
+STRUPRUNE's authors claim 1/2.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from types import MappingProxyType
 
 import torch
@@ -390,7 +390,7 @@ class Trainer:
             return
         try:
             content = torch.load(self._file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # damaged on the disk: as if there was none
+        except (OSError, EOFError, RuntimeError, UnpicklingError):  # damaged on the disk: as if there was none
             return
         if content["same"] != self._same():
             return

@@ -54,6 +54,8 @@ def local(path: Path, **fields) -> dict:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_reads_pickles(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if ast.unparse(node) == "from pickle import UnpicklingError":  # which torch.load raises of a damaged file
+            continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             roots = {name.partition(".")[0] for name in names}
