@@ -182,6 +182,7 @@ def saved(folder, family: str, *words: str, text_file, sparsity: str = "0.25", s
 NO_ATTENTION = "layers.exclude=['*.self_attn.*']"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "sparsity", "words"),
     [

@@ -120,6 +120,7 @@ def network(folder, family: str, **options):
     return model, dense, record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_one_round_is_sparsegpt_and_more_bring_the_part_nearer(request, family):
     folder, block = request.getfixturevalue(f"tiny_{family}"), "decoder.layers.0" if family == "opt" else "layers.0"
@@ -151,6 +152,7 @@ def test_one_round_is_sparsegpt_and_more_bring_the_part_nearer(request, family):
     assert errors[1] < 0.97 * errors[0], errors
 
 
+@pytest.mark.slow
 def test_it_is_the_same_however_many_tokens_are_in_memory(tiny_llama, monkeypatch):
     options = {"method": "sparsellm", "sparsity": "2:4", "include": ["layers.0.*"]}
     whole, _, _ = network(tiny_llama, "llama", **options)

@@ -123,6 +123,7 @@ def test_the_alternation_moves_weights_that_stay_and_no_others(tiny_llama):
     assert errors[1] < 1.1 * errors[0] < 0.1, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_runs_save_and_are_labelled(tiny, tmp_path, stream):
     words = [*tiny, "method=struprune", "sparsity=0.25", "method.rounds=2", "save=true"]
@@ -137,6 +138,7 @@ def test_runs_save_and_are_labelled(tiny, tmp_path, stream):
     assert any("struprune: a reconstruction, since" in line.lower() for line in lines)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_prune_is_refused(tiny, tiny_gemma3):
     def asked(*words):
         return resolve(compose([*tiny, "method=struprune", "sparsity=0.25", *words]))

@@ -92,6 +92,7 @@ def test_rows_weigh_by_the_root_of_their_moments():
     assert torch.equal(found.rows("b", 1.0), torch.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "magnitude"])
 def test_no_power_is_no_sensitivity_to_the_bit(method):
     one, other = network("llama").float(), network("llama").float()

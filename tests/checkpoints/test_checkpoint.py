@@ -292,6 +292,7 @@ def job_code() -> str:
 # What is saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_generation_config_that_transformers_refuses_to_save_is_kept(words, copy, tmp_path, form):
     shipped = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False, "temperature": 0.9, "top_p": 0.6}
@@ -302,6 +303,7 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept(words, co
     assert load_saved(tmp_path / "run/model").generation_config.temperature == 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_generation_settings_in_config_json_are_kept(words, copy, tmp_path, form):
     (copy / "generation_config.json").unlink()
@@ -387,6 +389,7 @@ def other_configuration(folder: Path) -> None:
     change_config(folder, num_hidden_layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "form"),
     [*((spoil, form) for spoil in (lose_a_tensor, flip_a_bit) for form in FORMS), (other_configuration, "whole")],
@@ -409,6 +412,7 @@ def test_what_is_saved_is_read_back(words, tmp_path, monkeypatch, form, spoil):
     assert load_saved(tmp_path / "run/model")
 
 
+@pytest.mark.slow
 def test_a_shard_that_changes_on_the_disk_is_noticed(words, tmp_path, monkeypatch):
     assemble = saving._assemble
 

@@ -335,6 +335,7 @@ def test_the_name_of_a_run_is_safe_and_tells_what_it_is(tmp_path):
     assert naming.run_name(local).startswith("my_model_v2-alps-u0.7-s0-")
 
 
+@pytest.mark.slow
 def test_what_is_written_in_another_way_is_the_same_run(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "t.txt").touch()

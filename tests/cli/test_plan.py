@@ -48,6 +48,7 @@ def test_a_plan_counts_what_is_streamed_and_kept(settings):
     assert "finished blocks (they become the saved model)" in streamed and "hidden states while it runs" in streamed
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_packed_model_counts_both_of_its_forms(settings):
     def saved(text):
         line = next(line for line in text.splitlines() if line.startswith("disk"))
@@ -58,6 +59,7 @@ def test_a_plan_of_a_packed_model_counts_both_of_its_forms(settings):
     assert packed["its dense form while it is packed"] == dense["the saved model"] > packed["the saved model"]
 
 
+@pytest.mark.slow
 def test_a_plan_tells_what_finishing_takes(settings):
     settings = [*settings, "sparsity=0.7", "data.holdout=2"]
     plain, block = plan_of(settings), plan_of([*settings, "finish=block"])

@@ -434,6 +434,7 @@ def test_a_directory_of_another_configuration_is_refused_before_anything_runs(si
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["nothing", "model", "block", "previous"])
 def test_a_directory_in_which_nothing_was_begun_is_free(single, capsys, ran, monkeypatch, left):
     own, place = [*single, "eval=none", "method=magnitude", "hydra.run.dir=mine"], Path("mine")

@@ -79,6 +79,7 @@ def test_documents_without_text_do_not_count(opt, tmp_path):
     assert (description["documents"], description["documents_available"]) == (60, 60)
 
 
+@pytest.mark.slow
 def test_seeds(gpt2, text_file):
     local = node("local", path=text_file)
     state = random.getstate(), torch.get_rng_state()
@@ -261,6 +262,7 @@ def test_row_rules(tmp_path):
     assert rows.joined == "A\n\nText <doc of A.\n\nB"
 
 
+@pytest.mark.slow
 def test_the_hubs_files(gpt2, tmp_path, monkeypatch):
     """C4, WikiText-2 and PTB through the hub's requests: the right files, revision and columns; then from the cache."""
     rows = tiny_models.documents(40, seed=6)

@@ -61,6 +61,7 @@ def plain_samples(model, starts, seqlen, seeds, batch_size, temperature=1.0):
     return torch.cat(rows)
 
 
+@pytest.mark.slow
 def test_windows_are_samples_of_the_model_and_end_where_they_are_full(tiny_llama):
     model = load(tiny_llama)
     starts = [[1]] * 5
@@ -81,6 +82,7 @@ def test_an_end_of_text_does_not_end_a_window(tiny_llama):
     assert ((found % 2 == 0).sum(1) > 4).all() and (found[:, -8:] % 2 == 1).any()
 
 
+@pytest.mark.slow
 def test_kept_text_is_read_again_and_belongs_to_model_and_keys(tiny_llama, tiny_opt, assets):
     loads = []
     first, description = written(tiny_llama, asked(), loads)
@@ -152,6 +154,7 @@ def words(tiny_llama):
     return [*model, "nsamples=2", "seqlen=32", "eval=none", "method=wanda"]
 
 
+@pytest.mark.slow
 def test_a_run_calibrates_on_it_and_goes_on_with_it(words, tmp_path):
     workspace = Workspace(keep=True)
     record = execute(words, tmp_path / "a", "data.holdout=2", workspace=workspace)
@@ -165,6 +168,7 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(words, tmp_path):
     assert later["summary"]["mean_relative_loss"] == alone["summary"]["mean_relative_loss"]
 
 
+@pytest.mark.slow
 def test_what_does_not_go_with_it_is_refused_before_the_run(words, tmp_path, monkeypatch):
     def refused(match, *more):
         with pytest.raises(UserError, match=match):
@@ -186,6 +190,7 @@ def test_what_does_not_go_with_it_is_refused_before_the_run(words, tmp_path, mon
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_whole_numbers_are_the_same_run(words):
     digests = {resolve(compose([*words, *more])).configuration.digest for more in ([], ["data.temperature=1"])}
     assert len(digests) == 1

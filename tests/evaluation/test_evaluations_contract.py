@@ -124,6 +124,7 @@ def test_the_figures_are_rows_of_the_record_and_columns_of_tables(magnitude, nam
     assert f"eval={name} not in it" in plan(resolve(compose([*magnitude, f"eval={name}", *SMALL])))
 
 
+@pytest.mark.slow
 @each
 def test_the_model_is_left_as_it_was(magnitude, name, tmp_path):
     saved = []
@@ -151,6 +152,7 @@ def test_a_figure_on_a_text_is_that_of_the_pruned_model(magnitude, tmp_path):
     assert [surprise[key] for key in ("windows", "seqlen", "dataset")] == [3, 16, "local"]
 
 
+@pytest.mark.slow
 def test_rates_say_their_unit_and_that_more_is_better(magnitude, tmp_path, capsys):
     words = [*magnitude, "eval=pace", "eval.batches=[1,4]", "eval.seqlen=8"]
     record = execute(words, tmp_path)

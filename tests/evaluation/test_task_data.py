@@ -45,6 +45,7 @@ def test_the_package_has_the_rows_of_the_folder(shared):
             assert [{key: row[key] for key in keys} for row in theirs] == ours, leaf.name
 
 
+@pytest.mark.slow
 def test_data_from_the_hub_are_asked_for_as_lm_eval_names_them(settings, source, monkeypatch):
     import datasets
 

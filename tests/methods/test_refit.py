@@ -170,6 +170,7 @@ def test_fewer_tokens_than_inputs_are_fitted_in_float32_too(rows, tokens):
         assert max(pcg, exact) <= none * 1.01 and pcg <= exact * 1.01 + 1e-6
 
 
+@pytest.mark.slow
 def test_losses_of_rounding_are_compared_beyond_it():
     layer, worse = Layer(1, 7, 1, frozenset(), None, torch.float32, 0), []
     for seed in range(60):

@@ -302,6 +302,7 @@ def test_a_streamed_model_is_saved_packed_and_not_streamed_from_there(settings, 
         loading.load_streamed(loading.resolve(node(tmp_path / "packed" / "model")))
 
 
+@pytest.mark.slow
 def test_models_larger_than_half_of_the_free_memory_are_streamed(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("alps_exp.runs.workspace.free_host", lambda: 1_000_000)
     record = runs.run(compose([*settings, "method=magnitude", "eval=none"]), tmp_path)

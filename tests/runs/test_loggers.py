@@ -103,6 +103,7 @@ def test_an_offline_run_holds_the_record(tmp_path, monkeypatch):
     assert found["summary"]["phase/solve_seconds"] == 4.0 and found["summary"]["mean_relative_loss"] == 0.1875
 
 
+@pytest.mark.slow
 def test_disabled_and_none_write_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert log_record(RECORD, node("logger.mode=disabled"), tmp_path) is None
@@ -122,6 +123,7 @@ def test_a_failure_is_one_line_and_no_exception(tmp_path, monkeypatch, capsys):
     assert "record is complete without it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_the_environment_variable_works_without_an_account(tmp_path, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)

@@ -188,6 +188,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(settings
     assert record["attempts"] == 2 and record["evaluations"] == expected["evaluations"]
 
 
+@pytest.mark.slow
 def test_leftovers_of_killed_attempts_are_removed(settings, tmp_path):
     place = tmp_path / "run"
     (place / ".model.1.tmp").mkdir(parents=True)

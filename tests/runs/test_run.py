@@ -129,6 +129,7 @@ def test_a_failed_run_leaves_a_record_with_its_error(settings, tmp_path, monkeyp
     assert record["status"] == "failed" and record["error"] == {"type": "RuntimeError", "message": "out of luck"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_no_half_model(settings, tmp_path, monkeypatch):
     def full(self, folder, *arguments, **options):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
@@ -197,6 +198,7 @@ def test_mistakes_are_found_before_anything_is_loaded(settings, override, messag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_overflow_names_the_block(settings, tiny_llama, tmp_path):
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
     network.model.layers[0].mlp.up_proj.weight.data.fill_(1e38)

@@ -138,6 +138,7 @@ def test_what_has_seen_gradients_is_marked(records):
     assert "†" not in str(plain)
 
 
+@pytest.mark.slow
 def test_they_are_drawn_by_make_tables_to_the_same_bytes(records, tmp_path):
     runs = save(records, tmp_path / "runs", "mine")
     for place in ("one", "two"):

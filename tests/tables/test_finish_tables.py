@@ -69,6 +69,7 @@ def test_seconds_and_tokens_of_finishing_are_apart():
     assert "finishing seconds" not in str(laid_out(RECORDS, seconds=False).header)
 
 
+@pytest.mark.slow
 def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     spec = layout.Spec(title="x", metrics=("wikitext2*",))
     found = figures.aggregate(RECORDS)

@@ -205,6 +205,7 @@ class TestSweeps:
         assert make.main(["--keep", "none"]) == 2
         assert "none.sweep.json does not exist" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_a_kept_file_can_be_named(self, place, capsys):
         archive.write_kept([record()], place / "some.jsonl.gz")
         assert make.main(["some.jsonl.gz", "out"]) == 0
