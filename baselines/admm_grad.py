@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from alps_exp.base.clock import Stopwatch
 from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
+from alps_exp.layer.trace import Trace
 from alps_exp.methods.admm import DAMPING, ITERATIONS, PlainAdmm
 from alps_exp.patterns import Pattern
 from alps_exp.patterns.keeping import keep_largest
@@ -48,6 +50,7 @@ class AdmmGrad(Solver):
         iterations: of ADMM.
         selections: the first iterations, in which the support is chosen; at most `iterations`.
         damping: λ over the mean of the scaled Gram matrix's diagonal.
+        trace: record the loss of Z and the change of its support in every iteration.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
@@ -57,12 +60,14 @@ class AdmmGrad(Solver):
     iterations: int = ITERATIONS
     selections: int = 15
     damping: float = DAMPING
+    trace: bool = False
 
     def __post_init__(self) -> None:
         one_of("method.schedule", self.schedule, SCHEDULES)
         require("method.iterations", self.iterations, int, 1, float("inf"))
         require("method.selections", self.selections, int, 1, float("inf"))
         require("method.damping", self.damping, float, 0, 10)
+        one_of("method.trace", self.trace, (True, False))
         if self.selections > self.iterations:
             raise UserError(
                 f"method.selections={self.selections} is not allowed with method.iterations={self.iterations}: the "
@@ -79,7 +84,9 @@ class AdmmGrad(Solver):
         factorisation = watch.lap("factorisation") / len(problems)
         solutions = []
         for problem, pattern in zip(problems, patterns, strict=True):
-            weight, support = admm(problem.weight, self._selector(pattern), self.iterations)
+            trace = Trace(problem) if self.trace else None
+            look = None if trace is None else partial(trace.add, rho=1.0)
+            weight, support = admm(problem.weight, self._selector(pattern), self.iterations, look)
             solutions.append(
                 Solution(
                     weight=weight,
@@ -87,7 +94,7 @@ class AdmmGrad(Solver):
                     status="max_iterations",
                     iterations=self.iterations,
                     seconds={"factorisation": factorisation, "admm": watch.lap("admm")},
-                    stats={"schedule": self.schedule},
+                    stats={"schedule": self.schedule} | (trace.stats() if trace is not None else {}),
                 )
             )
         return solutions

@@ -48,7 +48,11 @@ class PlainAdmm:
         self._multiply = Multiplier(resolvent, exact=problem.weight.dtype == torch.float64)
 
     def __call__(
-        self, dense: Tensor, select: Callable[[int, Tensor], Tensor], iterations: int
+        self,
+        dense: Tensor,
+        select: Callable[[int, Tensor], Tensor],
+        iterations: int,
+        look: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Z and its support, (out, in) each.
 
@@ -56,6 +60,7 @@ class PlainAdmm:
             dense: (out, in) W, not scaled.
             select: number of the iteration, from 0, and |B + U| (out, in) ↦ the support (out, in), bool.
             iterations: at least 1.
+            look: called in every iteration with Z, not scaled, and the support.
         """
         # Exact factors that bring the weights near 1.
         factor = power_of_two(float(dense.abs().max()))
@@ -65,6 +70,8 @@ class PlainAdmm:
         total = scaled  # B + U
         for iteration in range(iterations):
             support = select(iteration, total.abs())
+            if look is not None:
+                look(self._scaled.unscale(total.masked_fill(~support, 0) * unit) * factor, support)
             dual = total.masked_fill(support, 0)
             total = self._multiply(total - 2 * dual - scaled).add_(scaled).add_(dual)
         support = support & ~self._scaled.dead

@@ -43,6 +43,7 @@ from ..base.errors import UserError, nearest
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
 from ..layer.solver import Solution, Solver
+from ..layer.trace import Trace
 from ..numerics.fit import fit_on_support
 from ..numerics.kernels import kernels_for
 from ..numerics.precision import Multiplier, fast_products, low_precision
@@ -72,6 +73,7 @@ class Alps(Solver):
         pcg_iterations: at most, of the fit on the support.
         exact: factorise for every ρ and multiply in the problem's own precision (always so in float64); otherwise the
             resolvent is interpolated and most products run in bfloat16 or TF32 where the device has them.
+        trace: record the loss of D, the change of its support, and ρ, of every iteration.
         pcg_tolerance: the fit stops once an iteration lowers the objective by less than this fraction of it.
     """
 
@@ -90,6 +92,7 @@ class Alps(Solver):
     pcg_iterations: int = 100
     pcg_tolerance: float = 3e-5
     exact: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
         inf = float("inf")
@@ -104,6 +107,7 @@ class Alps(Solver):
         require("method.pcg_iterations", self.pcg_iterations, int, 0, inf)
         require("method.pcg_tolerance", self.pcg_tolerance, float, 0, 1)
         one_of("method.exact", self.exact, (True, False))
+        one_of("method.trace", self.trace, (True, False))
         if self.schedule not in SCHEDULES:
             raise UserError(f"method.schedule={self.schedule!r} is not allowed; {nearest(self.schedule, SCHEDULES)}")
 
@@ -133,13 +137,14 @@ class Alps(Solver):
                 _Layer(scaled, resolvent, problem, pattern, self.rho, exact)
                 for problem, pattern in zip(problems, patterns, strict=True)
             ]
-            self._iterate(layers)
+            traces = [Trace(problem) for problem in problems] if self.trace else []
+            self._iterate(layers, scaled, traces)
         resolvent.free()
         shared = {"factorisation": resolvent.seconds, "admm": watch.lap("admm") - resolvent.seconds}
         multiply = Multiplier(scaled.gram, exact)
 
         solutions = []
-        for layer in layers:
+        for index, layer in enumerate(layers):
             support = layer.pattern.keep(layer.b.abs())
             weight, steps = fit_on_support(
                 multiply, layer.w, support, layer.b.masked_fill(~support, 0), self.pcg_iterations, self.pcg_tolerance
@@ -155,19 +160,23 @@ class Alps(Solver):
                     status="converged" if layer.stopped else "max_iterations",
                     iterations=layer.iterations,
                     seconds=seconds,
-                    stats={"rho": layer.rho, "pcg_iterations": steps, "schedule": self.schedule},
+                    stats={"rho": layer.rho, "pcg_iterations": steps, "schedule": self.schedule}
+                    | (traces[index].stats() if traces else {}),
                 )
             )
         return solutions
 
-    def _iterate(self, layers: Sequence[_Layer]) -> None:
+    def _iterate(self, layers: Sequence[_Layer], scaled: ScaledGram, traces: Sequence[Trace]) -> None:
         """ADMM on all layers in lockstep, so that they share the resolvent at every ρ, until each has stopped."""
+        traced = dict(zip(layers, traces, strict=True)) if traces else {}
         for iteration in range(1, self.max_iterations + 1):
             active = [layer for layer in layers if not layer.stopped]
             if not active:
                 return
             for layer in active:
                 layer.step()
+                if layer in traced:
+                    traced[layer].add(scaled.unscale(layer.d * layer.unit) * layer.factor, layer.support, layer.rho)
                 if iteration % self.update_every == 0:
                     self._test_support(layer, iteration)
 
@@ -212,6 +221,11 @@ class _Layer:
         self._kernels = kernels_for(self.w.device) if self._low is not None else None
         self.restart()
         self.remembered = self.support.clone()
+
+    @property
+    def d(self) -> Tensor:
+        """(out, in) D, scaled."""
+        return self._target * self.support
 
     def restart(self) -> None:
         """B, D, V at the dense point."""

@@ -33,6 +33,9 @@ NEUTRAL = {
     "capture": "auto",
 }
 
+# The same of keys of a method.
+_NEUTRAL_OF_METHODS = {"trace": False}
+
 # What an evaluation depends on where nothing is pruned, and what of it only a calibration reads.
 _EVALUATED = ("model", "data", "method", "eval", "device", "dtype", "save")
 _CALIBRATING = {"model": ("nsamples", "seqlen", "bos"), "data": ("sampling", "holdout", "disjoint_seeds")}
@@ -73,6 +76,7 @@ class Configuration:
         solver, pattern = build(content["method"]), pattern_of(content["sparsity"])
         kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
         kept = {key: value for key, value in kept.items() if NEUTRAL.get(key, ...) != value}
+        kept["method"] = {k: v for k, v in kept["method"].items() if _NEUTRAL_OF_METHODS.get(k, ...) is not v}
         decides = json.dumps(kept if solver.prunes else _evaluated(kept, "_target_" in content["eval"]), sort_keys=True)
         digest, model = sha256(decides), _model_name(content["model"])
         words = f"{model}-{content['method']['name']}"

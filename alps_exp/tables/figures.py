@@ -225,6 +225,8 @@ def _settings(record: Mapping) -> dict[str, str]:
     else:
         config = NEUTRAL | config  # records from before these choices were there
     flat = _flat({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
+    if flat.get("method.trace") == "false":  # as records are from before there were traces
+        del flat["method.trace"]
     return {key: value for key, value in flat.items() if key not in ("model.name", "method.name") and "._" not in key}
 
 
