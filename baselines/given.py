@@ -5,11 +5,13 @@ there, in safetensors or `.bin` files or in the packed form; names may differ by
 `model.decoder.layers.0…` and `decoder.layers.0…`.
 
 The sparsity of the run says what the mask is expected to have: under N:M at most N of M, otherwise each layer's share
-of zeros within `tolerance`. The record's measured sparsity is the mask's.
+of zeros within `tolerance`. The record's measured sparsity is the mask's. All masks are read and looked at before the
+run begins.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +28,8 @@ from alps_exp.layer.solver import LayerSolver, Solution, Solver
 from alps_exp.patterns import Pattern
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "BOOL")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FITTING: set[tuple] = set()  # masks, with what was asked of them, that were found to fit
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Given(LayerSolver):
     """The mask of a checkpoint.
 
     Attributes:
-        mask: folder of the checkpoint with zeros.
+        mask: folder of the checkpoint with zeros, or its name on the hub (OWNER/NAME).
         tolerance: how far from the sparsity a layer's share of zeros may be.
     """
 
@@ -47,11 +51,25 @@ class Given(LayerSolver):
         require("method.tolerance", self.tolerance, float, 0, 1)
         if not isinstance(self.mask, str) or not self.mask:
             raise UserError(f"method.mask={self.mask} is not allowed: give method.mask=FOLDER, a checkpoint with zeros")
-        if not local_path("method.mask", self.mask).is_dir():
-            raise UserError(f"method.mask={self.mask} is no folder: give that of a checkpoint with zeros")
+        if not self._on_the_hub and not local_path("method.mask", self.mask).is_dir():
+            raise UserError(
+                f"method.mask={self.mask} is no folder: give that of a checkpoint with zeros, or OWNER/NAME on the hub"
+            )
+
+    @property
+    def _on_the_hub(self) -> bool:
+        return bool(_HUB_NAME.fullmatch(self.mask)) and not local_path("method.mask", self.mask).is_dir()
 
     @property
     def folder(self) -> Path:
+        """Where the checkpoint lies; one of the hub is downloaded, once."""
+        from alps_exp.checkpoints.checkpoint import PRECEDENCE
+        from alps_exp.checkpoints.hub import checkpoint_folder
+
+        if self._on_the_hub:
+            return checkpoint_folder(
+                self.mask, None, PRECEDENCE, "or give the folder of a download (method.mask=FOLDER)"
+            )
         return local_path("method.mask", self.mask)
 
     def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
@@ -71,8 +89,11 @@ class Given(LayerSolver):
                     f"method.mask={self.mask} stores {key} as {entries[key].dtype}: give an unquantised checkpoint"
                 )
         masks = Masks(self, {name: partial(read, key) for name, key in keys.items()}, turned)
-        first = next(iter(patterns))
-        masks.support(first, patterns[first])
+        known = (self.mask, self.tolerance, tuple(sorted(self.digests().items())), tuple(patterns.items()), turned)
+        if known not in _FITTING:  # of a sweep's runs the first one looks
+            for name, pattern in patterns.items():
+                masks.support(name, pattern)
+            _FITTING.add(known)
         return masks
 
     def digests(self) -> dict[str, str]:

@@ -208,8 +208,8 @@ class _State:
         s = self._inputs(units)
         columns = self._a[:, s]
         factor = torch.linalg.cholesky(columns[s])
-        self._w -= columns @ torch.cholesky_solve(self._w[s], factor)
-        self._a -= columns @ torch.cholesky_solve(columns.T, factor)
+        self._w.addmm_(columns, torch.cholesky_solve(self._w[s], factor), alpha=-1)
+        self._a.addmm_(columns, torch.cholesky_solve(columns.T, factor), alpha=-1)
         self._w[s], self._a[s], self._a[:, s] = 0, 0, 0
         self.stay[units] = False
 

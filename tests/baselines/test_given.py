@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import fake_hub
 import pytest
 import torch
 import yaml
@@ -134,11 +135,27 @@ def test_the_sparsity_is_that_of_the_mask(tiny_llama, text_file, tmp_path):
             resolve(compose(words(tiny_llama, mask, text_file, f"sparsity={sparsity}")))
     resolve(compose(words(tiny_llama, mask, text_file, "sparsity=0.7", "method.tolerance=0.21")))
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    # Later layers are read when their turn comes.
+    # Later layers are looked at before anything runs, too.
     later = "model.layers.1.mlp.up_proj.weight"
     uneven = mend(mask, lambda found: found | {later: found[later] * 0}, tmp_path / "uneven")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(UserError, match=r"mask of model\.layers\.1\.mlp\.up_proj has 1 zeros"):
         alps_exp.prune_model(network, tokens(), method="given", mask=str(uneven), sparsity=0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(UserError, match=r"mask of model\.layers\.1\.mlp\.up_proj has 1 zeros"):
+        resolve(compose(words(tiny_llama, uneven, text_file, "sparsity=0.5")))
+
+
+def test_a_mask_of_the_hub(tiny_llama, text_file, tmp_path, monkeypatch):
+    mask, _ = pruned(tiny_llama, tmp_path / "hub" / "models" / "somebody" / "pruned")
+    with fake_hub.serving(tmp_path / "hub") as (address, _):
+        fake_hub.use(address, tmp_path / "cache", monkeypatch)
+        record = runs.run(compose(words(tiny_llama, "somebody/pruned", text_file, "sparsity=0.5")), tmp_path / "run")
+        with pytest.raises(UserError, match="somebody/nothing"):
+            resolve(compose(words(tiny_llama, "somebody/nothing", text_file, "sparsity=0.5")))
+    plain = runs.run(compose(words(tiny_llama, mask, text_file, "sparsity=0.5")), tmp_path / "plain")
+    assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in plain["layers"]]
+    assert any(name.startswith("mask ") for name in record["environment"]["inputs"])
 
 
 def test_square_layers_of_a_model_that_stores_them_turned(tiny_gpt2, tmp_path):
