@@ -37,7 +37,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def words_for(model: Path | str, text: Path | str, *more: str) -> list[str]:
     """The words of a run on the CPU of the model in a folder, calibrated on a text file."""
-    where = ["model=local", f"model.path='{model}'", "data=local", f"data.path='{text}'"]
+    where = ["model=local", f"model.path={model}", "data=local", f"data.path={text}"]
     return [*where, "device=cpu", *more]
 
 

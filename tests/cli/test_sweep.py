@@ -289,8 +289,8 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
         assert (tmp_path / "run/.progress/block-00000.json").is_file()
         assert shared.network(resolve(cfg)) is network
     with monkeypatch.context() as patch:
-        patch.setattr(BlockModel, "forward_block", lambda *_: 1 / 0)
-        patch.setattr(HiddenStates, "advance", lambda *_: None)
+        patch.setattr(BlockModel, "forward_block", lambda *_, **__: 1 / 0)
+        patch.setattr(HiddenStates, "advance", lambda *_, **__: None)
         patch.setattr(faithful, "ensure", lambda *_: None)
         with pytest.raises(ZeroDivisionError):
             runs.run(cfg, tmp_path / "other", shared)
