@@ -22,13 +22,16 @@ class Masters:
     Args:
         module: it computes with the weights, in their own dtype.
         trained: name of a weight in the module → its mask, of the same shape, or None: all of its entries are trained.
+        multiple: of which the number of kept entries is made by zeros behind them, which stay zero; optimisers with
+            8-bit state ask for that.
 
     Attributes:
         values: name → parameter in float32, or float64 where the weight is: (kept,) of a masked weight, of the weight's
             own shape otherwise. A weight without mask that is not in half precision is its own master.
     """
 
-    def __init__(self, module: nn.Module, trained: Mapping[str, Tensor | None]) -> None:
+    def __init__(self, module: nn.Module, trained: Mapping[str, Tensor | None], multiple: int = 1) -> None:
+        self._multiple = multiple
         self._module = module
         self._weights: dict[str, nn.Parameter] = {}
         self._indices: dict[str, Tensor | None] = {}
@@ -45,8 +48,11 @@ class Masters:
                 if not len(index):
                     continue
             self._weights[name], self._indices[name] = weight, index
-            taken = weight.data if index is None else weight.data.view(-1).index_select(0, index)
+            taken = weight.data if index is None else self._picked(weight.data, index)
             self.values[name] = nn.Parameter(taken.to(torch.promote_types(taken.dtype, torch.float32)))
+
+    def _picked(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return nn.functional.pad(tensor.reshape(-1).index_select(0, index), (0, -len(index) % self._multiple))
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -73,7 +79,7 @@ class Masters:
 
         def collect(weight: nn.Parameter) -> None:
             gradient, weight.grad = weight.grad, None
-            gradient = gradient if index is None else gradient.reshape(-1).index_select(0, index)
+            gradient = gradient if index is None else self._picked(gradient, index)
             if value.grad is None:
                 value.grad = gradient.to(value.dtype, copy=True)
             else:
@@ -92,7 +98,7 @@ class Masters:
         for name, value in self.values.items():
             weight, index = self._weights[name].data, self._indices[name]
             if index is not None:
-                weight.view(-1).index_copy_(0, index.long(), value.detach().to(weight.dtype))
+                weight.view(-1).index_copy_(0, index.long(), value.detach()[: len(index)].to(weight.dtype))
             elif weight.data_ptr() != value.data_ptr():
                 weight.copy_(value)
 

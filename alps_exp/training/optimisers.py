@@ -11,6 +11,7 @@ from torch import nn
 from ..base.errors import UserError
 
 STATES = ("float32", "8bit")
+MULTIPLE = 256  # entries that share a scale in 8 bits; torchao keeps other numbers of entries in float32
 _EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
 
 

@@ -24,7 +24,7 @@ from ..base.files import replacing
 from ..base.progress import Progress
 from .casting import cast
 from .masters import Masters
-from .optimisers import optimiser
+from .optimisers import MULTIPLE, optimiser
 from .recipe import Recipe
 
 # A loss that is not finite is noticed after so many steps at the latest: to look at it is to wait for the device.
@@ -146,7 +146,7 @@ class Trainer:
         shrunk: Callable[[int], None] = lambda micro: None,
         together: Single = _SINGLE,
     ) -> None:
-        self.masters = Masters(module, trained)
+        self.masters = Masters(module, trained, MULTIPLE if recipe.state == "8bit" else 1)
         if not self.masters.values:
             raise ValueError(f"{label}: there is nothing to train")
         self.recipe, self.label = recipe, label
@@ -228,8 +228,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(values, self.recipe.clip)
         for companion in self._companions:
             companion.before_update(self, step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate_at(step, self._decisive_seconds())
+        self._set_rate(self.recipe.rate_at(step, self._decisive_seconds()))
         try:
             self.optimiser.step()
         except torch.OutOfMemoryError as error:  # half of the weights may have moved: there is no second try
@@ -243,6 +242,13 @@ class Trainer:
             companion.after_update(self, step)
         self.masters.write()
         self._done.windows += count
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):  # as torchao keeps it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _added(self, count: int, loss: Tensor) -> tuple[int, Tensor]:
         """Windows and mean loss of all processes, whose gradients' mean is in the masters afterwards."""
@@ -312,7 +318,7 @@ class Trainer:
         if self._recent:
             counted = sum(count for _, count, _ in self._recent)
             row["loss"] = math.fsum(count * float(loss) for _, count, loss in self._recent) / counted
-            row["rate"] = self.optimiser.param_groups[0]["lr"]
+            row["rate"] = float(self.optimiser.param_groups[0]["lr"])
         self._recent, self._checked = [], 0
         if self._held_out:
             row["held_out"] = value = self._judged(step)

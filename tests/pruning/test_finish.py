@@ -233,6 +233,17 @@ def test_rows_are_measured_on_the_finished_block():
     assert record["layers"][0]["relative_loss"] != pytest.approx(other["layers"][0]["relative_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_the_hidden_states_go_on_from_the_finished_block(method):
+    model, dense = network("llama").float(), network("llama").float()
+    target = "stream" if method == "sparsegpt" else "layer"
+    record = prune(model, CHOICES["block"], method, target=target)
+    wanted, found = (Outputs(net).of(1, tokens()).detach() for net in (dense, model))
+    errors = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+    assert record["drift"][1]["calibration"]["mean"] == pytest.approx(errors[:, 1:].mean().item(), rel=1e-3)
+    assert all(block["after"] < block["before"] for block in record["finish"]["blocks"])
+
+
 def test_a_device_that_is_short_of_memory_takes_smaller_steps(monkeypatch):
     expected = network("llama").float()
     prune(expected, BOTH)

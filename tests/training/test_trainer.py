@@ -406,9 +406,15 @@ def test_8_bit_state_is_a_librarys_or_refused_by_name(monkeypatch):
     made.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", made)
-    training = trainer(network(), recipe={"state": "8bit"})
+    module, plain = network(), network()
+    training = trainer(module, recipe={"state": "8bit", "clip": 0.1})
     assert isinstance(training.optimiser, made.AdamW8bit)
+    assert training.masters.values["0.weight"].shape == (256,)  # as many as share a scale
     assert training.run().steps == 12
+    trainer(plain, recipe={"clip": 0.1}).run()
+    torch.testing.assert_close(module[0].weight, plain[0].weight, rtol=1e-5, atol=1e-7)
+    kept = int((module[0].weight != 0).sum())
+    assert not training.masters.values["0.weight"][kept:].any()
 
 
 def test_bfloat16_computes_under_autocast():
