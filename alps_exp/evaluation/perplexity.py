@@ -8,26 +8,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from ..base.errors import UserError
-from ..base.progress import Progress
 from ..data.texts import refuse_surrogates
 from ..model.blocks import BlockModel
-from ..model.hidden import HiddenStates
 from ..model.loading import context_length
+from ..model.loss import next_token_loss
 from ..model.tokenization import refuse_unknown, special_tokens, vocabulary_of
 
-# At most this many logits at once (256 MB in float32): a window of a large vocabulary would take gigabytes.
-_LOGITS = 2**26
 
-
-@torch.no_grad()
 def perplexity(model: BlockModel, tokens: Tensor, batch_size: int = 1, label: str = "", quiet: bool = False) -> float:
     """exp of the mean over windows of the mean loss of their seqlen - 1 targets (SparseGPT, Wanda, ALPS).
-
-    The blocks run one after the other over all windows, so a model larger than the device is evaluated like any other.
 
     Args:
         model: the model.
@@ -38,32 +30,10 @@ def perplexity(model: BlockModel, tokens: Tensor, batch_size: int = 1, label: st
     Raises:
         UserError: NaN or infinite activations (the block is named).
     """
-    hidden = HiddenStates(model, tokens, batch_size)
-    for index in Progress(range(len(model)), f"perplexity {label}".strip(), lines=2, quiet=quiet):
-        with model.block(index, changing=False) as block:
-            hidden.advance(model, index, block)
-    chunks = zip(tokens.split(hidden.sizes), hidden, strict=True)
-    mean = float(torch.cat([_window_losses(model, chunk, states) for chunk, states in chunks]).mean())
+    mean = next_token_loss(model, tokens, batch_size, f"perplexity {label}".strip(), quiet)
     if not math.isfinite(mean):
         raise UserError(f"the loss on {label or 'the text'} is {mean}: the model's head overflows; try dtype=float32")
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _window_losses(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Mean loss of each window's seqlen - 1 targets, (windows,) in float64.
-
-    The final norm and the head act on each position by itself, so slices of positions go through them in turn.
-    """
-    windows, seqlen = tokens.shape
-    step = max(1, _LOGITS // (windows * model.model.config.get_text_config(decoder=True).vocab_size))
-    total = torch.zeros(windows, dtype=torch.float64, device=hidden.device)
-    for start in range(0, seqlen - 1, step):
-        part = slice(start, min(start + step, seqlen - 1))
-        logits = model.head(tokens[:, part], hidden[:, part]).float()
-        targets = tokens[:, part.start + 1 : part.stop + 1].to(logits.device)
-        losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        total += losses.view(windows, -1).double().sum(1)
-    return total / (seqlen - 1)
 
 
 @contextmanager

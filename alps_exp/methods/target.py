@@ -59,20 +59,22 @@ class StreamTarget(Target):
     """The dense residual stream, for the layers that write to it.
 
     Attributes:
-        strength: α, how far the stream is drawn to the dense model's.
+        strength: α, how far the stream is drawn to the dense model's; "auto" stands for a number that the run chooses
+            before it begins.
         ridge: λ over the mean of the Gram matrix's diagonal.
     """
 
-    strength: float = 0.5
+    strength: float | str = 0.5
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        require("target.strength", self.strength, float, 0, 1)
+        if self.strength != "auto":
+            require("target.strength", self.strength, float, 0, 1)
         require("target.ridge", self.ridge, float, 0, 1e6, open_low=True)
 
     @property
     def beside(self) -> bool:
-        return self.strength > 0
+        return self.strength == "auto" or self.strength > 0
 
     def posed(self, problem: LayerProblem) -> LayerProblem:
         inputs = problem.inputs

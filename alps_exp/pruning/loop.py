@@ -26,6 +26,7 @@ from .method import ModelMethod
 from .rows import PruneResult
 from .stages import Solve, Stage
 from .store import FinishedBlock
+from .strength import chosen
 from .tools import Tools
 from .weighing import weighed
 
@@ -139,7 +140,12 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     watch.lap("teach")
     job = weighed(model, job, tools)
     watch.lap("weigh")
+    job, strength = chosen(model, job, tools, lifted(job.solver))
+    watch.lap("strength")
     result = lifted(job.solver, job.finish).run(model, job, tools)
+    if strength:
+        result.strength = strength
+        result.add_seconds({"strength": watch.seconds["strength"]})
     result.block_weights = count(model.blocks.parameters())
     if job.sensitivity.used or job.allocation.needs != "nothing":
         result.add_seconds({"weigh": watch.seconds["weigh"]})

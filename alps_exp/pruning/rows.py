@@ -105,6 +105,7 @@ class PruneResult:
         cached_passes: passes over the dense model whose results were those of another run.
         block_weights: all parameters of the decoder blocks, pruned or not.
         drift: of each block's output from the dense model's, where that goes beside.
+        strength: what target.strength=auto was chosen by (`strength.chosen`); empty where a number was given.
         finish: what finishing did: `blocks`, a training per block, and `distil`, that of the model.
     """
 
@@ -117,6 +118,7 @@ class PruneResult:
     cached_passes: list[str] = field(default_factory=list)
     block_weights: int = 0
     drift: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    strength: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
 
     def add(self, done: FinishedBlock) -> None:

@@ -42,6 +42,7 @@ class RunRecord:
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed; bytes dense and
             shrunk with save=shrunk.
         drift: of every block's output from the dense model's, by stream (target=stream).
+        strength: what target.strength=auto was chosen by.
         finish: what finishing did: a training per block (`blocks`) and that of the model (`distil`), each with its loss
             on held-out windows `before` and `after`, `curve`, `steps`, `seconds` and `tokens`; whether the losses of
             `layers` are those before the distillation (`layer_losses`).
@@ -70,6 +71,7 @@ class RunRecord:
     sample: dict | None = None
     saved: dict | None = None
     drift: list[dict] = field(default_factory=list)
+    strength: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
@@ -89,6 +91,7 @@ class RunRecord:
         self.cached_blocks = result.cached_blocks
         self.cached_passes = result.cached_passes
         self.drift = result.drift
+        self.strength = result.strength
         self.finish = result.finish
         found = warnings_of(result.layers) + result.notes
         self.warnings += found

@@ -25,6 +25,7 @@ from ..pruning.distil import refuse_streamed
 from ..pruning.job import PruneJob
 from ..pruning.loop import prune_blocks
 from ..pruning.store import NoStore, ProgressStore, locked
+from ..pruning.strength import check_strength
 from ..pruning.tools import Tools
 from . import resume, sharing, together
 from .loggers import log_record
@@ -111,6 +112,9 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
     device, asked = settings.device, settings.evaluation
     if settings.finish.distil is not None:
         refuse_streamed(streams(settings, 2 if workspace.keep else 1))
+    if getattr(settings.target, "strength", 0) == "auto":
+        streamed = streams(settings, 2 if workspace.keep else 1)
+        check_strength(settings.calibration.data.holdout, settings.devices, streamed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     record.environment = environment(device)

@@ -33,6 +33,7 @@ from ..pruning.distil import refuse_streamed
 from ..pruning.finish import Finish, build_finish
 from ..pruning.job import CAPTURE, PROPAGATE
 from ..pruning.method import ModelMethod
+from ..pruning.strength import check_strength
 from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
 from .loggers import LoggerSettings
@@ -145,6 +146,8 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     configuration = Configuration.of(cfg)
     _check_target(cfg, target)
     _check_scope(cfg, configuration.solver, target, sensitivity)
+    if getattr(target, "strength", 0) == "auto":
+        check_strength(cfg["data"]["holdout"], cfg["devices"], cfg["stream"] is True)
     _check_finish(cfg, configuration.solver, finish)
     resume.check(configuration, cfg["resume"], cfg["resumable"])
     device = parse_device(cfg["device"])
@@ -212,7 +215,8 @@ def _check_values(cfg: Mapping) -> None:
         require(key, cfg[key], int, low, float("inf"))
     together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
-    if cfg["data"]["holdout"] and not cfg["losses"] and cfg["finish"]["name"] == "none":
+    used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
+    if cfg["data"]["holdout"] and not used:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     one_of("propagate", cfg["propagate"], PROPAGATE)
     one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
