@@ -14,11 +14,14 @@ from alps_exp.cli import overrides
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import tasks
 from alps_exp.model import loading
+from alps_exp.runs.naming import config_hash
 from alps_exp.runs.settings import resolve
 
 CONF = resource_root() / "conf"
 GROUPS = ("model", "data", "method", "sparsity", "target", "sensitivity", "allocation", "finish", "eval", "logger")
 CHOICES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+PRESETS = sorted((CONF / "preset").glob("*.yaml"))
+CHOSEN = ["target=stream", "sensitivity=outputs", "allocation=sensitivity"]
 SWEEPS = sorted((resource_root() / "sweeps").glob("*.yaml"))
 # Values that only the user can know.
 NEEDED = {"model/local": ["model.path=folder"], "data/local": ["data.path=text.txt"]}
@@ -30,7 +33,7 @@ def label(path: Path) -> str:
 
 
 def test_no_file_is_overlooked():
-    known = {*CHOICES, CONF / "config.yaml", *(CONF / "hydra").rglob("*.yaml")}
+    known = {*CHOICES, *PRESETS, CONF / "config.yaml", *(CONF / "hydra").rglob("*.yaml")}
     assert set(CONF.rglob("*.yaml")) == known
     assert len(CHOICES) >= 30
 
@@ -48,6 +51,22 @@ def test_every_choice_opens_with_a_command_that_works_and_sets_its_keys(path):
     common = yaml.safe_load((CONF / "eval" / "none.yaml").read_text(encoding="utf-8")) if group == "eval" else {}
     assert set(cfg[group]) == {*own, *common} - {"defaults"}
     assert "name" in cfg[group] or group == "sparsity"
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=label)
+def test_every_preset_opens_with_a_command_that_works_and_stands_for_its_choices(path):
+    text = path.read_text(encoding="utf-8")
+    package, first = text.splitlines()[:2]
+    assert (package, first.split("+preset=")[0]) == ("# @package _global_", "# python -m alps_exp ")
+    said = {
+        "paper": [],
+        "residual": CHOSEN,
+        "residual-finished": [*CHOSEN, "finish=[block,distil]", "data.holdout=8"],
+    }[path.stem]
+    one, other = (compose([*words, "method=alps"]) for words in ([f"+preset={path.stem}"], said))
+    assert one == other
+    assert config_hash(one) == config_hash(other)
+    resolve(one)
 
 
 @pytest.mark.parametrize("group", ["model", "data", "eval"])
