@@ -94,7 +94,8 @@ class BlockProblem:
         if self._changing:
             return
         self._changing = True
-        if self.job.beside:
+        # Windows through the dense model stay in front of the block until its last group was captured.
+        if self.job.beside or (self.job.in_order and self.job.propagate == "dense"):
             self._dense = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
         else:
             self._sizes |= self.streams.advance(self.index, self.module, dense=True)
