@@ -35,7 +35,7 @@ from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
 from alps_exp.layer.trace import Trace
 from alps_exp.methods.admm import DAMPING, ITERATIONS, PlainAdmm
-from alps_exp.patterns import Pattern
+from alps_exp.patterns import Pattern, Unstructured
 from alps_exp.patterns.keeping import keep_largest
 
 SCHEDULES = ("paper", "code")
@@ -54,6 +54,7 @@ class AdmmGrad(Solver):
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
+    kinds: ClassVar[frozenset[str] | None] = None  # whatever is a projection
     selection: ClassVar[str] = "layer"
 
     schedule: str = "paper"
@@ -113,9 +114,10 @@ class AdmmGrad(Solver):
 
     def _keep(self, iteration: int, score: Tensor, pattern: Pattern) -> Tensor:
         left = 1 - (iteration + 1) / self.selections
-        if left == 0 or (self.schedule == "code" and pattern.group is None):
+        anywhere = isinstance(pattern, Unstructured)
+        if left == 0 or (self.schedule == "code" and anywhere):
             return pattern.keep(score)
         count = round((1 - pattern.sparsity * (1 - left**3)) * score.numel())
-        if pattern.group is not None:
+        if not anywhere:
             score = score.masked_fill(pattern.keep(score), torch.inf)
         return keep_largest(score, count)

@@ -4,9 +4,9 @@ With `refit` they become the best ones on that mask, wherever it comes from. A l
 there, in safetensors or `.bin` files or in the packed form; names may differ by what stands before them, as in
 `model.decoder.layers.0…` and `decoder.layers.0…`.
 
-The sparsity of the run says what the mask is expected to have: under N:M at most N of M, otherwise each layer's share
-of zeros within `tolerance`. The record's measured sparsity is the mask's. All masks are read and looked at before the
-run begins.
+The sparsity of the run says what the mask is expected to have: an unstructured one each layer's share of zeros within
+`tolerance`, another pattern zeros where it has them, or more. The record's measured sparsity is the mask's. All masks
+are read and looked at before the run begins.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from alps_exp.base.checks import local_path, require
 from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import LayerSolver, Solution, Solver
-from alps_exp.patterns import Pattern
+from alps_exp.patterns import Pattern, Unstructured
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "BOOL")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,6 +42,7 @@ class Given(LayerSolver):
 
     statistics: ClassVar[Statistics] = Statistics.NONE
     selection: ClassVar[str] = "mask"
+    kinds: ClassVar[frozenset[str] | None] = None
 
     mask: str | None = None
     tolerance: float = 0.02
@@ -134,6 +134,7 @@ class Masks(LayerSolver):
 
     statistics: ClassVar[Statistics] = Given.statistics
     selection: ClassVar[str] = Given.selection
+    kinds: ClassVar[frozenset[str] | None] = None
 
     given: Given
     read: Mapping[str, Callable[[], Tensor]] = field(repr=False)
@@ -151,9 +152,9 @@ class Masks(LayerSolver):
         zeros = 1 - int(support.count_nonzero()) / support.numel()
         if zeros == 0:
             raise UserError(f"{what} has no zeros: give a pruned checkpoint, or leave it out (layers.exclude=[...])")
-        if pattern.group is not None:
-            if bool((support & ~pattern.keep(support.to(torch.uint8))).any()):
-                raise UserError(f"{what} is not {pattern}: give its sparsity, {zeros:.2g}, or its own N:M")
+        if not isinstance(pattern, Unstructured):
+            if not pattern.holds(support):
+                raise UserError(f"{what} is not {pattern}: give its sparsity, {zeros:.2g}, or its own pattern")
         elif abs(zeros - pattern.sparsity) > self.given.tolerance:
             raise UserError(
                 f"{what} has {zeros:.3g} zeros, and sparsity={pattern} was asked for: give sparsity={zeros:.2g}, or "

@@ -22,7 +22,10 @@ from .names import NAMES, pasteable
 
 _EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_local": "submitit"}
 _EXTRAS |= {"hydra/launcher/submitit_slurm": "submitit", "hydra/launcher/ray": "ray", "hydra/launcher/ray_aws": "ray"}
-_SPARSITY = 'give a fraction of zeros above 0 and below 1 (0.7), a pattern N:M such as "2:4", or unstructured or nm'
+_SPARSITY = (
+    'give a fraction of zeros above 0 and below 1 (0.7), a pattern such as "2:4" or "block=32@0.7" (--help lists all), '
+    "or the name of a kind of pattern"
+)
 
 
 def explain(error: Exception, words: Sequence[str], config_name: str = "config") -> str:

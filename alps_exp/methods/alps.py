@@ -79,6 +79,7 @@ class Alps(Solver):
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
     selection: ClassVar[str] = "layer"
+    kinds: ClassVar[frozenset[str] | None] = None  # whatever is a projection
 
     rho: float = 0.1
     schedule: str = "geometric"
@@ -150,7 +151,7 @@ class Alps(Solver):
                 multiply, layer.w, support, layer.b.masked_fill(~support, 0), self.pcg_iterations, self.pcg_tolerance
             )
             weight = scaled.unscale(weight * layer.unit) * layer.factor
-            support &= ~scaled.dead
+            support = support & ~scaled.dead
             seconds = {phase: spent / len(layers) for phase, spent in shared.items()}
             seconds["pcg"] = watch.lap("pcg")
             solutions.append(
@@ -161,6 +162,7 @@ class Alps(Solver):
                     iterations=layer.iterations,
                     seconds=seconds,
                     stats={"rho": layer.rho, "pcg_iterations": steps, "schedule": self.schedule}
+                    | layer.stats()
                     | (traces[index].stats() if traces else {}),
                 )
             )
@@ -215,7 +217,9 @@ class _Layer:
         self.iterations = 0
         self.stopped = False
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet
-        self._tracker = Tracker(pattern) if exact else pattern.tracker()
+        quick = pattern.tracker()
+        self._fast = quick.fast
+        self._tracker = Tracker(pattern) if exact else quick
         self._resolvent = resolvent
         self._low = None if exact else low_precision(self.w.device)
         self._kernels = kernels_for(self.w.device) if self._low is not None else None
@@ -286,6 +290,10 @@ class _Layer:
             self._kernels.group_step(*state, group)
             return True
         return False
+
+    def stats(self) -> dict:
+        """What the record says of how supports were selected: nothing of the patterns that have a fast way."""
+        return {} if self._fast else {"projection": "plain"}
 
     def support_change(self) -> tuple[int, int]:
         """How many positions of the support differ from the last call's, and how many it has."""

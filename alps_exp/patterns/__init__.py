@@ -2,7 +2,8 @@
 
 from .nm import NM
 from .pattern import Pattern, Scope
+from .tiles import Block, Column, Row
 from .unstructured import Unstructured
 from .written import parse_sparsity
 
-__all__ = ["NM", "Pattern", "Scope", "Unstructured", "parse_sparsity"]
+__all__ = ["NM", "Block", "Column", "Pattern", "Row", "Scope", "Unstructured", "parse_sparsity"]

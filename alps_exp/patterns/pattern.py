@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["layer", "row", "block"]
 
+# What stands in file names for the signs that patterns are written with; `written.of_slug` reads it back.
+WORDS = {":": "of", "@": "at", ">": "over", "=": ""}
+
 
 class Pattern(ABC):
     """A set of allowed supports of a weight (out, in). A frozen dataclass of a few numbers.
@@ -29,10 +32,12 @@ class Pattern(ABC):
     Class attributes:
         kind: the name of its yaml, by which a solver says that it can keep the pattern.
         rank: where tables list the kind, lowest first.
+        across: whether entries of different output rows compete, whatever the method's scope.
     """
 
     kind: ClassVar[str]
     rank: ClassVar[int] = 9
+    across: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -66,7 +71,7 @@ class Pattern(ABC):
             (out, in) bool, True where kept.
 
         Raises:
-            UserError: the width does not divide into the pattern's groups.
+            UserError: the shape does not divide into the pattern's groups.
         """
 
     @property
@@ -75,9 +80,36 @@ class Pattern(ABC):
         return None
 
     @property
+    def swaps(self) -> int | None:
+        """Width of the groups of consecutive inputs within which a row may exchange a kept weight for a pruned one."""
+        return self.group
+
+    def selected(self, selection: str) -> str:
+        """The set of weights that compete, as a record states it.
+
+        Args:
+            selection: the method's, where the pattern leaves it open.
+        """
+        return f"group of {self.group}" if self.group else selection
+
+    @property
     def slug(self) -> str:
         """The pattern as a word that is safe in file names and identifiers."""
-        return re.sub(r"[^A-Za-z0-9._]+", "-", self.written.replace(":", "of"))
+        text = self.written
+        for sign, word in WORDS.items():
+            text = text.replace(sign, word)
+        return re.sub(r"[^A-Za-z0-9._]+", "-", text)
+
+    @property
+    def note(self) -> str | None:
+        """What a table's footnote says of it; None where what is written says all."""
+        return None
+
+    def holds(self, support: Tensor) -> bool:
+        """Whether a mask (out, in) has no more entries than the pattern allows, at places that it allows."""
+        import torch
+
+        return not bool((support & ~self.keep(support.to(torch.uint8))).any())
 
     @property
     def order(self) -> tuple:

@@ -23,11 +23,13 @@ class Tracker:
     Attributes:
         group: (N, M) where the rule is no more than the N largest of every M consecutive entries, the first among
             equals, so that a caller may apply it in a pass of its own.
+        fast: whether the rule is such a one, or a threshold from a sample; otherwise it is the pattern's own.
     """
 
     def __init__(self, pattern: Keeps, group: tuple[int, int] | None = None) -> None:
         self._pattern = pattern
         self.group = group
+        self.fast = group is not None
 
     def __call__(self, score: Tensor) -> Tensor:
         """Mask of the entries to keep, of the pattern's count or nearly so."""
@@ -48,6 +50,7 @@ class ThresholdTracker(Tracker):
 
     def __init__(self, pattern: Keeps) -> None:
         super().__init__(pattern)
+        self.fast = True
         self._drift: Tensor | None = None
         self._kept: Tensor | None = None
 

@@ -1,7 +1,10 @@
 """Patterns as users write them: the one place where their text is read. Needs no torch.
 
-    0.7         Unstructured(0.7)
-    2:4         NM(2, 4)
+    0.7              Unstructured(0.7)
+    2:4              NM(2, 4)
+    block=32@0.7     Block(32, 32, 0.7), and block=16x64@0.7
+    row@0.3          Row(0.3)
+    column@0.3       Column(0.3)
 
 Every yaml of conf/sparsity names a class, and each class reads its own form.
 """
@@ -9,6 +12,7 @@ Every yaml of conf/sparsity names a class, and each class reads its own form.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 
@@ -16,7 +20,7 @@ import yaml
 
 from ..base.errors import UserError, nearest
 from ..base.resources import class_of, resource_root
-from .pattern import Pattern
+from .pattern import WORDS, Pattern
 
 DENSE = "0"  # what records and tables write where nothing is pruned
 
@@ -47,7 +51,7 @@ def parse_sparsity(value: float | str | Pattern) -> Pattern:
     """The pattern that a user wrote: 0.7, "0.7", "2:4".
 
     Raises:
-        UserError: neither a fraction strictly between 0 and 1 nor N:M with 0 < N < M.
+        UserError: of no kind of pattern, or with numbers that its kind does not allow.
     """
     if isinstance(value, Pattern):
         return value
@@ -57,8 +61,13 @@ def parse_sparsity(value: float | str | Pattern) -> Pattern:
     hint = ' (a plain 2:4 in YAML is read as 124: quote it, "2:4")' if text.isdigit() else ""
     raise UserError(
         f"sparsity {value!r} is not allowed{hint}: give a fraction of zeros above 0 and below 1 (0.7), "
-        'or a pattern N:M such as "2:4"; method=dense is the run without pruning'
+        f'or a pattern such as "2:4" or {", ".join(_others())}; method=dense is the run without pruning'
     )
+
+
+def _others() -> list[str]:
+    """Each kind of pattern as it is written, but for the two that every message names."""
+    return [pattern_of(node).written for name, node in _nodes().items() if name not in ("unstructured", "nm")]
 
 
 def node_of(pattern: Pattern) -> dict:
@@ -115,9 +124,12 @@ def of_slug(slug: str, candidates: Iterable[str] = ()) -> str | None:
 
     Args:
         slug: as `Pattern.slug` gives it.
-        candidates: texts that it may be of, beside the plain forms of 0.7 and 2:4.
+        candidates: texts that it may be of, beside those of the patterns here.
     """
-    for text in (*candidates, slug.removeprefix("u"), slug.replace("of", ":")):
+    signs = slug
+    for sign, word in WORDS.items():
+        signs = signs.replace(word, sign) if word else signs
+    for text in (*candidates, slug.removeprefix("u"), signs, re.sub(r"^([a-z]+)(\d)", r"\1=\2", signs)):
         try:
             pattern = read(text)
         except UserError:

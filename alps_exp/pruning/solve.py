@@ -82,7 +82,8 @@ def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solv
 
 def _scale(problem: LayerProblem, pattern: Pattern, job: PruneJob) -> Tensor | None:
     """(out, 1) factors of the rows; None where no scores compete over rows, or nothing is known of them."""
-    if problem.name not in job.rows or pattern.group is not None or job.solver.selection == "row":
+    apart = not pattern.across and (pattern.group is not None or job.solver.selection == "row")
+    if problem.name not in job.rows or apart:
         return None
     return job.rows[problem.name].to(problem.weight)[:, None]
 
@@ -117,7 +118,7 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
         block=index,
         shape=list(problem.weight.shape),
         pattern=str(pattern),
-        selection=f"group of {pattern.group}" if pattern.group else job.solver.selection,
+        selection=pattern.selected(job.solver.selection),
         sparsity_target=pattern.sparsity,
         sparsity=1 - int(weight.count_nonzero()) / weight.numel(),
         relative_loss=loss,

@@ -86,7 +86,7 @@ def test_a_value_and_a_foreign_key_are_inconsistent(words):
         ({"kind": "nm", "kept": 2}, "needs sparsity.width"),
         ({"kind": "nm", "kept": 2, "width": 4, "level": 0.5}, "inconsistent"),
         ({"kind": "nm", "kept": 2.0, "width": 4}, "whole number"),
-        ({"kind": "blocky"}, "known: nm, unstructured"),
+        ({"kind": "blocky"}, "did you mean block"),
         ({"kind": "unstructured", "level": "2:4"}, "not allowed"),
     ],
 )

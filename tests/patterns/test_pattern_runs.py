@@ -1,0 +1,67 @@
+"""Runs under every pattern of conf/sparsity: streamed, packed, read again, given as a mask; refused before they run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import refused
+from tiny import execute, words_for
+
+from alps_exp.checkpoints.packed import read_folder
+from alps_exp.cli.overrides import compose
+from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.patterns import parse_sparsity, written
+from alps_exp.pruning import solve
+from alps_exp.runs.settings import resolve
+
+FOUND = {name: written.pattern_of(node) for name, node in written._nodes().items()}
+OTHERS = {name: pattern for name, pattern in FOUND.items() if name not in ("unstructured", "nm")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", OTHERS.values(), ids=OTHERS)
+def test_a_streamed_run_saves_layers_of_the_pattern(pattern, tiny_opt, text_file, tmp_path):
+    words = words_for(tiny_opt, text_file, "nsamples=4", "seqlen=64", "eval=none", 'layers.sparsity={"fc1":0.5}')
+    alps = [*words, "method=alps", f"sparsity={pattern.written}", "save=packed"]
+    record, streamed = execute(alps, tmp_path / "loaded"), execute([*alps, "stream=true"], tmp_path / "streamed")
+    assert record["sparsity"] == pattern.written
+    tensors, again = (read_folder(tmp_path / name / "model") for name in ("loaded", "streamed"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    for row, other in zip(record["layers"], streamed["layers"], strict=True):
+        assert row["relative_loss"] == other["relative_loss"]
+        if row["name"].endswith("fc1"):
+            assert row["pattern"] == "0.5"
+            continue
+        assert (row["pattern"], row["selection"]) == (pattern.written, pattern.selected("layer"))
+        assert pattern.holds(tensors[f"{row['name']}.weight"] != 0)
+        assert abs(row["sparsity"] - pattern.sparsity) < 0.02 and row["stats"]["projection"] == "plain"
+
+    mask = [*words, "method=given", f"method.mask={tmp_path / 'loaded' / 'model'}", "refit=pcg"]
+    fitted = execute([*mask, f"sparsity={pattern.written}"], tmp_path / "given")
+    for row, other in zip(fitted["layers"], record["layers"], strict=True):
+        assert row["sparsity"] == pytest.approx(other["sparsity"])
+    refused(lambda: resolve(compose([*mask, "sparsity=1:16"])), "is not 1:16")
+
+
+@pytest.mark.parametrize("text", ["block=48@0.5", "row@0.999"])
+def test_a_layer_that_does_not_fit_is_refused_before_anything_runs(text, tiny):
+    words = [*tiny, f"sparsity={text}"]
+    refused(lambda: resolve(compose(words)), f"sparsity {text} does not fit", "decoder.layers.0")
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "dsnot", "sparseswaps", "sparsellm", "osscar", "struprune"])
+def test_methods_that_choose_weight_by_weight_refuse_blocks_by_name(method, tiny):
+    words = [*tiny, f"method={method}", "sparsity=block=8@0.5"]
+    refused(lambda: resolve(compose(words)), "cannot keep sparsity block=8@0.5: it takes", "unstructured")
+
+
+def test_rows_are_weighed_where_they_compete():
+    """A weight per output decides which rows stay, and which blocks."""
+    job = SimpleNamespace(rows={"layer": torch.tensor([1.0, 2.0])}, solver=registry.solver("wanda"))
+    problem = LayerProblem(torch.ones(2, 4), Inputs(name="layer"), "layer")
+    for text, weighed in {"0.5": False, "2:4": False, "row@0.5": True, "block=1x2@0.5": True}.items():
+        assert (solve._scale(problem, parse_sparsity(text), job) is not None) is weighed
