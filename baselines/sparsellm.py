@@ -65,6 +65,7 @@ class SparseLLM(BlockMethod):
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
+    kinds: ClassVar[frozenset[str] | None] = SparseGPT.kinds
     shares: ClassVar[bool] = False
 
     rounds: int = 4

@@ -140,8 +140,7 @@ class StruPrune(ModelMethod):
         for index in range(last + 1):
             with model.block(index, dense=True, changing=False, ahead=index < last) as module:
                 asked = asked_units(module, model.name(index), job.patterns)
-                paths = {f"{model.name(index)}.{u.writer}": u.writer for u, _ in asked}
-                writers = {name: Layer(name, module.get_submodule(path)) for name, path in paths.items()}
+                writers = {f"{model.name(index)}.{u.writer}": module.get_submodule(u.writer) for u, _ in asked}
                 collector = Collector(writers, Statistics.DIAGONAL)
                 try:
                     streams.advance(index, module, dense=True)
@@ -152,7 +151,7 @@ class StruPrune(ModelMethod):
                     collector.remove()
                 for units, _ in asked:
                     name = f"{model.name(index)}.{units.writer}"
-                    energy = writers[name].weight.double().square().sum(0) * sums[name].diagonal.double()
+                    energy = Layer(name, writers[name]).weight.double().square().sum(0) * sums[name].diagonal.double()
                     found[name] = energy.view(units.count, -1).sum(1).cpu()
         return found
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..base.memory import free_device
 from ..model.blocks import hidden_of
-from ..model.layers import Layer
 from ..model.residual import Additions
 
 # Windows of one stream of hidden states: its name, the first window, and the one after the last.
@@ -35,18 +34,16 @@ class Parts:
         additions: watches the same forward.
     """
 
-    def __init__(self, block: nn.Module, layers: Mapping[str, Layer], hidden: Tensor, additions: Additions) -> None:
+    def __init__(self, block: nn.Module, layers: Mapping[str, nn.Module], hidden: Tensor, additions: Additions) -> None:
         self.layers: dict[nn.Module, frozenset[str]] = {}
         self.writers: dict[nn.Module, str | None] = {}
         self._additions, self._size = additions, hidden.nbytes
         self._calls: dict[nn.Module, int] = {}
-        names: dict[nn.Module, list[str]] = {}
-        for name, layer in layers.items():
-            names.setdefault(layer.module, []).append(name)
+        names = {module: name for name, module in layers.items()}
         self._candidates = {
             child: own
             for child in block.children()
-            if child not in names and (own := frozenset(n for m in child.modules() for n in names.get(m, ())))
+            if child not in names and (own := frozenset(names[m] for m in child.modules() if m in names))
         }
         self._written: dict[nn.Module, frozenset[str]] = {}
 

@@ -3,7 +3,8 @@
 from .nm import NM
 from .pattern import Pattern, Scope
 from .tiles import Block, Column, Row
+from .transposable import Transposable
 from .unstructured import Unstructured
 from .written import parse_sparsity
 
-__all__ = ["NM", "Block", "Column", "Pattern", "Row", "Scope", "Unstructured", "parse_sparsity"]
+__all__ = ["NM", "Block", "Column", "Pattern", "Row", "Scope", "Transposable", "Unstructured", "parse_sparsity"]

@@ -1,7 +1,7 @@
 """What a sparsity pattern is: a set of allowed supports.
 
 A pattern answers one question, `keep(score)`: which entries survive. Counts are exact. Ties keep the entry that comes
-first in row-major order, so a result depends on nothing but the scores.
+first in row-major order (but see `separable`), so a result depends on nothing but the scores.
 
 A pattern is one class, which also says how it is written, and one yaml in conf/sparsity that names the class. Modules
 of patterns import torch inside their methods only: the command line reads what is written without it.
@@ -32,11 +32,14 @@ class Pattern(ABC):
     Class attributes:
         kind: the name of its yaml, by which a solver says that it can keep the pattern.
         rank: where tables list the kind, lowest first.
+        separable: whether entries are kept one by one or in groups, so that of equal ones the first stays; a pattern
+            that chooses among whole masks says itself which of equal ones it takes.
         across: whether entries of different output rows compete, whatever the method's scope.
     """
 
     kind: ClassVar[str]
     rank: ClassVar[int] = 9
+    separable: ClassVar[bool] = True
     across: ClassVar[bool] = False
 
     @classmethod

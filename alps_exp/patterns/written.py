@@ -2,6 +2,7 @@
 
     0.7              Unstructured(0.7)
     2:4              NM(2, 4)
+    2:4T             Transposable(2, 4)
     block=32@0.7     Block(32, 32, 0.7), and block=16x64@0.7
     row@0.3          Row(0.3)
     column@0.3       Column(0.3)

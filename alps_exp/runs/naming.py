@@ -31,7 +31,6 @@ NEUTRAL = {
     "allocation": {"name": "uniform"},
     "finish": {"name": "none"},
     "capture": "auto",
-    "expert_shrinkage": 0.03,
 }
 
 # The same of keys of a method.
