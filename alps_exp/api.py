@@ -105,6 +105,7 @@ def prune_model(
     allocation: str | Allocation = "uniform",
     finish: str | Finish = "none",
     held_out: Tensor | None = None,
+    expert_shrinkage: float = 0.03,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
@@ -134,6 +135,8 @@ def prune_model(
             (conf/finish), or a choice; it needs `held_out`.
         held_out: (windows, seqlen) token ids that are not calibrated on: every layer's loss is measured on them too,
             and they choose among the weights of finishing.
+        expert_shrinkage: so many tokens for each input are added to the statistics of an expert, as the experts of its
+            layer receive them on average.
         include: globs on the names of the layers to prune.
         exclude: globs on the names of layers among them that stay dense.
         layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
@@ -160,11 +163,13 @@ def prune_model(
     from .pruning.job import CAPTURE, PROPAGATE, PruneJob
     from .pruning.loop import prune_blocks
     from .pruning.method import ModelMethod
+    from .pruning.mixtures import check_experts
     from .pruning.weighing import check_weighing
     from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
+    require("prune_model.expert_shrinkage", expert_shrinkage, float, 0, 1e6)
     one_of("propagate", propagate, PROPAGATE)
     one_of("capture", capture, CAPTURE)
     model = getattr(model, "_orig_mod", model)
@@ -205,6 +210,7 @@ def prune_model(
     finishing = _finish(finish)
     if patterns:
         check_weighing(divided, weighing, len(tokens), fitting)
+        check_experts(model, patterns, fitting, fitted_to, weighing, divided, finishing)
         finishing.check(propagate, len(held_out) if held_out is not None else 0, len(tokens))
         if finishing.block is not None and isinstance(fitting, ModelMethod):
             raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
@@ -223,6 +229,7 @@ def prune_model(
         allocation=divided,
         finish=finishing,
         held_out=held_out,
+        shrinkage=expert_shrinkage,
     )
     record = RunRecord(
         status="complete",
@@ -235,6 +242,7 @@ def prune_model(
             "refit": refit,
             "target": _described(target, fitted_to),
             "capture": capture,
+            "expert_shrinkage": expert_shrinkage,
             "sensitivity": _described(sensitivity, weighing),
             "allocation": _described(allocation, divided),
             "finish": {"name": finishing.name} | {k: v for k, v in dataclasses.asdict(finishing).items() if v},

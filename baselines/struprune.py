@@ -140,7 +140,8 @@ class StruPrune(ModelMethod):
         for index in range(last + 1):
             with model.block(index, dense=True, changing=False, ahead=index < last) as module:
                 asked = asked_units(module, model.name(index), job.patterns)
-                writers = {f"{model.name(index)}.{u.writer}": module.get_submodule(u.writer) for u, _ in asked}
+                paths = {f"{model.name(index)}.{u.writer}": u.writer for u, _ in asked}
+                writers = {name: Layer(name, module.get_submodule(path)) for name, path in paths.items()}
                 collector = Collector(writers, Statistics.DIAGONAL)
                 try:
                     streams.advance(index, module, dense=True)
@@ -151,7 +152,7 @@ class StruPrune(ModelMethod):
                     collector.remove()
                 for units, _ in asked:
                     name = f"{model.name(index)}.{units.writer}"
-                    energy = Layer(name, writers[name]).weight.double().square().sum(0) * sums[name].diagonal.double()
+                    energy = writers[name].weight.double().square().sum(0) * sums[name].diagonal.double()
                     found[name] = energy.view(units.count, -1).sum(1).cpu()
         return found
 

@@ -54,6 +54,7 @@ tiny_llama = _tiny("llama", steps=80)
 tiny_gpt2 = _tiny("gpt2", steps=0)
 tiny_gemma3 = _tiny("gemma3", steps=0)
 tiny_qwen3 = _tiny("qwen3", steps=0)
+tiny_qwen2_moe = _tiny("qwen2_moe", steps=0)
 
 
 @pytest.fixture(scope="session")

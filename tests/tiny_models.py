@@ -1,4 +1,4 @@
-"""Tiny language models of five families, each under 2 MB, for fast runs of the whole path.
+"""Tiny language models of six families, each under 2 MB, for fast runs of the whole path.
 
     python tests/tiny_models.py DIR            builds all of them below DIR, trained for some seconds each
 
@@ -21,6 +21,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -71,10 +72,21 @@ CONFIGS = {
         **_TOKENS,
     ),
     "qwen3": lambda: Qwen3Config(vocab_size=VOCABULARY, num_hidden_layers=2, **_ROTARY, **_TOKENS),
+    # Some of whose eight experts are handed few tokens, beside a shared one.
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=32,
+        **{key: value for key, value in _ROTARY.items() if key != "head_dim"},
+        **_TOKENS,
+    ),
 }
 
 # The special token that a family's tokenizer puts before each text, as the real ones do.
-_FIRST_TOKEN = {"opt": "</s>", "llama": "<s>", "gpt2": None, "gemma3": "<s>", "qwen3": None}
+_FIRST_TOKEN = {"opt": "</s>", "llama": "<s>", "gpt2": None, "gemma3": "<s>", "qwen3": None, "qwen2_moe": None}
 
 _SUBJECTS = [
     "the old sailor",

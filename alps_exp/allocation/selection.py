@@ -57,6 +57,10 @@ class Selection:
         """Whether the layer is left dense."""
         return not _any_match(name, self.include) or _any_match(name, self.exclude)
 
+    def names(self, name: str) -> bool:
+        """Whether `exclude` says that this is left dense."""
+        return _any_match(name, self.exclude)
+
     def patterns_for(
         self, shapes: Mapping[str, tuple[int, int]], default: Pattern, others: Iterable[str] = ()
     ) -> dict[str, Pattern]:

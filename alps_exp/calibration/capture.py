@@ -1,6 +1,8 @@
 """Statistics of linear layers' inputs, accumulated in float32 by hooks while the block runs.
 
-Layers that are fed the same tensor (q/k/v, gate/up) share one accumulator, and so one Gram matrix.
+Layers that are fed the same tensor (q/k/v, gate/up) share one accumulator, and so one Gram matrix. Experts have one for
+the tokens that each is handed, and one for what its `down_proj` makes of them; what the experts of a module are handed
+together is summed, too (`Accumulator.pool`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from ..base.errors import UserError
 from ..layer.inputs import Inputs, Statistics
+from ..model.experts import Routed
+from ..model.layers import ExpertLayer, Layer
 
 # The Gram matrix is summed in stripes that leave out most of what lies below the diagonal. On a CPU four stripes take
 # 0.65 of the time of the whole product at 1536 inputs, on an H200 stripes of 1280 take 0.67 at 5120 and 0.48 at 20480.
@@ -34,9 +38,15 @@ class Accumulator:
         width: number of inputs.
         needed: which statistics to collect.
         device: where they live.
+
+    Attributes:
+        tokens: how many were added.
+        sequences: of how many sequences.
+        pool: the same sums over all experts of a module, where this is the input of one of them.
     """
 
     def __init__(self, width: int, needed: Statistics, device: torch.device) -> None:
+        self.pool: Accumulator | None = None
         self.needed = needed
         self.tokens = 0
         self.sequences = 0
@@ -62,6 +72,27 @@ class Accumulator:
             self._sum += means.sum((0, 1), dtype=torch.float64) * length
             # Tensor.var along this axis takes more than twice the time.
             self._variances += (exact - means).square_().mean(1).sum(0, dtype=torch.float64)
+
+    def add_uneven(self, x: Tensor, lengths: list[int]) -> None:
+        """Account for the rows of `x` (tokens, in), of sequences of these lengths, in order, of which some may be 0."""
+        self.tokens += x.shape[0]
+        self.sequences += sum(length > 0 for length in lengths)
+        if Statistics.GRAM in self.needed:
+            self._add_gram(x)
+        else:
+            self._squares += x.float().square().sum(0)
+        if Statistics.MOMENTS in self.needed:
+            for own in x.float().split(lengths):
+                if len(own):
+                    self._sum += own.sum(0, dtype=torch.float64)
+                    self._variances += (own - own.mean(0)).square_().mean(0).double()
+
+    def add_sums(self, other: Accumulator) -> None:
+        """Account for all that another one of the same width was given."""
+        self.tokens += other.tokens
+        self.sequences += other.sequences
+        for own, value in zip(self.tensors(), other.tensors(), strict=True):
+            own += value
 
     def correct(self, wanted: Tensor, inputs: Tensor) -> None:
         """Account for what a target wants beyond the dense weight's output.
@@ -95,8 +126,8 @@ class Accumulator:
         copied: nothing can be added any more."""
         fields = {"tokens": self.tokens, "sequences": self.sequences, "name": name, "correction": self._correction}
         if Statistics.MOMENTS in self.needed:
-            fields["mean"] = (self._sum / self.tokens).float()
-            fields["var"] = (self._variances / self.sequences).float()
+            fields["mean"] = (self._sum / max(self.tokens, 1)).float()
+            fields["var"] = (self._variances / max(self.sequences, 1)).float()
         if Statistics.DIAGONAL in self.needed:
             fields["gram" if Statistics.GRAM in self.needed else "diagonal"] = self._squares
         if Statistics.GRAM in self.needed:
@@ -130,19 +161,20 @@ class Enough(Exception):
 class Collector:
     """Hooks on a block's linear layers that feed one accumulator per distinct input.
 
-    Which layers share an input is seen in the first forward: those that receive the very same tensor.
+    Which layers share an input is seen in the first forward: those that receive the very same tensor. Experts are
+    hooked together, at the module that holds them.
 
     Args:
-        linears: layers by name.
+        layers: by name.
         needed: which statistics to collect.
 
     Attributes:
         resting: nothing is collected meanwhile.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], needed: Statistics) -> None:
+    def __init__(self, layers: dict[str, Layer], needed: Statistics) -> None:
         self.resting = False
-        self._linears = linears
+        self._layers = layers
         self._needed = needed
         self._leader: dict[str, str] = {}
         self._accumulators: dict[str, Accumulator] = {}
@@ -150,9 +182,17 @@ class Collector:
         self._shape: tuple[int, int] = (0, 0)
         self._left: set[str] = set()
         self._ending = False
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in linears.items()
-        ]
+        self._mixtures: dict[nn.Module, _Mixture] = {}
+        hooks = {}
+        for name, layer in layers.items():
+            if isinstance(layer, ExpertLayer):
+                if layer.module not in self._mixtures:
+                    self._mixtures[layer.module] = _Mixture(layer, needed)
+                    hooks[layer.module] = self._expert_hook(self._mixtures[layer.module])
+                self._mixtures[layer.module].own.append(layer)
+            else:
+                hooks[layer.module] = self._hook(name)
+        self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
 
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -167,11 +207,26 @@ class Collector:
                 if name not in self._accumulators:
                     self._accumulators[name] = Accumulator(inputs.shape[-1], self._needed, inputs.device)
                 self._accumulators[name].add(self._by_sequence(inputs))
-            self._left.discard(name)
-            if not self._left and self._ending:
-                raise Enough
+            self._called([name])
 
         return hook
+
+    def _expert_hook(self, mixture: _Mixture):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self.resting:
+                return
+            if not mixture.sums:
+                self._leader |= mixture.begin(args, kwargs)
+                self._accumulators |= mixture.sums
+            mixture.add(args, kwargs, self._shape)
+            self._called([layer.name for layer in mixture.own])
+
+        return hook
+
+    def _called(self, names: list[str]) -> None:
+        self._left.difference_update(names)
+        if not self._left and self._ending:
+            raise Enough
 
     def _by_sequence(self, inputs: Tensor) -> Tensor:
         """(sequences, length, in), also where the model flattened its tokens before the layer."""
@@ -187,19 +242,24 @@ class Collector:
             ending: end the forward by `Enough` once all layers have received theirs.
         """
         self._shape = (hidden.shape[0], hidden.shape[1])
-        self._left, self._ending = set(self._linears), ending
+        self._left, self._ending = set(self._layers), ending
         self._seen.clear()
 
     @property
     def names(self) -> list[str]:
         """Of the layers."""
-        return list(self._linears)
+        return list(self._layers)
 
     def order(self) -> list[list[str]]:
-        """The groups of layers that share an input, in the order in which they were called; without those that were
-        not."""
-        leaders = dict.fromkeys(self._leader.values())
-        return [[name for name in self._linears if self._leader.get(name) == leader] for leader in leaders]
+        """The groups of layers that are fed together, in the order in which they were called; without those that were
+        not. They share an input, but for experts: all that read what their module is handed, and all others."""
+        groups: dict[object, list[str]] = {}
+        for name, leader in self._leader.items():
+            layer = self._layers[name]
+            together = (layer.module, layer.reads_hidden) if isinstance(layer, ExpertLayer) else leader
+            groups.setdefault(together, []).append(name)
+        place = {name: number for number, name in enumerate(self._layers)}
+        return [sorted(names, key=place.__getitem__) for names in groups.values()]
 
     def of(self, name: str) -> Accumulator:
         """The sums of the input of a layer that was called."""
@@ -219,7 +279,7 @@ class Collector:
         """
         self.remove()
         groups: dict[str, list[str]] = {}
-        for name in self._linears:
+        for name in self._layers:
             if name not in self._leader:
                 raise UserError(
                     f"{name} received no calibration tokens: the model takes its weight without calling it, or sends "
@@ -227,4 +287,69 @@ class Collector:
                     "(nsamples)"
                 )
             groups.setdefault(self._leader[name], []).append(name)
+        for mixture in self._mixtures.values():
+            mixture.finish()
         return [(names, self._accumulators[leader]) for leader, names in groups.items()]
+
+
+class _Mixture:
+    """The sums of the experts of one module.
+
+    Args:
+        layer: one of their layers.
+        needed: which statistics to collect.
+
+    Attributes:
+        own: the layers to collect for.
+        sums: by the name of the first layer that each is the input of, once something was handed to the module.
+    """
+
+    def __init__(self, layer: ExpertLayer, needed: Statistics) -> None:
+        self.own: list[ExpertLayer] = []
+        self.sums: dict[str, Accumulator] = {}
+        self._experts, self._needed = layer.experts, needed
+        self._name = layer.name.removesuffix(f".{layer.expert}.{layer.projection}")
+        self._by_place: dict[tuple[int, bool], Accumulator] = {}
+        self._rest: dict[bool, Accumulator] = {}  # of experts that nothing is collected for, by `reads_hidden`
+
+    def begin(self, args: tuple, kwargs: dict) -> dict[str, str]:
+        """Look at the module's first call, and give each layer's name that of the first with the same input.
+
+        Raises:
+            UserError: the module does not compute what its matrices do.
+        """
+        arguments = self._experts.arguments(args, kwargs)
+        self._experts.check(arguments, self._name)
+        leaders, first = {}, {}
+        for layer in self.own:
+            place = (layer.expert, layer.reads_hidden)
+            if place not in first:
+                first[place] = layer.name
+                self._by_place[place] = Accumulator(layer.shape[1], self._needed, arguments[0].device)
+                self.sums[layer.name] = self._by_place[place]
+                self._rest.setdefault(place[1], Accumulator(layer.shape[1], self._needed, arguments[0].device))
+            leaders[layer.name] = first[place]
+        return leaders
+
+    def add(self, args: tuple, kwargs: dict, shape: tuple[int, int]) -> None:
+        """Account for a call of the module within a forward of windows (sequences, length)."""
+        arguments = self._experts.arguments(args, kwargs)
+        whole = self._experts.count_tokens(arguments) == shape[0] * shape[1]
+        for part in self._experts.routed(arguments):
+            lengths = self._lengths(part, shape) if whole else [len(part.tokens)]
+            for reads_hidden in self._rest:
+                sums = self._by_place.get((part.expert, reads_hidden), self._rest[reads_hidden])
+                sums.add_uneven(part.inputs if reads_hidden else self._experts.inner(part.expert, part.inputs), lengths)
+
+    def _lengths(self, part: Routed, shape: tuple[int, int]) -> list[int]:
+        if Statistics.MOMENTS not in self._needed and shape[0] == 1:
+            return [len(part.tokens)]
+        return torch.bincount(part.tokens // shape[1], minlength=shape[0]).tolist()
+
+    def finish(self) -> None:
+        """Let each input's sums know those of all experts together."""
+        for reads_hidden, pool in self._rest.items():
+            for (_, own), sums in self._by_place.items():
+                if own == reads_hidden:
+                    pool.add_sums(sums)
+                    sums.pool = pool

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..base.memory import free_device
 from ..model.blocks import hidden_of
+from ..model.layers import Layer
 from ..model.residual import Additions
 
 # Windows of one stream of hidden states: its name, the first window, and the one after the last.
@@ -34,16 +35,18 @@ class Parts:
         additions: watches the same forward.
     """
 
-    def __init__(self, block: nn.Module, layers: Mapping[str, nn.Module], hidden: Tensor, additions: Additions) -> None:
+    def __init__(self, block: nn.Module, layers: Mapping[str, Layer], hidden: Tensor, additions: Additions) -> None:
         self.layers: dict[nn.Module, frozenset[str]] = {}
         self.writers: dict[nn.Module, str | None] = {}
         self._additions, self._size = additions, hidden.nbytes
         self._calls: dict[nn.Module, int] = {}
-        names = {module: name for name, module in layers.items()}
+        names: dict[nn.Module, list[str]] = {}
+        for name, layer in layers.items():
+            names.setdefault(layer.module, []).append(name)
         self._candidates = {
             child: own
             for child in block.children()
-            if child not in names and (own := frozenset(names[m] for m in child.modules() if m in names))
+            if child not in names and (own := frozenset(n for m in child.modules() for n in names.get(m, ())))
         }
         self._written: dict[nn.Module, frozenset[str]] = {}
 

@@ -26,7 +26,7 @@ from ..base.progress import Progress
 from ..base.resources import check_fields
 from ..model.blocks import BlockModel, hidden_of
 from ..model.layers import Layer
-from ..model.structure import block_linears, blocks_of
+from ..model.structure import block_layers, blocks_of
 from .ladder import naming_the_step
 
 # Scores are counted in bins of a hundredth of a power of e, from e⁻²⁰⁰ to e²⁰⁰.
@@ -229,8 +229,8 @@ def spectral_exponent(weight: Tensor, tail: float, name: str = "the layer") -> f
 
 
 def _layers(model: BlockModel, index: int, block: nn.Module, names, excluded) -> dict[str, Layer]:
-    linears = block_linears(block, model.name(index), excluded)
-    return {name: Layer(name, module) for name, module in linears.items() if name in names}
+    layers = block_layers(block, model.name(index), excluded)
+    return {name: layer for name, layer in layers.items() if name in names}
 
 
 def _from_loss(model: BlockModel, window: Tensor, hidden: Tensor) -> Tensor:

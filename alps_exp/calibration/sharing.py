@@ -174,10 +174,18 @@ class StatisticsCache(SharedSet):
                 f"{self._file(index)} was whole when the run started and cannot be read now: the same command goes on "
                 "without it"
             )
+        if groups is None:
+            return None
         kept = self._fields | {"tokens", "sequences"}
-        return groups and [
-            Group(names, Inputs(**{key: fields[key] for key in fields if key in kept}, name=names[0]))
+        found = [
+            (names, Inputs(**{key: fields[key] for key in fields if key in kept}, name=names[0]), fields.get("prior"))
             for names, fields in groups
+        ]
+        pools = {inputs.name: inputs for names, inputs, prior in found if prior == inputs.name}
+        return [
+            Group(names, inputs if prior is None else inputs.replaced(prior=pools[prior]))
+            for names, inputs, prior in found
+            if inputs.name not in pools
         ]
 
     def collected(self, index: int, needed: Statistics) -> Statistics:
@@ -190,7 +198,11 @@ class StatisticsCache(SharedSet):
         if (index and not self._dense) or self.notes or not groups:
             return
         known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
-        merged = [(group.names, known.get(tuple(group.names), {}) | _kept(group.inputs)) for group in groups]
+        priors = {inputs.prior.name: inputs.prior for _, inputs in groups if inputs.prior is not None}
+        # What all experts of a module have in common is stored once, as the prior of itself.
+        pools = [Group([name], prior.replaced(prior=prior)) for name, prior in priors.items()]
+        every = [*groups, *pools]
+        merged = [(group.names, known.get(tuple(group.names), {}) | _kept(group.inputs)) for group in every]
         size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))
         try:
             if self.make_room(size):
@@ -283,7 +295,8 @@ def _kept(inputs: Inputs) -> dict:
     tensors = inputs.tensors()
     if inputs.gram is not None:
         del tensors["diagonal"]
-    return {**tensors, "tokens": inputs.tokens, "sequences": inputs.sequences}
+    prior = {"prior": inputs.prior.name} if inputs.prior is not None else {}
+    return {**tensors, **prior, "tokens": inputs.tokens, "sequences": inputs.sequences}
 
 
 def _fields(needed: Statistics) -> set[str]:

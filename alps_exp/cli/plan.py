@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..allocation.prunable import linear_shapes
 from ..checkpoints.packed import packed_size
 from ..data.settings import GeneratedSettings
 from ..layer.inputs import Statistics
+from ..model.experts import Experts
 from ..model.hidden import choose_place
+from ..model.layers import ExpertLayer, find_layer
 from ..model.structure import blocks_of, count, find_blocks
 from ..pruning.distil import device_bytes
 from ..runs.settings import Settings
@@ -61,14 +64,16 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     windows, asked = settings.calibration, settings.evaluation
     prefix, blocks = find_blocks(skeleton)
     end = max(blocks_of(patterns, prefix), default=-1) + 1
-    block_weights = sum(p.numel() for block in blocks[:end] for p in block.parameters())
+    handed = _handed_on(settings)
+    block_weights = sum(_running(block, handed) for block in blocks[:end])
     tokens = windows.nsamples * windows.seqlen
     forward = 2 * block_weights * tokens * _passes(settings, needed)
     if settings.sensitivity.used:  # forwards, forwards again, and backwards
         forward += 3 * 2 * block_weights * settings.sensitivity.windows * windows.seqlen
-    inputs = _distinct_inputs(patterns, shapes)
+    inputs, experts = _distinct_inputs(patterns, shapes), _distinct_inputs(_of_experts(settings), shapes)
     training = _training_flops(settings, block_weights, sum(p.numel() for p in skeleton.parameters()))
-    gram = sum(2 * tokens * width**2 for width in inputs) if Statistics.GRAM in needed else 0
+    squares = sum(width**2 for width in inputs) - (1 - handed) * sum(width**2 for width in experts)
+    gram = 2 * tokens * squares if Statistics.GRAM in needed else 0
     solving = sum(settings.solver.flops(*shapes[name]) for name in patterns)
     solving += sum(settings.solver.block_work(own, tokens)[0] for own in _by_block(patterns, shapes))
     everything = sum(p.numel() for p in skeleton.parameters())
@@ -89,6 +94,27 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
+
+
+def _handed_on(settings: Settings) -> float:
+    """The share of the tokens that an expert is handed on average; 1 where config.json does not tell."""
+    config = settings.model.config.get_text_config(decoder=True)
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    several = next((count for count in counts if isinstance(count, int) and count > 1), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, chosen / several) if several and isinstance(chosen, int) else 1.0
+
+
+def _running(block: nn.Module, handed: float) -> float:
+    """Weights of a block that a token is multiplied by."""
+    experts = [module for module in block.modules() if Experts.of(module) is not None]
+    held = sum(p.numel() for module in experts for p in module.parameters())
+    return sum(p.numel() for p in block.parameters()) - (1 - handed) * held
+
+
+def _of_experts(settings: Settings) -> list[str]:
+    """The layers to prune that are experts'."""
+    return [name for name in settings.patterns if isinstance(find_layer(settings.model.skeleton, name), ExpertLayer)]
 
 
 def _training_flops(settings: Settings, block_weights: int, weights: int) -> float:

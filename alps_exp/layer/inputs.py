@@ -42,6 +42,7 @@ class Inputs:
         correction: (out, in) of the one layer that this input feeds: sum over tokens of r xᵀ, where r is what a target
             wants its output to be beyond that of the dense weight.
         held_out: the Gram matrix of other tokens, to measure losses on.
+        prior: what is known of the inputs of all experts of a layer together, where this is one of them.
         name: of the layer, for messages.
         elsewhere: index of a part of the solver's work on the Gram matrix that another process does → function that
             waits for it, or gives None where it was taken before.
@@ -59,6 +60,7 @@ class Inputs:
     sequences: int | None = None
     correction: Tensor | None = None
     held_out: Tensor | None = None
+    prior: Inputs | None = None
     name: str = "the layer"
     elsewhere: Mapping[int, Callable[[], Tensor | None]] = field(default_factory=dict)
 
@@ -148,9 +150,35 @@ class Inputs:
             like: a device, or a tensor on it, whose dtype is taken over too.
         """
         moved = {name: value.to(like) for name, value in self.tensors().items()}
-        if all(moved[name] is value for name, value in self.tensors().items()):
+        prior = self.prior.to(like) if self.prior is not None else None
+        if prior is self.prior and all(moved[name] is value for name, value in self.tensors().items()):
             return self
-        return _unchecked(self, **moved)
+        return _unchecked(self, **moved, prior=prior)
+
+    def borrowed(self, strength: float) -> int:
+        """How many tokens `shrunk` adds."""
+        return 0 if self.prior is None else max(round(strength * self.width), int(not self.tokens))
+
+    def shrunk(self, strength: float) -> Inputs:
+        """The statistics that a solver is given of an expert: with some tokens more, like those of all experts of the
+        layer on average. Without `prior` they are what they were.
+
+        Args:
+            strength: so many tokens more for each input; an expert without tokens gets one at least.
+        """
+        prior, more = self.prior, self.borrowed(strength)
+        if not more:
+            return self
+        fields: dict = {"tokens": self.tokens + more, "sequences": max(self.sequences, 1), "prior": None}
+        share = more / prior.tokens
+        if self.gram is not None:
+            fields |= {"gram": torch.add(self.gram, prior.gram, alpha=share), "diagonal": None}
+        elif self.diagonal is not None:
+            fields["diagonal"] = torch.add(self.diagonal, prior.diagonal, alpha=share)
+        if self.mean is not None:
+            weight = more / fields["tokens"]
+            fields |= {"mean": self.mean.lerp(prior.mean, weight), "var": self.var.lerp(prior.var, weight)}
+        return self.replaced(**fields)
 
     def replaced(self, **fields) -> Inputs:
         """The same with other values in some of its attributes, which are checked."""

@@ -429,6 +429,11 @@ def _config(source: ModelSource) -> PreTrainedConfig:
         )
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
+        if str(getattr(method, "value", method)) == "mxfp4":
+            raise UserError(
+                f"{source.what} stores its experts quantised (mxfp4), which cannot be pruned; write it dequantised to "
+                f"a folder, and give that (model.path=DIR): {_dequantising(source)}"
+            )
         raise UserError(
             f"{source.what} stores its weights quantised ({method or 'unknown method'}), which cannot be pruned; "
             f"give the unquantised checkpoint"
@@ -439,6 +444,16 @@ def _config(source: ModelSource) -> PreTrainedConfig:
             f"give another model"
         )
     return config
+
+
+def _dequantising(source: ModelSource) -> str:
+    """The command that writes a checkpoint in bfloat16 to the folder DIR."""
+    code = (
+        f"import transformers as t; n = {source.path!r}; t.AutoModelForCausalLM.from_pretrained(n, dtype='bfloat16', "
+        "quantization_config=t.Mxfp4Config(dequantize=True)).save_pretrained('DIR'); "
+        "t.AutoTokenizer.from_pretrained(n).save_pretrained('DIR')"
+    )
+    return f'python -c "{code}"'
 
 
 def locate(model: Mapping) -> ModelSource:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .layers import ExpertLayer, Layer
+
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _FACTORS = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor, torch.ops.aten.mul.Scalar)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
@@ -49,7 +51,8 @@ class Additions(TorchDispatchMode):
 
     Args:
         block: the block.
-        layers: linear layers in it, by name; of those that share a sum, the earlier ones come first.
+        layers: in it, by name; of those that share a sum, the earlier ones come first. Outputs of experts are not
+            followed.
         hidden: what the block is called with.
         wanted: names of layers.
         full: called once every layer of `wanted` was added to the stream, such as to end the forward.
@@ -59,7 +62,7 @@ class Additions(TorchDispatchMode):
     def __init__(
         self,
         block: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         hidden: Tensor,
         wanted: Iterable[str] = (),
         full: Callable[[], None] = lambda: None,
@@ -74,7 +77,8 @@ class Additions(TorchDispatchMode):
         self._handles: list = []
 
     def __enter__(self):
-        linears = {module: name for name, module in self._layers.items()} | self._instead
+        own = {layer.module: name for name, layer in self._layers.items() if not isinstance(layer, ExpertLayer)}
+        linears = own | self._instead
         for module in self._block.modules():
             if module in linears:
                 self._handles.append(module.register_forward_hook(self._written(linears[module])))

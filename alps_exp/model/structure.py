@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import UserError
+from .experts import Experts, is_router
+from .layers import Layer, expert_layers
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -86,8 +88,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool] = lambda name: False) -> dict:
-    """The block's linear layers by full name.
+def block_layers(
+    block: nn.Module, prefix: str, excluded: Callable[[str], bool] = lambda name: False
+) -> dict[str, Layer]:
+    """The block's linear layers by full name, those of experts apart; routers are none.
 
     Args:
         block: a decoder block.
@@ -95,14 +99,25 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
         excluded: names that the user asked not to prune, for which nothing is refused.
 
     Raises:
-        UserError: the block holds weights that act as linear layers but cannot be pruned as such (fused expert
-            weights, quantised weights, weights made of other parameters).
+        UserError: the block holds weights that act as linear layers but cannot be pruned as such (fused weights,
+            quantised weights, weights made of other parameters).
     """
-    linears, fused = {}, {}
+    layers: dict[str, Layer] = {}
+    fused = {}
     whole = count(block.parameters())
+    holders = _holders(block, prefix)
+    apart: set[nn.Module] = set()
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
+        if module in apart:
+            continue
+        if own := expert_layers(name, module):
+            layers |= own
+            apart.update(module.modules())
+            continue
         if is_linear(module):
+            if is_router(name, tuple(module.weight.shape), holders):
+                continue
             if not module.weight.is_floating_point() and not excluded(name):
                 raise UserError(
                     f"{name} holds quantised weights ({module.weight.dtype}): load an unquantised checkpoint, "
@@ -114,18 +129,31 @@ def block_linears(block: nn.Module, prefix: str, excluded: Callable[[str], bool]
                     "of torch.nn.utils.prune do: make it permanent first (remove_parametrizations, prune.remove), or "
                     "exclude it (layers.exclude=[...])"
                 )
-            linears[name] = module
+            layers[name] = Layer(name, module)
             continue
         for own, parameter in (*module.named_parameters(recurse=False), *_kept_buffers(module)):
+            if is_router(name, tuple(parameter.shape), holders):
+                continue
             if _is_large(parameter, whole) and not excluded(f"{name}.{own}") and not excluded(name):
-                fused[f"{name}.{own}"] = tuple(parameter.shape)
-    for name, shape in fused.items():
+                fused[f"{name}.{own}"] = parameter
+    for name, parameter in fused.items():
         globs = ",".join(f"'*{'.'.join(other.rsplit('.', 2)[1:])}'" for other in fused)
         raise UserError(
-            f"{name} is a fused weight of shape {shape}, not a linear layer, and cannot be pruned: leave such weights "
-            f"dense by layers.exclude=[{globs}]"
+            f"{name} is a fused weight of shape {tuple(parameter.shape)}, not a linear layer, and cannot be pruned: "
+            f"leave such weights, {count(fused.values()) / whole:.0%} of the block's, dense by layers.exclude=[{globs}]"
         )
-    return linears
+    return layers
+
+
+def _holders(block: nn.Module, prefix: str) -> dict[str, int]:
+    """Names of the modules that experts are in → how many there are, 0 where their layout does not tell."""
+    found = {}
+    for path, module in block.named_modules():
+        if isinstance(experts := getattr(module, "experts", None), nn.Module):
+            several = len(experts) if isinstance(experts, nn.ModuleList) else 0
+            known = Experts.of(experts)
+            found[f"{prefix}.{path}" if path else prefix] = several if known is None else known.count
+    return found
 
 
 def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

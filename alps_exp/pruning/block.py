@@ -16,7 +16,7 @@ from ..layer.problem import LayerProblem
 from ..layer.solver import Solution
 from ..model.blocks import BlockModel
 from ..model.layers import Layer
-from ..model.structure import block_linears
+from ..model.structure import block_layers
 from .job import PruneJob
 from .rows import LayerRow
 from .solve import Solved, measured
@@ -40,7 +40,7 @@ class BlockProblem:
 
     Attributes:
         name: of the block.
-        linears: the block's linear layers by name, in the model's order.
+        every: the block's linear layers by name, in the model's order.
         layers: those of them to prune.
         watched: somebody's hooks or replaced forwards see its modules run, so that no forward may be cut short.
         writers: those of them whose outputs are added to the residual stream, where a target asks for it.
@@ -65,8 +65,8 @@ class BlockProblem:
         self.model, self.index, self.module = model, index, module
         self.job, self.streams, self.tools = job, streams, tools
         self.name = model.name(index)
-        self.linears = block_linears(module, self.name, job.selection.excluded)
-        self.layers = {name: Layer(name, linear) for name, linear in self.linears.items() if name in job.patterns}
+        self.every = block_layers(module, self.name, job.selection.excluded)
+        self.layers: dict[str, Layer] = {name: self.every[name] for name in self.every if name in job.patterns}
         self.writers: frozenset[str] = frozenset()
         self.open = set(self.layers)
         self.replay = Replay()
@@ -153,7 +153,12 @@ class BlockProblem:
     def exchange(self, names: Sequence[str]) -> None:
         """Give the other processes of a team the weights of these layers that this one has solved, and take theirs; all
         are final then."""
-        self.tools.team.exchange({name: self.layers[name].module.weight.data for name in names})
+        if self.tools.team.size > 1:
+            # What is sent lies in one piece, and an expert's weight may be every other column of a parameter.
+            sent = {name: self.layers[name].weight.contiguous() for name in names}
+            self.tools.team.exchange(sent)
+            for name, weight in sent.items():
+                self.layers[name].write(weight)
         self.open.difference_update(names)
 
     def finish(self) -> FinishedBlock:

@@ -30,13 +30,13 @@ def order(block: BlockProblem) -> list[list[str]]:
         UserError: the target asks, and none does.
     """
     hidden = block.streams.calibration.at(0, 1)
-    collector = Collector({name: layer.module for name, layer in block.layers.items()}, Statistics.NONE)
+    collector = Collector(block.layers, Statistics.NONE)
     collector.begin(hidden)
     try:
         with (
             naming_the_step(block.name),
-            Additions(block.module, block.linears, hidden) as additions,
-            Parts(block.module, block.linears, hidden, additions) as parts,
+            Additions(block.module, block.every, hidden) as additions,
+            Parts(block.module, block.every, hidden, additions) as parts,
         ):
             block.forward(hidden)
     finally:
@@ -104,7 +104,7 @@ def _collect(block: BlockProblem, names: Sequence[str]) -> list[Group] | None:
     needed = block.tools.sharing.collected(block.index, block.job.statistics)
     step = -(-len(names) // block.tools.ladder.passes)
     for begin in range(0, len(names), step):
-        collector = Collector({name: block.layers[name].module for name in names[begin : begin + step]}, needed)
+        collector = Collector({name: block.layers[name] for name in names[begin : begin + step]}, needed)
         try:
             for first, last in block.streams.calibration.spans():
                 _forward(block, collector, first, last)
@@ -139,7 +139,7 @@ class _Watch:
         self._modules = {name: block.layers[name].module for name in writers}
         self.inputs: dict[str, Tensor] = {}
         end = self._end if ending and not block.watched else _go_on
-        self.additions = Additions(block.module, block.linears, hidden, writers, end, instead)
+        self.additions = Additions(block.module, block.every, hidden, writers, end, instead)
 
     def __enter__(self) -> _Watch:
         self._stack = ExitStack()
@@ -232,14 +232,14 @@ def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
     """The same groups with the Gram matrix of the held-out windows, where there are such."""
     if block.streams.held_out is None or not block.job.losses:
         return groups
-    leaders = {names[0]: block.layers[names[0]].module for names, _ in groups}
+    leaders = {names[0]: block.layers[names[0]] for names, _ in groups}
     collector = Collector(leaders, Statistics.GRAM)
     try:
         for batch in block.streams.held_out:
             collector.begin(batch, ending=not block.watched)
             with suppress(Enough):
                 block.forward(batch)
-        grams = {names[0]: sums.inputs(names[0]).gram for names, sums in collector.finish()}
+        grams = {names[0]: sums.inputs(names[0]).gram if sums.tokens else None for names, sums in collector.finish()}
     finally:
         collector.remove()
     return [Group(names, inputs.replaced(held_out=grams[names[0]])) for names, inputs in groups]
@@ -248,10 +248,11 @@ def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
 def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | None]]) -> list[Group]:
     """The groups that this process solves: of a team its part, with the sums of all."""
     team, solver = block.tools.team, block.job.solver
+    pools = _pools(block, {sums.pool: names[0] for names, sums in reversed(groups) if sums is not None})
     costs = [sum(1 + solver.flops(*block.layers[name].shape) for name in names) for names, _ in groups]
     own = team.divide(groups, costs, solver.parts() if isinstance(solver, Solver) else 0)
     found = [
-        Group(names, sums.inputs(names[0]) if sums is not None else Inputs(name=names[0]))
+        Group(names, _inputs(names[0], sums, pools) if sums is not None else Inputs(name=names[0]))
         for names, sums in (groups[index] for index in own)
     ]
     if team.heavy in own:
@@ -259,15 +260,46 @@ def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | No
         inputs = found[place].inputs
         found[place] = found[place]._replace(inputs=inputs.replaced(elsewhere=team.elsewhere(inputs.gram)))
     elif team.heavy is not None:
-        _help(block, *groups[team.heavy])
+        _help(block, *groups[team.heavy], pools)
     return found
 
 
-def _help(block: BlockProblem, names: list[str], sums: Accumulator) -> None:
+def _pools(block: BlockProblem, first: Mapping[Accumulator | None, str]) -> dict[Accumulator, Inputs]:
+    """What all experts of a module are handed together, in every process the sums of all.
+
+    Args:
+        block: the block.
+        first: such sums → name of the first layer that is one of them; what belongs to no experts is None.
+
+    Raises:
+        UserError: they are handed nothing.
+    """
+    found = {}
+    for pool, name in first.items():
+        if pool is None:
+            continue
+        counts = torch.tensor([pool.tokens, pool.sequences], device=block.model.device)
+        block.tools.team.add([*pool.tensors(), counts])
+        pool.tokens, pool.sequences = counts.tolist()
+        if not pool.tokens:
+            raise UserError(
+                f"{block.name}: its experts received no calibration tokens: use more windows (nsamples), or leave them "
+                "dense (layers.exclude=['*experts*'])"
+            )
+        found[pool] = pool.inputs(f"all experts beside {name}")
+    return found
+
+
+def _inputs(name: str, sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -> Inputs:
+    found = sums.inputs(name)
+    return found if sums.pool is None else found.replaced(prior=pools[sums.pool])
+
+
+def _help(block: BlockProblem, names: list[str], sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -> None:
     """Make this process's share of the work on another's group before its own groups."""
     team = block.tools.team
     if team.share:
-        inputs = sums.inputs(names[0])
+        inputs = _inputs(names[0], sums, pools).shrunk(block.job.shrinkage)
         problem = LayerProblem(inputs.gram.new_zeros(1, inputs.width), inputs, names[0])
         with full_precision():
             team.hand_over(block.job.solver.make_parts(problem, team.share), names)
@@ -277,7 +309,9 @@ def thriftily(block: BlockProblem, groups: Sequence[Group]) -> list[Group]:
     """The same groups, as the measures against lack of memory have them: in host memory, layers one by one."""
     ladder = block.tools.ladder
     if ladder.statistics_on_host:
-        groups = [Group(names, inputs.to(torch.device("cpu"))) for names, inputs in groups]
+        host = torch.device("cpu")
+        priors = {inputs.prior: inputs.prior.to(host) for _, inputs in groups if inputs.prior is not None}
+        groups = [Group(names, inputs.replaced(prior=priors.get(inputs.prior)).to(host)) for names, inputs in groups]
     if ladder.one_by_one:
         groups = [Group([name], inputs) for names, inputs in groups for name in names]
     return list(groups)

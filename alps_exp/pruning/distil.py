@@ -21,8 +21,8 @@ from ..base.progress import Progress
 from ..calibration.ladder import naming_the_step
 from ..model.blocks import BlockModel
 from ..model.hidden import HiddenStates
-from ..model.layers import Layer
-from ..model.structure import block_linears
+from ..model.layers import find_layer
+from ..model.structure import block_layers
 from ..training.losses import divergence
 from ..training.trainer import Trainer
 from .finish import Distillation
@@ -132,7 +132,7 @@ def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool]
 
 
 def _recounted(row, model: BlockModel):
-    weight = Layer(row.name, model.model.get_submodule(row.name)).weight
+    weight = find_layer(model.model, row.name).weight
     return dataclasses.replace(row, sparsity=1 - int(weight.count_nonzero()) / weight.numel())
 
 
@@ -215,9 +215,9 @@ def _check_memory(model: BlockModel, job: PruneJob) -> None:
     if model.device.type != "cuda":
         return
     shapes = {
-        name: (Layer(name, module).shape, job.patterns[name].sparsity)
+        name: (layer.shape, job.patterns[name].sparsity)
         for index, block in enumerate(model.blocks)
-        for name, module in block_linears(block, model.name(index), job.selection.excluded).items()
+        for name, layer in block_layers(block, model.name(index), job.selection.excluded).items()
         if name in job.patterns
     }
     config = model.model.config.get_text_config(decoder=True)

@@ -42,6 +42,7 @@ class PruneJob:
         sensitivity: whether gradients of the dense model weigh the outputs.
         finish: which gradients the kept weights follow after that.
         fresh: (windows, seqlen) text to distil on beside the calibration windows.
+        shrinkage: how many tokens of all experts of a layer an expert's statistics borrow for each input.
         rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
 
@@ -60,6 +61,7 @@ class PruneJob:
     sensitivity: SensitivityChoice = field(default_factory=SensitivityChoice)
     finish: Finish = field(default_factory=Finish)
     fresh: Tensor | None = None
+    shrinkage: float = 0.0
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -31,7 +31,8 @@ class LayerRow:
         seconds_by_phase: the same by the solver's phases, as far as it reports them.
         tokens: calibration tokens that the layer saw.
         dead_inputs: inputs that were zero on all of them.
-        stats: what else the solver reports.
+        stats: what else the solver reports; of an expert, `borrowed` is the share of the tokens behind its statistics
+            that are those of the layer's other experts (`expert_shrinkage`).
         target: what it was fitted to.
         target_loss: ‖X(T - Ŵ)ᵀ‖² / ‖XTᵀ‖² of the written weight, where another weight T than the dense one was fitted.
     """

@@ -64,7 +64,9 @@ def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solv
     try:
         posed = [job.target.posed(problem) for problem in problems]
         scales = [_scale(problem, pattern, job) for problem, pattern in zip(problems, patterns, strict=True)]
-        scaled = [p if s is None else replace(p, weight=p.weight * s) for p, s in zip(posed, scales, strict=True)]
+        known = problems[0].inputs.shrunk(job.shrinkage)
+        asked = posed if known is problems[0].inputs else [replace(problem, inputs=known) for problem in posed]
+        scaled = [p if s is None else replace(p, weight=p.weight * s) for p, s in zip(asked, scales, strict=True)]
         solutions = job.solver.solve_group(scaled, patterns)
         solutions = [
             found if scale is None else replace(found, weight=found.weight / scale)
@@ -102,15 +104,16 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
     """
     problem, pattern, solution = solved.problem, solved.pattern, solved.solution
     weight = weight.float()
+    more, known = problem.inputs.borrowed(job.shrinkage), problem.tokens if problem.inputs.prior is not None else None
     if bad := int((~torch.isfinite(weight)).sum()):
         raise UserError(
             f"{problem.name}: {type(job.solver).__name__} gave {bad} NaN or infinite weights; use dtype=float32"
         )
     with full_precision():
-        loss = problem.relative_loss(weight) if problem.gram is not None else None
+        loss = problem.relative_loss(weight) if problem.gram is not None and problem.tokens != 0 else None
         held_out = problem.held_out_loss(weight)
         other = solved.posed is not problem
-        target_loss = solved.posed.relative_loss(weight) if other else None
+        target_loss = solved.posed.relative_loss(weight) if other and problem.tokens != 0 else None
     if loss is not None and not math.isfinite(loss):
         raise UserError(f"{problem.name}: its inputs overflow float32 sums: check the checkpoint's weights")
     return LayerRow(
@@ -128,8 +131,13 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
         seconds=solved.seconds,
         seconds_by_phase=dict(solution.seconds),
         tokens=problem.tokens,
-        dead_inputs=int(problem.dead.sum()),
-        stats=dict(solution.stats),
+        dead_inputs=int((problem.dead & _dead_elsewhere(problem.inputs, more)).sum()),
+        stats={**solution.stats, **({} if known is None else {"borrowed": more / (more + known)})},
         target="stream" if other else "layer",
         target_loss=target_loss,
     )
+
+
+def _dead_elsewhere(inputs: Inputs, borrowed: int) -> Tensor | bool:
+    """(in,) bool: inputs that are zero for the tokens that an expert borrows; True without such."""
+    return inputs.prior.diagonal == 0 if borrowed else True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 from ..allocation.allocations import Allocation, Uniform
@@ -11,6 +12,7 @@ from ..base.files import sha256
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity, measure_spectra
 from ..layer.method import Method
 from ..model.blocks import BlockModel
+from ..model.layers import find_layer
 from ..patterns import parse_sparsity
 from .job import PruneJob
 from .tools import Tools
@@ -89,4 +91,4 @@ def _found(model: BlockModel, job: PruneJob, tools: Tools) -> tuple[dict, str]:
 
 
 def _sizes(model: BlockModel, job: PruneJob) -> dict[str, int]:
-    return {name: model.model.get_submodule(name).weight.numel() for name in job.patterns}
+    return {name: math.prod(find_layer(model.model, name).shape) for name in job.patterns}

@@ -31,6 +31,7 @@ NEUTRAL = {
     "allocation": {"name": "uniform"},
     "finish": {"name": "none"},
     "capture": "auto",
+    "expert_shrinkage": 0.03,
 }
 
 # The same of keys of a method.

@@ -125,16 +125,35 @@ def summarise(rows: list[LayerRow], block_weights: int = 0) -> dict:
         of = [own for own in units if own["unit"] == kind]
         found[kind] = 1 - sum(own["kept"] for own in of) / sum(own["units"] for own in of)
     structured = {"removed": found} if units else {}
-    return structured | {
-        "layers": len(rows),
-        "weights": weights,
-        "block_weights": block_weights,
-        "share": weights / block_weights if block_weights else None,
-        "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
-        "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
-        "mean_held_out_loss": math.fsum(held_out) / len(held_out) if held_out else None,
-        "solver_seconds": math.fsum(row.seconds for row in rows),
-    }
+    return (
+        structured
+        | _experts(rows)
+        | {
+            "layers": len(rows),
+            "weights": weights,
+            "block_weights": block_weights,
+            "share": weights / block_weights if block_weights else None,
+            "sparsity": sum(row.sparsity * row.shape[0] * row.shape[1] for row in rows) / weights if weights else 0.0,
+            "mean_relative_loss": math.fsum(losses) / len(losses) if losses else None,
+            "mean_held_out_loss": math.fsum(held_out) / len(held_out) if held_out else None,
+            "solver_seconds": math.fsum(row.seconds for row in rows),
+        }
+    )
+
+
+def _experts(rows: Sequence[LayerRow]) -> dict:
+    """How many tokens the experts of a mixture received, if there are such.
+
+    Returns:
+        `experts`: `count` of experts, `tokens` that they received on average, `thinnest`, the one with the fewest, and
+        its `fewest` tokens.
+    """
+    tokens = {row.name.rpartition(".")[0]: row.tokens for row in rows if "borrowed" in row.stats}
+    if not tokens:
+        return {}
+    thinnest = min(tokens, key=tokens.__getitem__)
+    mean = sum(tokens.values()) / len(tokens)
+    return {"experts": {"count": len(tokens), "tokens": mean, "thinnest": thinnest, "fewest": tokens[thinnest]}}
 
 
 def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
@@ -145,6 +164,12 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
         found.append(
             f"{len(dead)} layers have inputs that are zero on every calibration token ({dead[0].name}: "
             f"{dead[0].dead_inputs} of {dead[0].shape[1]}); their weights are pruned first or ignored"
+        )
+    empty = dict.fromkeys(row.name.rpartition(".")[0] for row in rows if "borrowed" in row.stats and not row.tokens)
+    if empty:
+        found.append(
+            f"{len(empty)} experts received no calibration tokens and were pruned by the mean statistics of their "
+            f"layer's experts: {', '.join(empty)}; use more windows (nsamples)"
         )
     few = [row for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
     if few:

@@ -216,6 +216,7 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
         allocation=settings.allocation,
         finish=settings.finish,
         fresh=tokens[count + more :],
+        shrinkage=settings.expert_shrinkage,
     )
 
 
@@ -258,6 +259,11 @@ def describe(record: RunRecord, directory: Path) -> str:
             + (f"{loss:.4g}" if loss is not None else "not measured")
             + (f", {held_out:.4g} on held-out windows" if held_out is not None else "")
         )
+        if experts := record.summary.get("experts"):
+            lines.append(
+                f"  {experts['count']} experts received {experts['tokens']:.4g} tokens on average, "
+                f"{experts['thinnest']} the fewest: {experts['fewest']}"
+            )
         if "removed" in record.summary:
             removed = record.summary["removed"]
             units = ", ".join(f"{removed[kind]:.1%} of the {kind}" for kind in ("channels", "heads") if kind in removed)

@@ -33,6 +33,7 @@ from ..pruning.distil import refuse_streamed
 from ..pruning.finish import Finish, build_finish
 from ..pruning.job import CAPTURE, PROPAGATE
 from ..pruning.method import ModelMethod
+from ..pruning.mixtures import check_experts
 from ..pruning.strength import check_strength
 from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
@@ -91,6 +92,7 @@ class Settings:
     sensitivity: SensitivityChoice
     allocation: Allocation
     finish: Finish
+    expert_shrinkage: float
     stream: str | bool
     hidden_states: str
     resumable: bool
@@ -167,6 +169,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
         solver = solver.for_layers(patterns, shapes).for_model(model.skeleton, patterns)
         check_weighing(allocation, sensitivity, cfg["nsamples"], solver)
+        check_experts(model.skeleton, patterns, solver, target, sensitivity, allocation, finish)
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
             allocation.allocate(patterns, {name: math.prod(shape) for name, shape in shapes.items()}, Sensitivity())
     if configuration.content["save"] == "shrunk":
@@ -203,7 +206,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         save=configuration.content["save"],
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
-        **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache")},
+        **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache", "expert_shrinkage")},
     )
     if whole and settings.reads_text:
         _check_tokenizer(settings)
@@ -214,6 +217,7 @@ def _check_values(cfg: Mapping) -> None:
     for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
         require(key, cfg[key], int, low, float("inf"))
     together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
+    require("expert_shrinkage", cfg["expert_shrinkage"], float, 0, 1e6)
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
     used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
     if cfg["data"]["holdout"] and not used:

@@ -5,6 +5,7 @@ from torch import nn
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.capture import Accumulator, Collector
 from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.model.layers import Layer
 
 
 def inputs(seed: int = 0, sequences: int = 5, length: int = 7, width: int = 6) -> torch.Tensor:
@@ -62,9 +63,13 @@ class Attention(nn.Module):
         return self.o(self.q(x) + self.k(input=x))
 
 
+def layers_of(module: nn.Module, *names: str) -> dict[str, Layer]:
+    return {name: Layer(name, getattr(module, name)) for name in names}
+
+
 def test_layers_fed_by_one_tensor_share_one_matrix():
     module, x = Attention(), inputs()
-    collector = Collector({name: getattr(module, name) for name in "qko"}, Statistics.GRAM)
+    collector = Collector(layers_of(module, "q", "k", "o"), Statistics.GRAM)
     for chunk in x.split(2):
         collector.begin(chunk)
         module(chunk)
@@ -79,7 +84,7 @@ def test_layers_fed_by_one_tensor_share_one_matrix():
 
 def test_equal_values_in_different_tensors_are_not_shared():
     module, x = Attention(), inputs()
-    collector = Collector({"q": module.q, "k": module.k}, Statistics.DIAGONAL)
+    collector = Collector(layers_of(module, "q", "k"), Statistics.DIAGONAL)
     collector.begin(x)
     module.q(x), module.k(x.clone())
     assert [names for names, _ in collector.finish()] == [["q"], ["k"]]
@@ -87,7 +92,7 @@ def test_equal_values_in_different_tensors_are_not_shared():
 
 def test_flattened_tokens_find_their_sequences_again():
     module, x = Attention(), inputs()
-    collector = Collector({"q": module.q}, Statistics.MOMENTS)
+    collector = Collector(layers_of(module, "q"), Statistics.MOMENTS)
     collector.begin(x)
     module.q(x.reshape(-1, 6))
     found = collector.finish()[0][1].inputs("q")
@@ -97,7 +102,9 @@ def test_flattened_tokens_find_their_sequences_again():
 
 def test_a_layer_without_tokens_is_named():
     module, x = Attention(), inputs()
-    collector = Collector({"q": module.q, "block.unused": module.unused}, Statistics.GRAM)
+    collector = Collector(
+        {**layers_of(module, "q"), "block.unused": Layer("block.unused", module.unused)}, Statistics.GRAM
+    )
     collector.begin(x)
     module(x)
     with pytest.raises(UserError, match=r"block\.unused received no calibration tokens"):

@@ -123,7 +123,9 @@ def test_other_inputs_have_statistics_of_their_own(settings, tmp_path, monkeypat
             if change == "code":
                 patch.setattr("alps_exp.runs.provenance._software", lambda: {"code": "0.0"})
             if change == "time":  # of the files, whose content seems to be the same
-                os.utime(Path(settings[1].removeprefix("model.path=")) / "model.safetensors", (1, time.time() + 5))
+                os.utime(
+                    Path(settings[1].removeprefix("model.path=").strip("'")) / "model.safetensors", (1, time.time() + 5)
+                )
             words = [change] if "=" in change else []
             record = execute(settings, tmp_path / str(number), *words, workspace=workspace)
         assert record["cached_blocks"] == [] and len(sets(tmp_path)) == 2 + number, change

@@ -20,7 +20,7 @@ from alps_exp.methods.target import LayerTarget, StreamTarget, Target
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.layers import Layer
 from alps_exp.model.residual import Additions
-from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.loop import prune_blocks
@@ -102,7 +102,7 @@ def plain_loop(family: str, model: nn.Module, strength: float, ridge: float, spa
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
-        linears = block_linears(block, name)
+        linears = block_layers(block, name)
         shared: dict[int, list[str]] = {}
         for full in linears:  # q, k, v, then their writer, then the MLP
             local = full.removeprefix(f"{name}.")
@@ -287,7 +287,7 @@ def test_values_that_are_refused(fields, message):
 def test_writers_are_found_and_nothing_else(family):
     model = network(family)
     blocks = find_blocks(model)[1]
-    linears = block_linears(blocks[0], "b")
+    linears = block_layers(blocks[0], "b")
     found = {}
 
     def watched(module, args, kwargs):

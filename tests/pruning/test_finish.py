@@ -18,7 +18,7 @@ from alps_exp import LayerSolver, Solution, Statistics, UserError, prune_model
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
 from alps_exp.model.blocks import BlockModel
-from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.pruning.finish import BlockFinish, Distillation, Finish, build_finish
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
@@ -39,7 +39,7 @@ def masks(model: nn.Module) -> dict[str, torch.Tensor]:
     prefix, blocks = find_blocks(model)
     found = {}
     for index, block in enumerate(blocks):
-        found |= {name: layer.weight != 0 for name, layer in block_linears(block, f"{prefix}.{index}").items()}
+        found |= {name: layer.weight != 0 for name, layer in block_layers(block, f"{prefix}.{index}").items()}
     return found
 
 
@@ -117,7 +117,7 @@ def test_blocks_are_finished_as_by_a_plain_loop(family):
                 wanted = dense.of(index, rows)
             return ((outputs.of(index, rows) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
-        layers = list(block_linears(block, f"{prefix}.{index}").values())
+        layers = [layer.module for layer in block_layers(block, f"{prefix}.{index}").values()]
         follow(loss, layers, CHOICES["block"].block.recipe(12, 32, None), 12)
         found = record["finish"]["blocks"][index]
         assert found["block"] == index and found["after"] < found["before"]

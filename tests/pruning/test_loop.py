@@ -11,9 +11,8 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.model.blocks import BlockModel
-from alps_exp.model.layers import Layer
 from alps_exp.model.source import StreamedBlocks
-from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.runs import run as runs
 
 FAMILIES = ["opt", "llama", "gpt2", "gemma3", "qwen3"]
@@ -29,7 +28,7 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
     prefix, blocks = find_blocks(network)
     losses = {}
     for index, block in enumerate(blocks):
-        linears = block_linears(block, f"{prefix}.{index}")
+        linears = block_layers(block, f"{prefix}.{index}")
         inputs: dict[str, torch.Tensor] = {}
         source = dense if propagate == "dense" else network
         handles = [
@@ -42,11 +41,11 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
             source(ids)
         for handle in handles:
             handle.remove()
-        for name, module in linears.items():
-            weight = Layer(name, module).weight.clone()
+        for name, layer in linears.items():
+            weight = layer.weight.clone()
             x = inputs[name]
             solution = alps_exp.prune_layer(weight, inputs=x, method=method, sparsity=sparsity)
-            Layer(name, module).write(solution.weight)
+            layer.write(solution.weight)
             flat, delta = x.reshape(-1, x.shape[-1]).double(), weight.double() - solution.weight.double()
             losses[name] = float((flat @ delta.T).square().sum() / (flat @ weight.double().T).square().sum())
     return losses
