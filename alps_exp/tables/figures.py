@@ -197,7 +197,7 @@ def varying(records: Sequence[Mapping]) -> list[str]:
     choice of a group brings, among those of one model with that choice."""
     scopes: dict[tuple, list[tuple[dict, bool]]] = {}
     for record in records:
-        flat = _settings(record)
+        flat = settings_of(record)
         rest = dict(flat)
         for group, choice in {
             "method": record["method"],
@@ -216,7 +216,7 @@ def varying(records: Sequence[Mapping]) -> list[str]:
     return sorted(keys)
 
 
-def _settings(record: Mapping) -> dict[str, str]:
+def settings_of(record: Mapping) -> dict[str, str]:
     """What of a record's configuration can change its figures, beside model, method, sparsity and seed: keys → text.
     Of the dense model, what its evaluation depends on."""
     config = {key: value for key, value in record.get("config", {}).items() if key not in NOT_HASHED}
@@ -224,18 +224,18 @@ def _settings(record: Mapping) -> dict[str, str]:
         config = {key: value for key, value in config.items() if key in _EVALUATED}
     else:
         config = NEUTRAL | config  # records from before these choices were there
-    flat = _flat({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
+    flat = leaves({key: value for key, value in config.items() if key not in ("seed", "sparsity")})
     if flat.get("method.trace") == "false":  # as records are from before there were traces
         del flat["method.trace"]
     return {key: value for key, value in flat.items() if key not in ("model.name", "method.name") and "._" not in key}
 
 
-def _flat(node: Mapping, prefix: str = "") -> dict[str, str]:
+def leaves(node: Mapping, prefix: str = "") -> dict[str, str]:
     """Leaves of a configuration as text, by their dotted keys."""
     found = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return found
@@ -244,7 +244,7 @@ def _flat(node: Mapping, prefix: str = "") -> dict[str, str]:
 def _groups(records: Sequence[Mapping], settings: Sequence[str]) -> list[Group]:
     members: dict[tuple[str, ...], list[Mapping]] = {}
     for record in records:
-        flat = _settings(record)
+        flat = settings_of(record)
         values = (flat.get(key, "") for key in settings)
         members.setdefault((record["model"], record["sparsity"], record["method"], *values), []).append(record)
     groups = []
