@@ -82,6 +82,8 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
     parts |= {"finishing": training} if training else {}
+    if seen := settings.solver.trained_windows():
+        parts["training"] = 6 * everything * seen * windows.seqlen
     text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
     missing = ["evaluation on whole texts (eval.windows)"] if texts and not asked.windows else []
     missing += ["tasks"] if asked.tasks.names else []
@@ -89,8 +91,13 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     missing += ["writing the calibration text"] if written else []
     missing += [f"eval={asked.protocol}"] if asked.own is not None else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
+    lines = []
+    if seen:
+        distinct = settings.solver.training_windows(windows.seqlen) * windows.seqlen
+        lines = [f"           training on {seen * windows.seqlen:,} tokens ({distinct:,} of them distinct)"]
     return [
         f"tokens     {windows.nsamples} windows of {windows.seqlen}{', written by the model' if written else ''}",
+        *lines,
         f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
@@ -184,6 +191,10 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     else:
         lines.append("device     none beside the CPU")
         rest = step + (hidden if place in ("host", "device") else 0)
+    if settings.solver.trains:
+        training = settings.solver.memory(skeleton, patterns, _computing_bytes(settings), windows.seqlen)
+        place_of = "device" if device.type == "cuda" else "host"
+        lines.append(f"           at least {_bytes(training)} on the {place_of} for the training of the whole model")
     if settings.finish.distil is not None:
         distilling = _distilling_bytes(settings, shapes)
         place_of = "device" if device.type == "cuda" else "host"
@@ -220,16 +231,21 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
 def _distilling_bytes(settings: Settings, shapes: Mapping) -> int:
     skeleton, config = settings.model.skeleton, settings.model.config
     layers = {name: (shapes[name], pattern.sparsity) for name, pattern in settings.patterns.items()}
-    wide = settings.finish.distil.precision == "float32" or settings.device.type == "cpu"
     return device_bytes(
         settings.finish.distil,
         layers,
         sum(parameter.numel() for parameter in skeleton.parameters()),
-        4 if wide else settings.itemsize,
+        _computing_bytes(settings),
         len(find_blocks(skeleton)[1]),
         settings.calibration.seqlen,
         config.get_text_config(decoder=True).vocab_size,
     )
+
+
+def _computing_bytes(settings: Settings) -> int:
+    """Of a weight while the model as a whole is trained."""
+    asked = settings.solver.precision if settings.solver.trains else settings.finish.distil.precision
+    return 4 if asked == "float32" or settings.device.type == "cpu" else settings.itemsize
 
 
 def _distinct_inputs(names, shapes) -> list[int]:

@@ -48,8 +48,8 @@ def generated_tokens(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> tuple[torch.LongTensor, dict]:
-    """Windows that the model has written, held-out ones behind the first, fresh ones last, and their description for
-    the record.
+    """Windows that the model has written, held-out ones behind the first, then fresh ones, those to train on last, and
+    their description for the record.
 
     Args:
         asked: `asked.data` says how to sample.
@@ -60,7 +60,7 @@ def generated_tokens(
         dtype: of its weights, as it was asked for.
 
     Returns:
-        Tokens (nsamples + holdout + fresh, seqlen), no two windows alike, and their description.
+        Tokens (nsamples + holdout + fresh + training, seqlen), no two windows alike, and their description.
 
     Raises:
         UserError: prompts that fill a window, bad logits, windows that repeat, too little memory or disk.
@@ -77,7 +77,8 @@ def generated_tokens(
         "seqlen": seqlen,
     }
     parts = []
-    for purpose, count in (("calibration", asked.nsamples), ("held-out", data.holdout), ("fresh", asked.fresh)):
+    counts = {"calibration": asked.nsamples, "held-out": data.holdout, "fresh": asked.fresh}
+    for purpose, count in (counts | {"training": asked.training}).items():
         if not count:
             continue
         seed = sha256(f"{purpose} {asked.seed}")
@@ -98,6 +99,7 @@ def generated_tokens(
         "protocol": f"sampled with transformers' generate, {data.batch_size} at a time",
         **({"held_out_windows": data.holdout} if data.holdout else {}),
         **({"fresh_windows": asked.fresh} if asked.fresh else {}),
+        **({"training_windows": asked.training} if asked.training else {}),
         "partial": False,
         "prompts": list(data.prompts),
         "sha256": sha256(tokens.numpy().tobytes())[:16],

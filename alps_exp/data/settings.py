@@ -124,8 +124,8 @@ class GeneratedSettings(DataSettings):
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The windows to calibrate on, as `windows.calibration_tokens` takes them; `data.holdout` more are held out, and
-    `fresh` more are for a training that wants more text."""
+    """The windows to calibrate on, as `windows.calibration_tokens` takes them; `data.holdout` more are held out,
+    `fresh` more are for a distillation that wants more text, and `training` more for a method that trains."""
 
     data: DataSettings
     nsamples: int
@@ -133,6 +133,7 @@ class CalibrationSettings:
     seed: int
     bos: str | bool
     fresh: int = 0
+    training: int = 0
 
 
 def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..base.errors import UserError
@@ -31,6 +32,7 @@ def calibration_tokens(
     seed: int,
     holdout: int = 0,
     fresh: int = 0,
+    training: int = 0,
     bos: str | bool = "auto",
     vocabulary: int | None = None,
 ) -> tuple[torch.LongTensor, dict]:
@@ -47,12 +49,14 @@ def calibration_tokens(
         holdout: more windows, which overlap none of the others (of a joined text) or come from other documents; the
             windows before them are the same with and without.
         fresh: still more windows of the same kind, after those.
+        training: windows to train on, after those: other windows of a joined text; of documents consecutive windows of
+            all the others, joined in random order, since few are longer than a window.
         bos: "auto": each document (or the joined text) is tokenised with the special tokens that the tokenizer adds,
             as the published codes do; true/false: with or without a first BOS; "window": every window starts with BOS.
         vocabulary: ids that the model has an embedding for; None is unknown.
 
     Returns:
-        Tokens (nsamples + holdout + fresh, seqlen), and their description for the record.
+        Tokens (nsamples + holdout + fresh + training, seqlen), and their description for the record.
 
     Raises:
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
@@ -71,7 +75,8 @@ def calibration_tokens(
             f"data.sampling=concatenated"
         )
     if sampling == "documents" or (sampling == "auto" and long >= nsamples):
-        rows, used = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
+        rows, used, others = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
+        rows += _packed(others, text.join, encoder, training, seed, data.name)
         facts = {
             "sampling": "documents",
             "documents": used,
@@ -80,7 +85,9 @@ def calibration_tokens(
         }
     else:
         part = slice(seed if parts > 1 else 0, None, parts)
-        rows, used, available = _from_stream(text, encoder, nsamples, generator, data.name, holdout, part, fresh)
+        rows, used, available = _from_stream(
+            text, encoder, nsamples, generator, data.name, holdout, part, fresh, training
+        )
         facts = {
             "sampling": "concatenated",
             "documents": used,
@@ -93,6 +100,8 @@ def calibration_tokens(
         description["held_out_windows"] = holdout
     if fresh:
         description["fresh_windows"] = fresh
+    if training:
+        description["training_windows"] = training
     description |= {"partial": False, "documents_available": _holding_text(text.documents), "seed": seed}
     return _known(rows, encoder, vocabulary, f"data={data.name}: the calibration text"), description
 
@@ -211,8 +220,9 @@ def _from_documents(
     holdout: int,
     name: str,
     fresh: int = 0,
-) -> tuple[list, int]:
-    """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`.
+) -> tuple[list, int, list[str]]:
+    """Windows at random offsets in random documents that are longer, drawn in the order of SparseGPT's `get_c4`; from
+    how many documents the calibration windows are, and the documents that no window is from.
 
     A document may be drawn twice, as there. At least one document must be longer than a window. Held-out and
     fresh windows come from documents that are neither among those nor copies of one.
@@ -238,10 +248,30 @@ def _from_documents(
         ids = encoder.encode([document])[0] if encoder.may_be_longer(document) else []
         if len(ids) > encoder.payload:
             rows.append(encoder.window(ids, generator.randint(0, len(ids) - encoder.payload - 1)))
+            seen.add(document)
         if len(rows) == nsamples + more:
             break
     _enough(name, len(rows) - nsamples, holdout, fresh, encoder.seqlen)
-    return rows, len(used)
+    seen |= {text.documents[index] for index in used}
+    return rows, len(used), [document for document in text.documents if document not in seen]
+
+
+def _packed(documents: list[str], join: str, encoder: Encoder, count: int, seed: int, name: str) -> list[Tensor]:
+    """So many consecutive windows of the documents in random order, each tokenised by itself with `join` behind it."""
+    rows: list[Tensor] = []
+    if not count:
+        return rows
+    order = random.Random(f"training {seed}").sample(range(len(documents)), len(documents))
+    ids: list[int] = []
+    for start in range(0, len(order), 64):
+        for row in encoder.encode([documents[index] + join for index in order[start : start + 64]]):
+            ids += row
+        whole = min(len(ids) // encoder.payload, count - len(rows))
+        rows += [torch.tensor(encoder.window(ids, index * encoder.payload)) for index in range(whole)]
+        del ids[: whole * encoder.payload]
+        if len(rows) == count:
+            return rows
+    raise _too_short(name, "training", len(rows), count, encoder.seqlen, "method.tokens")
 
 
 def _from_stream(
@@ -253,6 +283,7 @@ def _from_stream(
     holdout: int,
     part: slice,
     fresh: int = 0,
+    training: int = 0,
 ) -> tuple[list, int, int]:
     """Distinct, non-overlapping windows of the joined documents; also the documents joined and the windows there.
 
@@ -269,8 +300,11 @@ def _from_stream(
         raise _too_short(name, "calibration", available, nsamples, encoder.seqlen, "nsamples")
     picks = generator.sample(windows, nsamples)
     _enough(name, available - nsamples, holdout, fresh, encoder.seqlen)
+    if (left := available - nsamples - holdout - fresh) < training:
+        raise _too_short(name, "training", left, training, encoder.seqlen, "method.tokens")
     picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
-    picks += generator.sample(sorted(set(windows) - set(picks)), fresh) if fresh else []
+    for count in (fresh, training):
+        picks += generator.sample(sorted(set(windows) - set(picks)), count) if count else []
     return [encoder.window(ids, pick * encoder.payload) for pick in picks], _holding_text(documents), total
 
 
@@ -305,8 +339,8 @@ def _description(data: DataSettings, text: Text, encoder: Encoder, windows: int)
 
 def _known(rows: list[list[int]], encoder: Encoder, vocabulary: int | None, what: str) -> torch.LongTensor:
     """The windows as a tensor, unless the model has no embedding for one of their tokens."""
-    refuse_unknown((max(row) for row in rows), encoder.tokenizer, vocabulary, what)
-    return torch.tensor(rows, dtype=torch.long)
+    refuse_unknown((int(torch.as_tensor(row).max()) for row in rows), encoder.tokenizer, vocabulary, what)
+    return torch.stack([torch.as_tensor(row, dtype=torch.long) for row in rows])
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -27,6 +27,7 @@ class Method:
         structured: whole channels and heads leave, of which the sparsity is the share.
         even: as many of them in every block.
         reconstruction: made from what is known of a method whose full text is not public.
+        trains: the weights follow gradients of the model's own loss on text: not one-shot.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
@@ -37,6 +38,7 @@ class Method:
     structured: ClassVar[bool] = False
     even: ClassVar[bool] = True
     reconstruction: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def flops(self, rows: int, width: int) -> float:
         """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory
@@ -51,6 +53,14 @@ class Method:
             tokens: to calibrate on.
         """
         return 0.0, 0.0
+
+    def training_windows(self, seqlen: int) -> int:
+        """How many windows of so many tokens it trains on: the calibration windows first, then more of the data set."""
+        return 0
+
+    def trained_windows(self) -> int:
+        """How many windows its training sees, each as often as it comes."""
+        return 0
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise UserError unless the method can keep this kind of pattern."""

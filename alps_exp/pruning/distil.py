@@ -8,12 +8,10 @@ and head, which are never pruned, make the distributions of it again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
@@ -29,6 +27,7 @@ from .finish import Distillation
 from .job import PruneJob
 from .rows import PruneResult
 from .tools import Tools
+from .whole import Checkpointing, on_device, window_bytes, working_dtypes
 
 _FILE = "distil.pt"
 
@@ -81,7 +80,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     from, where the store keeps files."""
     choice, ladder, watch = job.finish.distil, tools.ladder, Stopwatch(model.device)
     streams = {"teacher": teacher.states}
-    with _on_device(model), _Checkpointing(model.blocks) as checkpointing:
+    with on_device(model, "finish=distil"), Checkpointing(model.blocks) as checkpointing:
         masks = {f"{name}.weight": model.model.get_parameter(f"{name}.weight") != 0 for name in job.patterns}
         recipe = choice.recipe(teacher.windows, teacher.states.width, choice.minutes, ladder.micro)
 
@@ -95,7 +94,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
             teacher.windows,
             recipe,
             held_out=teacher.held_out,
-            working=_working(recipe.compute(model.device)),
+            working=working_dtypes(recipe.compute(model.device)),
             label="distilling",
             quiet=job.quiet,
             file=tools.store.file(_FILE),
@@ -113,13 +112,6 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     result.finish["layer_losses"] = "before the distillation"
 
 
-def _working(compute: torch.dtype) -> Mapping[torch.dtype, torch.dtype]:
-    """What weights compute in: float16, whose gradients vanish, in bfloat16; with float32 asked for, all in that."""
-    if compute is torch.bfloat16:
-        return {torch.float16: torch.bfloat16}
-    return {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-
-
 def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
     def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
         rows = [number + teacher.windows * held_out for number in numbers]
@@ -134,49 +126,6 @@ def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool]
 def _recounted(row, model: BlockModel):
     weight = find_layer(model.model, row.name).weight
     return dataclasses.replace(row, sparsity=1 - int(weight.count_nonzero()) / weight.numel())
-
-
-@contextmanager
-def _on_device(model: BlockModel) -> Iterator[None]:
-    """All blocks on the device for the length of the context, where their weights change."""
-    with ExitStack() as stack, naming_the_step("finish=distil"):
-        for index in range(len(model)) if model.offload else ():
-            stack.enter_context(model.block(index, ahead=False))
-        yield
-
-
-class _Checkpointing:
-    """Blocks that make their activations again in the backward pass, once that is begun."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks, self._on = blocks, False
-
-    def begin(self) -> str | None:
-        """Begin; in words what it is, None where it was begun before."""
-        if self._on:
-            return None
-        self._on = True
-        return "activations of blocks are made again in the backward pass"
-
-    def __enter__(self) -> _Checkpointing:
-        self._kept = [(block, vars(block).get("forward")) for block in self._blocks]
-        for block in self._blocks:
-            block.forward = self._around(block.forward)
-        return self
-
-    def __exit__(self, *error) -> None:
-        for block, forward in self._kept:
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-    def _around(self, forward: Callable) -> Callable:
-        def around(*args, **kwargs):
-            if self._on and torch.is_grad_enabled():
-                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-            return forward(*args, **kwargs)
-
-        return around
 
 
 def device_bytes(
@@ -203,11 +152,8 @@ def device_bytes(
     kept = sum((1 - layers[name][1]) * size for name, size in sizes.items())
     # Per kept weight its index, master and gradient, and AdamW's two moments.
     state = kept * (4 + 4 + 4 + (2 if choice.state == "8bit" else 8))
-    width = max(min(shape) for shape, _ in layers.values())
-    inside = sum(sum(shape) for shape, _ in layers.values()) / max(1, blocks)
-    activations = seqlen * itemsize * (blocks * width + 3 * inside)
-    logits = seqlen * vocabulary * (3 * itemsize + 12)
-    return int(weights * itemsize + state + max(sizes.values()) * itemsize + activations + logits)
+    window = window_bytes([shape for shape, _ in layers.values()], itemsize, blocks, seqlen, vocabulary)
+    return int(weights * itemsize + state + max(sizes.values()) * itemsize + window)
 
 
 def _check_memory(model: BlockModel, job: PruneJob) -> None:

@@ -108,6 +108,7 @@ class PruneResult:
         drift: of each block's output from the dense model's, where that goes beside.
         strength: what target.strength=auto was chosen by (`strength.chosen`); empty where a number was given.
         finish: what finishing did: `blocks`, a training per block, and `distil`, that of the model.
+        training: what the training of a method did that trains the model; None for the others.
     """
 
     layers: list[LayerRow] = field(default_factory=list)
@@ -121,6 +122,7 @@ class PruneResult:
     drift: list[dict[str, dict[str, float]]] = field(default_factory=list)
     strength: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
+    training: dict | None = None
 
     def add(self, done: FinishedBlock) -> None:
         """Account for a finished block."""

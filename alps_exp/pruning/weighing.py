@@ -35,6 +35,11 @@ def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: i
             f"allocation divides the sparsity among layers, and the layers of a block lose together what "
             f"{type(method).__name__} takes away: give allocation=uniform"
         )
+    if method.selection == "mask" and not isinstance(allocation, Uniform):
+        raise UserError(
+            f"allocation divides the sparsity among layers, and {type(method).__name__} takes it from a mask: give "
+            "allocation=uniform"
+        )
     if allocation.needs == "gradients" and not choice.used:
         raise UserError(
             "allocation=sensitivity needs gradients of the dense model: give sensitivity=outputs (and "

@@ -123,6 +123,7 @@ def _log_wandb(record: Mapping, settings: LoggerSettings, directory: Path) -> No
                 }
             )
         _log_finish(run, record.get("finish") or {})
+        _log_training(run, record.get("training") or {})
         run.summary.update({"status": record["status"], **record["summary"]})
         run.summary.update({f"phase/{name}": value for name, value in record["phases"].items()})
         for evaluation in record["evaluations"]:
@@ -140,6 +141,13 @@ def _log_finish(run, finish: Mapping) -> None:
         run.log({"finish/row": number, **{f"finish/{key}": value for key, value in row.items()}})
     for row in finish.get("distil", {}).get("curve", []):
         run.log({f"distil/{key}": value for key, value in row.items()})
+
+
+def _log_training(run, training: Mapping) -> None:
+    """The curve of a method that trains the model."""
+    run.define_metric("training/*", step_metric="training/step")
+    for row in training.get("curve", []):
+        run.log({f"training/{key}": value for key, value in row.items()})
 
 
 def _with_numbers(value):

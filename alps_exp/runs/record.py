@@ -46,6 +46,8 @@ class RunRecord:
         finish: what finishing did: a training per block (`blocks`) and that of the model (`distil`), each with its loss
             on held-out windows `before` and `after`, `curve`, `steps`, `seconds` and `tokens`; whether the losses of
             `layers` are those before the distillation (`layer_losses`).
+        training: of a method that trains the model on text, what its training did: `steps`, `tokens`,
+            `tokens_per_second`, `seconds`, `curve`, and more (docs/training.md).
         warnings: what was unusual and was handled.
         environment: versions, device, git commit; whether the model was streamed and where its hidden states were.
         error: type and message, of a failed run.
@@ -73,6 +75,7 @@ class RunRecord:
     drift: list[dict] = field(default_factory=list)
     strength: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
+    training: dict | None = None
     warnings: list[str] = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     error: dict | None = None
@@ -93,6 +96,7 @@ class RunRecord:
         self.drift = result.drift
         self.strength = result.strength
         self.finish = result.finish
+        self.training = result.training
         found = warnings_of(result.layers) + result.notes
         self.warnings += found
         return found

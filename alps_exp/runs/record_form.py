@@ -120,6 +120,7 @@ class RecordForm(_Form):
     drift: list[dict[str, dict[str, Number]]] | None = None
     cached_passes: list[str] = []
     finish: _Finish | None = None
+    training: _Training | None = None
     started: str = ""
 
     @model_validator(mode="after")

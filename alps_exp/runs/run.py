@@ -27,6 +27,7 @@ from ..pruning.loop import prune_blocks
 from ..pruning.store import NoStore, ProgressStore, locked
 from ..pruning.strength import check_strength
 from ..pruning.tools import Tools
+from ..pruning.trained import refuse_streamed as refuse_untrainable
 from . import resume, sharing, together
 from .loggers import log_record
 from .naming import Configuration
@@ -115,6 +116,8 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
     if getattr(settings.target, "strength", 0) == "auto":
         streamed = streams(settings, 2 if workspace.keep else 1)
         check_strength(settings.calibration.data.holdout, settings.devices, streamed)
+    if settings.solver.trains:
+        refuse_untrainable(record.method, streams(settings, 2 if workspace.keep else 1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     record.environment = environment(device)
@@ -195,8 +198,8 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
 
     Args:
         settings: the run's.
-        tokens: (nsamples + data.holdout + fresh, seqlen) windows to calibrate on, those to hold out, and those of fresh
-            text to distil on.
+        tokens: (nsamples + data.holdout + fresh + training, seqlen) windows to calibrate on, those to hold out, those
+            of fresh text to distil on, and those for a method that trains.
         quiet: no progress.
     """
     count, more = settings.calibration.nsamples, settings.calibration.data.holdout
@@ -215,7 +218,8 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
         sensitivity=settings.sensitivity,
         allocation=settings.allocation,
         finish=settings.finish,
-        fresh=tokens[count + more :],
+        fresh=tokens[count + more : count + more + settings.calibration.fresh],
+        text=tokens[count + more + settings.calibration.fresh :],
         shrinkage=settings.expert_shrinkage,
     )
 
@@ -276,6 +280,12 @@ def describe(record: RunRecord, directory: Path) -> str:
             f"  distilled in {done['steps']} steps: divergence on held-out windows {done['before']:.4g} → "
             f"{done['after']:.4g} (the layers' losses are those before it)"
         )
+    if done := record.training:
+        lines.append(
+            f"  trained in {done['steps']} steps on {done['tokens']:,} tokens, {done['tokens_per_second']:.4g} tokens/s"
+        )
+        if "sparsity_before" in done:
+            lines.append(f"  zeros {done['sparsity_before']:.6f} before, {done['sparsity_after']:.6f} after")
     lines += [f"  {line}" for line in protocol.describe(record.evaluations)]
     if record.saved:
         form = "shrunk" if "shrunk_bytes" in record.saved else "packed"

@@ -35,6 +35,7 @@ from ..pruning.job import CAPTURE, PROPAGATE
 from ..pruning.method import ModelMethod
 from ..pruning.mixtures import check_experts
 from ..pruning.strength import check_strength
+from ..pruning.trained import refuse_streamed as refuse_untrainable
 from ..pruning.weighing import check_weighing
 from . import loggers, resume, together
 from .loggers import LoggerSettings
@@ -188,7 +189,13 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         configuration=configuration,
         model=model,
         calibration=CalibrationSettings(
-            data, cfg["nsamples"], cfg["seqlen"], cfg["seed"], cfg["model"]["bos"], finish.fresh(cfg["nsamples"])
+            data,
+            cfg["nsamples"],
+            cfg["seqlen"],
+            cfg["seed"],
+            cfg["model"]["bos"],
+            finish.fresh(cfg["nsamples"]),
+            max(0, solver.training_windows(cfg["seqlen"]) - cfg["nsamples"]),
         ),
         evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
         solver=solver,
@@ -266,6 +273,8 @@ def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: Sens
         )
     if isinstance(method, Solver) or not method.prunes:
         return
+    if method.trains:
+        refuse_untrainable(cfg["method"]["name"], cfg["stream"] is True)
     asked = {
         "target=stream": target.beside,
         "capture=groups": cfg["capture"] == "groups",
@@ -285,6 +294,11 @@ def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
         return
     if not method.prunes:
         raise UserError(f"finish={finish.name} finishes what was pruned, and method=dense prunes nothing: leave it out")
+    if method.trains:
+        raise UserError(
+            f"finish={finish.name} compares with the dense model, and {cfg['method']['name']} trains its weights: "
+            "leave it out"
+        )
     finish.check(cfg["propagate"], cfg["data"]["holdout"], cfg["nsamples"])
     if finish.distil is not None:
         refuse_streamed(cfg["stream"] is True)

@@ -18,7 +18,6 @@ from ..evaluation.evaluation import Text
 from ..evaluation.settings import EvaluationText
 from ..model import loading
 from ..model.blocks import BlockModel
-from ..model.structure import find_blocks
 from .settings import Settings
 
 
@@ -26,7 +25,7 @@ class Workspace:
     """Tokenizers, windows and the network that runs are made of.
 
     Args:
-        keep: keep the network in memory, with a copy of all that its decoder blocks hold, and hand it out restored.
+        keep: keep the network in memory, with a copy of all that it holds, and hand it out restored.
 
     Attributes:
         keep: likewise; whether other runs of a sweep follow.
@@ -47,8 +46,8 @@ class Workspace:
         return self._tokenizers[source]
 
     def calibration(self, settings: Settings) -> tuple[Tensor, dict]:
-        """Calibration windows (nsamples + data.holdout + fresh, seqlen), those to hold out behind the first, those of
-        fresh text for a distillation last, and where they came from."""
+        """Calibration windows (nsamples + data.holdout + fresh + training, seqlen), in this order, and where they came
+        from."""
         asked = settings.calibration
         key = settings.model.source, asked, settings.device, settings.dtype
         if key not in self._texts and isinstance(asked.data, GeneratedSettings):
@@ -67,6 +66,7 @@ class Workspace:
                 nsamples=asked.nsamples,
                 holdout=asked.data.holdout,
                 fresh=asked.fresh,
+                training=asked.training,
                 seqlen=asked.seqlen,
                 seed=asked.seed,
                 bos=asked.bos,
@@ -124,12 +124,8 @@ class Workspace:
             network = loading.load_model(settings.model, settings.dtype)
             if not self.keep:
                 return network
-            prefix, _ = find_blocks(network)
-            pristine = {
-                name: tensor.detach().cpu().clone()
-                for name, tensor in _tensors(network).items()
-                if name.startswith(f"{prefix}.")
-            }
+            # What lies outside the blocks too: methods that train the model change it.
+            pristine = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(network).items()}
             self._network = (settings.model.source, settings.dtype), network, pristine
         _, network, pristine = self._network
         held = _tensors(network)

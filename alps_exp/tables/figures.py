@@ -23,6 +23,7 @@ from . import looks
 AXES = ("model", "sparsity", "method")
 PHASES = ("weigh", "transfer", "calibrate", "solve", "propagate")
 FINISHING = ("finish", "distil")
+TRAINING = ("train",)
 UNKNOWN = "unknown"
 
 # The released ALPS is what was published; our default is set beside it too.
@@ -120,6 +121,9 @@ def measures(record: Mapping) -> dict[str, Measure]:
     if any(value is not None for value in spent):
         found["finishing seconds"] = Measure(math.fsum(value for value in spent if value is not None), better=0)
         found["finishing tokens"] = Measure(sum(row["tokens"] for row in trainings(record)), better=0, shown=False)
+    if is_trained(record):
+        found["training seconds"] = Measure(float(record["phases"].get("train_seconds") or 0.0), better=0)
+        found["training tokens"] = Measure(record["training"]["tokens"], better=0)
     if layers:
         iterations = math.fsum(row.get("iterations", 0) for row in layers) / len(layers)
         found["iterations"] = Measure(iterations, better=0, shown=False)
@@ -132,6 +136,11 @@ def trainings(record: Mapping, stages: Sequence[str] = ("blocks", "distil")) -> 
     finish = record.get("finish") or {}
     rows = list(finish.get("blocks") or []) if "blocks" in stages else []
     return rows + ([finish["distil"]] if "distil" in stages and finish.get("distil") else [])
+
+
+def is_trained(record: Mapping) -> bool:
+    """Whether the method trained the model against its own loss, as one-shot methods do not."""
+    return bool(record.get("training"))
 
 
 def finish_of(record: Mapping) -> str:

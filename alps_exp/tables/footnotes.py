@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from ..base.files import sha256
-from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, measures, sees_gradients
+from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, is_trained, measures, sees_gradients
 
 _NAMED = 12  # runs that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
@@ -154,6 +154,8 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if any(map(sees_gradients, records)):
         words.append("†: has seen gradients of the dense model, as one-shot methods do not")
     words += _finished(records, metrics)
+    if any(map(is_trained, records)):
+        words.append("§: trained on text against the model's own loss, not one-shot")
     competing = pruned[pruned["better"] != 0]
     if len(competing.groupby(["model", "sparsity", "metric"])) < len(competing):
         words.append("bold: best of a model and sparsity")
@@ -181,6 +183,7 @@ _MEANINGS = {
     "relative loss": "relative loss: mean over the pruned layers",
     "held-out loss": "held-out loss: the same on windows not calibrated on",
     "seconds": "seconds: moving blocks, calibration, solving and propagation",
+    "training seconds": "training seconds: those of methods that train the model, which are not among the others",
     "finishing seconds": "finishing seconds: those of finishing, which are not among the others",
 }
 

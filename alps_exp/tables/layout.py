@@ -17,7 +17,7 @@ import yaml
 from ..base.errors import UserError, nearest
 from ..patterns import written
 from . import looks
-from .figures import AXES, Aggregate, finish_of, natural, sees_gradients
+from .figures import AXES, Aggregate, finish_of, is_trained, natural, sees_gradients
 from .footnotes import footnotes
 
 PLOTS = ("perplexity", "losses", "seconds", "phases", "frontier", "drift", "allocation", "finishing")
@@ -185,8 +185,8 @@ def grid(found: Aggregate, spec: Spec) -> Grid:
 
 def _marked(found: Aggregate) -> dict[tuple, str]:
     """Key of each group → † if it has seen gradients of the dense model, ‡ if its weights followed those of the pruned
-    one, or both."""
-    signs = {"†": sees_gradients, "‡": lambda record: finish_of(record) != "none"}
+    one, § if the method has trained the model, or several of them."""
+    signs = {"†": sees_gradients, "‡": lambda record: finish_of(record) != "none", "§": is_trained}
     return {
         group.key: "".join(sign for sign, holds in signs.items() if any(map(holds, group.records)))
         for group in found.groups
@@ -214,7 +214,7 @@ def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]
     # Losses, then perplexities and scores in the order of the records, then the rest.
     names = sorted(
         dict.fromkeys(measured["metric"]),
-        key=lambda name: (" loss" not in name, name in ("seconds", "finishing seconds", "zeros")),
+        key=lambda name: (" loss" not in name, name in ("seconds", "finishing seconds", "training seconds", "zeros")),
     )
     if globs is None:
         shown = set(measured.loc[measured["shown"].astype(bool), "metric"])

@@ -16,7 +16,7 @@ from ..base.files import replacing, sha256
 from ..patterns import Unstructured, written
 from ..runs.naming import NEUTRAL
 from . import looks
-from .figures import FINISHING, PHASES, Aggregate, Group, mean_and_std, measures, trainings
+from .figures import FINISHING, PHASES, TRAINING, Aggregate, Group, mean_and_std, measures, trainings
 from .layout import Spec, shown_metrics
 
 FORMATS = ("svg", "png")
@@ -30,6 +30,7 @@ _PHASES = {
     "propagate": ("#BBBBBB", ".."),
     "finish": ("#FFFFFF", "++"),
     "distil": ("#888888", "\\\\"),
+    "train": ("#888888", "oo"),
 }
 _COLUMNS = 3
 # Groups of choices beside the method that change what a run costs and brings.
@@ -145,11 +146,11 @@ def _place(name: str) -> int:
     return _BEYOND.index(group) if group in _BEYOND else len(_BEYOND)
 
 
-def _statistic(group: Group, metric: str, *others: str) -> tuple[float, float] | None:
+def _statistic(group: Group, *metrics: str) -> tuple[float, float] | None:
     """Mean and deviation (0 of a single seed) of what is finite and positive, as a logarithmic axis needs it; of a
-    metric, with what is found of others added."""
-    rows = [found for record in group.records if metric in (found := measures(record))]
-    values = [math.fsum(found[name].value for name in (metric, *others) if name in found) for found in rows]
+    metric, or of the sum of those that there are of several."""
+    rows = [[found[name].value for name in metrics if name in found] for found in map(measures, group.records)]
+    values = [math.fsum(row) for row in rows if row]
     mean, std = mean_and_std(values) if values else (math.nan, None)
     return (mean, std or 0.0) if math.isfinite(mean) and mean > 0 else None
 
@@ -298,7 +299,7 @@ def _frontier(found: Aggregate, spec: Spec) -> list[dict]:
     if not any(name.partition(".")[0] in _BEYOND for name in found.settings):
         return []
     metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
-    return _against_seconds(found, metrics, ", {}", ("seconds", "finishing seconds"))
+    return _against_seconds(found, metrics, ", {}", ("seconds", "finishing seconds", "training seconds"))
 
 
 def _against_seconds(
@@ -415,7 +416,7 @@ def _phases(found: Aggregate, spec: Spec) -> list[dict]:
         for look, members in _series(found, groups):
             phases = [record["phases"] for record in members[0].records]
             there = [phase for phase in PHASES if phase != "weigh" or any(item.get("weigh_seconds") for item in phases)]
-            there += [phase for phase in FINISHING if any(f"{phase}_seconds" in item for item in phases)]
+            there += [phase for phase in (*FINISHING, *TRAINING) if any(f"{phase}_seconds" in item for item in phases)]
             means = {
                 phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in there
             }

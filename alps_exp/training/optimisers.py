@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.errors import UserError
 
@@ -34,6 +34,21 @@ def optimiser(
     if state == "8bit":
         return eight_bit()(values, lr=rate, betas=betas, weight_decay=decay)
     return torch.optim.AdamW(values, lr=rate, betas=betas, weight_decay=decay, fused=values[0].is_cuda)
+
+
+def second_moment(optimiser: torch.optim.Optimizer, value: nn.Parameter) -> Tensor:
+    """AdamW's running mean of squared gradients of a parameter, in its shape, without the correction for the start.
+
+    Raises:
+        UserError: it is in 8 bits of a library that does not give it in numbers.
+    """
+    found = optimiser.state[value].get("exp_avg_sq")
+    if found is None:
+        raise UserError(
+            f"{type(optimiser).__module__} does not tell its second moments: install torchao, or give "
+            "method.projection=magnitude"
+        )
+    return found if type(found) is Tensor else found.dequantize()
 
 
 def eight_bit() -> type[torch.optim.Optimizer]:

@@ -369,7 +369,8 @@ class Trainer:
     def _same(self) -> str:
         """What a checkpoint belongs to."""
         weights = {name: list(value.shape) for name, value in self.masters.values.items()}
-        return repr((dataclasses.asdict(self.recipe), self._windows, self._held_out, weights))
+        recipe = dataclasses.asdict(self.recipe) | {"micro": None}  # may have become less for want of memory
+        return repr((recipe, self._windows, self._held_out, weights))
 
     def _save(self) -> None:
         if self._file is None:
@@ -409,7 +410,7 @@ class Trainer:
         self.masters.write()
         self.optimiser.load_state_dict(content["optimiser"])
         for companion, state in zip(self._companions, content["companions"], strict=True):
-            companion.load(state)
+            companion.load({name: tensor.to(self.device) for name, tensor in state.items()})
 
 
 def _told(row: Mapping) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -551,3 +552,26 @@ def test_held_out_windows_come_from_no_copy_of_a_calibration_document(gpt2, tmp_
     local = dataclasses.replace(local, path=copied, eval_path=copied)
     rows = [gpt2.decode(row) for row in data.calibration_tokens(local, gpt2, **draw)[0]]
     assert all(row in one for row in rows[:2]) and rows[2] in other
+
+
+@pytest.mark.parametrize("sampling", ["documents", "concatenated"])
+def test_windows_to_train_on_come_from_other_text(gpt2, tmp_path, sampling):
+    path = tmp_path / "numbers.txt"
+    path.write_text("\n".join(" ".join(str(10_000 + 100 * n + i) for i in range(60)) for n in range(150)) + "\n")
+    source = node("local", path=path, sampling=sampling)
+    asked = {"nsamples": 3, "seqlen": 64, "seed": 1, "holdout": 2, "fresh": 1}
+    plain, _ = data.calibration_tokens(source, gpt2, **asked)
+    found, description = data.calibration_tokens(source, gpt2, **asked, training=20)
+    assert torch.equal(found[:6], plain) and found.shape == (26, 64) and description["training_windows"] == 20
+    again, _ = data.calibration_tokens(source, gpt2, **asked, training=20)
+    assert torch.equal(found, again)
+    seen = [re.findall(r"\b\d{5}\b", gpt2.decode(row)) for row in found.tolist()]
+    assert all(len(numbers) > 5 for numbers in seen)
+    assert len(set().union(*seen)) == sum(map(len, seen)) - sum(map(len, seen[:3])) + len(set().union(*seen[:3]))
+    if sampling == "documents":
+        assert not {n[:3] for row in seen[:6] for n in row} & {n[:3] for row in seen[6:] for n in row}
+    refused(
+        lambda: data.calibration_tokens(source, gpt2, **asked, training=5000),
+        "the training text has only",
+        "windows of seqlen=64 tokens, 5000 were asked; lower method.tokens",
+    )

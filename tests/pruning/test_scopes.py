@@ -66,7 +66,7 @@ class Model(ModelMethod):
 FOUND = {name: registry.solver(name) for name in registry.methods() if name != "given"}
 WIDE = {name: found for name, found in FOUND.items() if isinstance(found, (BlockMethod, ModelMethod))}
 WIDE |= {"whole": Whole(), "model": Model()}
-SINGLE = {name: method for name, method in WIDE.items() if not method.structured}  # these prune weights one by one
+SINGLE = {name: method for name, method in WIDE.items() if not (method.structured or method.trains)}
 TARGETS = {name: node for name, node in choices("target").items()}
 ALLOCATIONS = {name: node for name, node in choices("allocation").items() if name != "file"}
 
