@@ -23,15 +23,17 @@ must be above 0, because u is divided by λ. The text is that of the run's data 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from alps_exp.base.checks import one_of, require
 from alps_exp.model.blocks import BlockModel
+from alps_exp.model.layers import find_layer
 from alps_exp.patterns import Pattern
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.rows import PruneResult
@@ -94,23 +96,25 @@ class Elsa(TrainingMethod):
         return self.penalty * shares[self.penalty_schedule]
 
     def state_bytes(self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int) -> float:
-        pruned = sum(network.get_parameter(f"{name}.weight").numel() for name in patterns)
+        pruned = sum(find_layer(network, name).weight.numel() for name in patterns)
         trained = sum(parameter.numel() for parameter in network.parameters()) if self.others else pruned
         own = (1 if self.point == "float8" else 4) + (2 if self.dual == "bfloat16" else 4)
         return trained * ((4 if itemsize < 4 else 0) + 4 + self.moment_bytes()) + pruned * own
 
     def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
         self.check(model, job)
-        pruned = {f"{name}.weight": pattern for name, pattern in job.patterns.items()}
+        layers = {name: find_layer(model.model, name) for name in job.patterns}
+        pruned = {layer.stored: job.patterns[name] for name, layer in layers.items()}
+        turned = {layer.stored for layer in layers.values() if isinstance(layer.module, Conv1D)}
         names = [name for name, _ in model.model.named_parameters()] if self.others else pruned
         with on_device(model, f"method={self.label}"):
             before = judged(model, job.held_out)
-            splitting = Splitting(self, pruned)
+            splitting = Splitting(self, pruned, turned)
             trainer, done = self.fit(model, job, tools, dict.fromkeys(names), [splitting])
             stats = splitting.end(trainer)
             trainer.masters.write()
             done |= {"before": before, "after": judged(model, job.held_out)}
-            result = accounted(model, job, self, done, {name: stats[f"{name}.weight"] for name in job.patterns})
+            result = accounted(model, job, self, done, {name: stats[layer.stored] for name, layer in layers.items()})
         counts = {row.name: round((1 - row.sparsity) * math.prod(row.shape)) for row in result.layers}
         short = [row.name for row in result.layers if row.stats["kept"] != counts[row.name]]
         if short:
@@ -124,20 +128,21 @@ class Splitting(Companion):
     Args:
         method: with its hyperparameters.
         patterns: weight → its pattern.
+        turned: those of the weights that are stored as (in, out).
     """
 
-    def __init__(self, method: Elsa, patterns: Mapping[str, Pattern]) -> None:
-        self._method, self._patterns = method, patterns
+    def __init__(self, method: Elsa, patterns: Mapping[str, Pattern], turned: Collection[str] = ()) -> None:
+        self._method, self._patterns, self._turned = method, patterns, turned
         self._points: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._duals: dict[str, Tensor] = {}
         self._penalty = method.penalty_at(0)
 
     def before_update(self, trainer: Trainer, step: int) -> None:
-        for name, pattern in self._patterns.items():
+        for name in self._patterns:
             value = trainer.masters.values[name]
             x = value.detach()
             if name not in self._points:
-                self._keep(name, x.masked_fill(~pattern.keep(x.abs()), 0), torch.zeros_like(x))
+                self._keep(name, x.masked_fill(~self._largest(name, x.abs()), 0), torch.zeros_like(x))
             if value.grad is None:  # nothing of it was used, as of an expert without tokens
                 value.grad = torch.zeros_like(x)
             value.grad.add_(x - self.point(name) + self._duals[name], alpha=self._penalty)
@@ -175,7 +180,11 @@ class Splitting(Companion):
         score = reached.abs()
         if self._method.projection == "momentum":  # the root of v (x + u)², which does not underflow
             score *= second_moment(trainer.optimiser, trainer.masters.values[name]).to(score.dtype).sqrt()
-        return self._patterns[name].keep(score)
+        return self._largest(name, score)
+
+    def _largest(self, name: str, score: Tensor) -> Tensor:
+        pattern = self._patterns[name]
+        return pattern.keep(score.T.contiguous()).T if name in self._turned else pattern.keep(score)
 
     def _keep(self, name: str, z: Tensor, u: Tensor) -> None:
         point, dual = _POINTS[self._method.point], _DUALS[self._method.dual]

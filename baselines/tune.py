@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from alps_exp.base.checks import require
 from alps_exp.base.errors import UserError
 from alps_exp.model.blocks import BlockModel
-from alps_exp.model.layers import Layer
+from alps_exp.model.layers import Layer, find_layer
 from alps_exp.patterns import Pattern
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.rows import PruneResult
@@ -89,7 +89,7 @@ class Tune(TrainingMethod):
         return found
 
     def state_bytes(self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int) -> float:
-        shapes = {name: network.get_parameter(f"{name}.weight").shape for name in patterns}
+        shapes = {name: find_layer(network, name).shape for name in patterns}
         if self.lora is not None:
             adapters = self.lora * sum(sum(shapes[name]) for name in self._targets(patterns))
             return adapters * (12 + self.moment_bytes()) + 3 * itemsize * max(map(math.prod, shapes.values()))
@@ -103,12 +103,12 @@ class Tune(TrainingMethod):
         self.check(model, job)
         masks = {name: p != 0 for name, p in model.model.named_parameters() if p.ndim > 1}
         masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-        layers = {name: Layer(name, model.model.get_submodule(name)) for name in job.patterns}
+        layers = {name: find_layer(model.model, name) for name in job.patterns}
         before = self._checked(layers, job.patterns)
         with on_device(model, f"method={self.label}"):
             if self.lora is None:
                 names = [name for name, _ in model.model.named_parameters()]
-                pruned = {f"{name}.weight" for name in layers}
+                pruned = {layer.stored for layer in layers.values()}
                 trained = {name: masks.get(name) for name in names if self.others or name in pruned}
                 _, done = self.fit(model, job, tools, trained, held_out=True)
             else:

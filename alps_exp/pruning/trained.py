@@ -18,7 +18,7 @@ from ..base.errors import UserError
 from ..base.memory import free_host
 from ..layer.inputs import Statistics
 from ..model.blocks import BlockModel
-from ..model.layers import Layer
+from ..model.layers import find_layer
 from ..model.structure import find_blocks
 from ..patterns import Pattern
 from ..training.optimisers import eight_bit
@@ -239,7 +239,7 @@ def accounted(model: BlockModel, job: PruneJob, method: ModelMethod, done: dict,
     result = PruneResult(training=done, notes=list(done["notes"]))
     result.add_seconds({"train": done["seconds"]})
     for name, pattern in job.patterns.items():
-        weight = Layer(name, model.model.get_submodule(name)).weight
+        weight = find_layer(model.model, name).weight
         row = LayerRow.plain(name, block_of(name), weight, pattern, method.selection)
         row = dataclasses.replace(row, status="max_iterations", iterations=done["steps"], stats=dict(stats[name]))
         result.layers.append(row)

@@ -16,7 +16,7 @@ from alps_exp.baselines.elsa import Elsa
 from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.layer import registry
-from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.patterns import parse_sparsity
 from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
@@ -32,8 +32,8 @@ def prune(model, method: Elsa, sparsity="0.5", **options) -> dict:
 
 def pruned_weights(model) -> list[str]:
     prefix, blocks = find_blocks(model)
-    found = [block_linears(block, f"{prefix}.{index}") for index, block in enumerate(blocks)]
-    return [f"{name}.weight" for layers in found for name in layers]
+    found = [block_layers(block, f"{prefix}.{index}") for index, block in enumerate(blocks)]
+    return [layer.stored for layers in found for layer in layers.values()]
 
 
 def largest(score: torch.Tensor, sparsity: str) -> torch.Tensor:
@@ -142,6 +142,14 @@ def test_counts_are_exact(sparsity, dtype):
         assert 0 < row["stats"]["distance"] < 1 and row["iterations"] == 10
     assert record["training"]["before"] > 0 and record["training"]["after"] > 0
     assert record["finish"] == {} and record["summary"]["mean_relative_loss"] is None
+
+
+def test_patterns_run_along_the_inputs_of_weights_that_are_stored_turned(tiny_gpt2):
+    model = load(tiny_gpt2)
+    record = prune(model, dataclasses.replace(SHORT, rate=1e-3), "2:4")
+    for row in record["layers"]:
+        weight = model.get_submodule(row["name"]).weight.T
+        assert list(weight.shape) == row["shape"] and (weight.reshape(-1, 4).ne(0).sum(1) == 2).all()
 
 
 def test_elsa_l_keeps_z_in_8_bits_and_u_in_16():

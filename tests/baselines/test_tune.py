@@ -13,7 +13,7 @@ from tiny import execute, load, network, tokens, weights
 from alps_exp import UserError, prune_model
 from alps_exp.baselines.tune import Tune, adapted, merged
 from alps_exp.cli.overrides import compose
-from alps_exp.model.structure import block_linears, find_blocks
+from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.runs.settings import resolve
 from alps_exp.training.trainer import Trainer
 
@@ -33,7 +33,7 @@ def layers(model) -> dict:
     prefix, blocks = find_blocks(model)
     found = {}
     for index, block in enumerate(blocks):
-        found |= block_linears(block, f"{prefix}.{index}")
+        found |= {name: layer.module for name, layer in block_layers(block, f"{prefix}.{index}").items()}
     return found
 
 
