@@ -247,12 +247,44 @@ def _digest(file: Path, pieces: int = 256, length: int = 1 << 14) -> str:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """A tensor of the model that transformers makes of several of the checkpoint's (fused experts).
+
+    Attributes:
+        parts: pattern of its converter → the keys that match it, in the order in which they are merged.
+        converter: transformers' own, of operations that need nothing but the tensors.
+    """
+
+    parts: dict[str, list[str]]
+    converter: object
+
+    @property
+    def keys(self) -> list[str]:
+        """All of them."""
+        return [key for keys in self.parts.values() for key in keys]
+
+    def made(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The model's tensor.
+
+        Args:
+            tensors: by key.
+        """
+        found = {pattern: [tensors[key] for key in keys] for pattern, keys in self.parts.items()}
+        own = {"source_patterns": self.converter.source_patterns, "target_patterns": self.converter.target_patterns}
+        for operation in self.converter.operations:
+            found = operation.convert(found, **own)
+        (value,) = found.values()
+        return value[0] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
 class Match:
     """A checkpoint's keys beside a model's names for the same tensors.
 
     Attributes:
         keys: name in the model's state dict → the checkpoint's key, where they differ by name at most.
-        converted: likewise, where transformers converts the tensor too (fused experts); one name of several.
+        converted: likewise, where transformers converts the tensor too (fused experts); one key of several.
+        merged: name in the model's state dict → how such a tensor is made of all its keys, where that is known.
         strays: what the model would call the checkpoint's other tensors → key, without those that the model's class
             knows as harmless (rotary frequencies, masks, heads for other tasks).
         missing: names that have no key, neither under another name of a tied weight, in order.
@@ -262,6 +294,7 @@ class Match:
     converted: dict[str, str]
     strays: dict[str, str]
     missing: list[str]
+    merged: dict[str, Merged]
 
 
 def match(network: nn.Module, keys: Iterable[str]) -> Match:
@@ -272,21 +305,27 @@ def match(network: nn.Module, keys: Iterable[str]) -> Match:
         keys: of the checkpoint.
     """
     targets = network.state_dict()
-    found = Match({}, {}, {}, [])
+    from transformers.core_model_loading import dot_natural_key
+
+    found = Match({}, {}, {}, [], {})
     renamed = _renamer(network, targets)
-    for key in keys:
-        name, converted = renamed(key)
+    for key in sorted(keys, key=dot_natural_key):  # in the order in which transformers merges them
+        name, pattern, converter = renamed(key)
+        converted = pattern is not None
         (found.strays if name not in targets else found.converted if converted else found.keys).setdefault(name, key)
+        if converted and name in targets and _is_plain(converter):
+            found.merged.setdefault(name, Merged({}, converter)).parts.setdefault(pattern, []).append(key)
     present = {*found.keys, *found.converted}
     present |= {name for names in tied_names(network) for name in names if present & set(names)}
     info = SimpleNamespace(missing_keys=set(targets) - present, unexpected_keys=set(found.strays))
     network._adjust_missing_and_unexpected_keys(info)
     strays = {name: key for name, key in found.strays.items() if name in info.unexpected_keys}
-    return Match(found.keys, found.converted, strays, sorted(info.missing_keys))
+    return Match(found.keys, found.converted, strays, sorted(info.missing_keys), found.merged)
 
 
-def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> dict[str, str]:
-    """For every tensor of the model's state dict the checkpoint's key; tied weights may share one.
+def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> tuple[dict[str, str], dict[str, Merged]]:
+    """For every tensor of the model's state dict the checkpoint's key, or how it is made of several; tied weights may
+    share a key.
 
     Weights that the model ties but of which the checkpoint has different copies are untied, as transformers does.
 
@@ -296,12 +335,14 @@ def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> dict[st
         what: how to speak of the checkpoint.
 
     Raises:
-        UserError: weights are missing or have other shapes, or are converted and not only renamed by transformers.
+        UserError: weights are missing or have other shapes, or are converted in a way that is not known.
     """
     targets = network.state_dict()
     found = match(network, checkpoint.entries)
-    for key in found.converted.values():
-        raise UserError(f"{what} stores {key} in a layout that transformers converts: load it whole, stream=false")
+    for name, key in found.converted.items():
+        if name not in found.merged:
+            raise UserError(f"{what} stores {key} in a layout that transformers converts: load it whole, stream=false")
+    merged = {name: own for name, own in found.merged.items() if name not in found.keys}
     keys = found.keys
     for names in tied_names(network):
         present = [name for name in names if name in keys]
@@ -309,10 +350,28 @@ def model_keys(network: nn.Module, checkpoint: Checkpoint, what: str) -> dict[st
         for name in set(present) - set(same):
             _untie(network, name)
         keys |= {name: keys[same[0]] for name in names if same and (name in same or name not in present)}
-    refuse_names(what, network, "lacks the weights", set(targets) - set(keys))
+    refuse_names(what, network, "lacks the weights", set(targets) - set(keys) - set(merged))
     shapes = {name: checkpoint.entries[key].shape for name, key in keys.items()}
-    refuse_names(what, network, "has other shapes for", (n for n in keys if shapes[n] != tuple(targets[n].shape)))
-    return keys
+    shapes |= {name: _merged_shape(own, checkpoint) for name, own in merged.items()}
+    refuse_names(what, network, "has other shapes for", (n for n in shapes if shapes[n] != tuple(targets[n].shape)))
+    return keys, merged
+
+
+def _merged_shape(merged: Merged, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """None where the parts do not go together."""
+    parts = {key: torch.empty(checkpoint.entries[key].shape, device="meta") for key in merged.keys}
+    try:
+        return tuple(merged.made(parts).shape)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _is_plain(converter) -> bool:
+    """Whether a converter makes one tensor by stacking, concatenating and transposing."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+    known = (Concatenate, MergeModulelist, Transpose)
+    return len(converter.target_patterns) == 1 and all(type(op) in known for op in converter.operations)
 
 
 def refuse_names(what: str, network: nn.Module, problem: str, names: Iterable[str]) -> None:
@@ -403,8 +462,9 @@ def _made(name: str, entry: Entry) -> bool:
     return mask or entry.dtype == "BOOL" or _MADE.search(name) is not None
 
 
-def _renamer(network: nn.Module, targets: Mapping[str, Tensor]) -> Callable[[str], tuple[str, bool]]:
-    """A function from a checkpoint's key to the model's name for it and whether the tensor would be converted too."""
+def _renamer(network: nn.Module, targets: Mapping[str, Tensor]) -> Callable[[str], tuple[str, str | None, object]]:
+    """A function from a checkpoint's key to the model's name for it, and the pattern and the converter by which
+    transformers would convert the tensor, too; None where it would not."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -413,11 +473,12 @@ def _renamer(network: nn.Module, targets: Mapping[str, Tensor]) -> Callable[[str
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     prefix = network.base_model_prefix
 
-    def renamed(key: str) -> tuple[str, bool]:
+    def renamed(key: str) -> tuple[str, str | None, object]:
         name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
         if name not in targets and key in targets:
             name, pattern = rename_source_key(key, [], [], prefix, targets)
-        return name, pattern is not None
+        own = (c for c in converters if pattern in c.source_patterns and any(t in name for t in c.target_patterns))
+        return name, pattern, next(own, None) if pattern is not None else None
 
     return renamed
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..base.errors import UserError
-from ..checkpoints.checkpoint import Checkpoint, assign, model_keys, tied_names
+from ..checkpoints.checkpoint import Checkpoint, Merged, assign, model_keys, tied_names
 from .structure import find_blocks
 
 
@@ -20,12 +20,12 @@ class StreamedBlocks:
     Args:
         checkpoint: the dense weights.
         prefix: name of the list of blocks in the model.
-        names: per block, name inside the block → (checkpoint's key, dtype).
+        names: per block, name inside the block → (checkpoint's key, or how the tensor is made of several, dtype).
         pin: read into page-locked memory, for a CUDA device.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, prefix: str, names: list[dict[str, tuple[str, torch.dtype]]], pin: bool
+        self, checkpoint: Checkpoint, prefix: str, names: list[dict[str, tuple[str | Merged, torch.dtype]]], pin: bool
     ) -> None:
         self._checkpoint = checkpoint
         self._prefix = prefix
@@ -63,8 +63,16 @@ class StreamedBlocks:
             prefix = f"{self._prefix}.{index}."
             return {n.removeprefix(prefix): _copied(tensor, self._pin) for n, tensor in load_file(shard).items()}
         names = self._names[index]
-        read = self._checkpoint.read({key: dtype for key, dtype in names.values()}, self._pin)
-        return {name: read[key] for name, (key, _) in names.items()}
+        whole = {key: dtype for key, dtype in names.values() if isinstance(key, str)}
+        read = self._checkpoint.read(whole, self._pin)
+        found = {}
+        for name, (key, dtype) in names.items():
+            if isinstance(key, str):
+                found[name] = read[key]
+            else:  # one after the other, lest the block is there twice
+                made = key.made(self._checkpoint.read(dict.fromkeys(key.keys, dtype)))
+                found[name] = _copied(made, True) if self._pin else made
+        return found
 
 
 def _copied(tensor: Tensor, pin: bool) -> Tensor:
@@ -84,17 +92,19 @@ def open_streamed(network: nn.Module, checkpoint: Checkpoint, what: str, pin: bo
     Raises:
         UserError: weights that are missing or do not fit, or a model whose weights cannot be read block by block.
     """
-    keys = model_keys(network, checkpoint, what)
+    keys, merged = model_keys(network, checkpoint, what)
     targets = network.state_dict()
     _refuse_mixed_precision(network)
     prefix, blocks = find_blocks(network)
     inside = [{} for _ in blocks]
     outside = {}
-    for name, key in keys.items():
+    for name, key in {**keys, **merged}.items():
         if name.startswith(f"{prefix}."):
             index, _, local = name.removeprefix(f"{prefix}.").partition(".")
             inside[int(index)][local] = (key, targets[name].dtype)
         else:
+            if not isinstance(key, str):
+                raise UserError(f"{what} stores {name} in several tensors: load it whole, stream=false")
             outside[name] = (key, targets[name].dtype)
     for names in tied_names(network):
         if any(name.startswith(f"{prefix}.") for name in names):

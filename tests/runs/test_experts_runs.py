@@ -1,17 +1,22 @@
 """Runs on a mixture of experts: saved and loaded again, packed, resumed, cached, with several processes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_experts
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import execute, load, weights, words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
+from alps_exp.model import loading
 from alps_exp.model.layers import find_layer
+from alps_exp.model.structure import find_blocks
 from alps_exp.pruning import loop
 from alps_exp.runs.naming import config_hash
 
@@ -93,9 +98,37 @@ def test_groups_in_order_see_the_pruned_layers_before_them(settings, tmp_path):
     assert sum(rows[0][name] != rows[1][name] for name in downs) > len(downs) / 2
 
 
-def test_a_model_in_a_layout_of_its_own_is_loaded_whole(settings, tmp_path):
-    with pytest.raises(UserError, match=r"converts: load it whole, stream=false"):
-        execute(settings, tmp_path, "method=wanda", "stream=true")
+@pytest.mark.parametrize("save", ["true", "packed"])
+def test_a_streamed_model_is_pruned_to_the_same_bits(settings, tmp_path, save):
+    """Its files hold expert by expert what the model holds in one parameter."""
+    words = [*settings, "method=sparsegpt", f"save={save}"]
+    one = execute(words, tmp_path / "whole", "stream=false")
+    other = execute(words, tmp_path / "streamed", "stream=true")
+    assert other["environment"]["streamed"] and not one["environment"]["streamed"]
+    assert [row["relative_loss"] for row in one["layers"]] == [row["relative_loss"] for row in other["layers"]]
+    open_folder = alps_exp.load_packed if save == "packed" else load
+    models = [open_folder(tmp_path / name / "model").state_dict() for name in ("whole", "streamed")]
+    same(*models)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3", "granitemoe", "phimoe", "gpt_oss", "dbrx"])
+def test_streamed_blocks_are_those_that_transformers_loads(family, tmp_path):
+    tiny_experts.network(family, torch.float32).save_pretrained(tmp_path)
+    expected = load(tmp_path)
+    model, source = loading.load_streamed(loading.resolve({"name": "local", "path": str(tmp_path)}), torch.float32)
+    prefix, blocks = find_blocks(model)
+    for index in range(len(blocks)):
+        same(expected.get_submodule(f"{prefix}.{index}").state_dict(), source.take(index))
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused(settings, tiny_qwen2_moe, tmp_path):
+    folder = tmp_path / "less"
+    shutil.copytree(tiny_qwen2_moe, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has other shapes for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        execute([*settings, f"model.path='{folder}'"], tmp_path / "run", "method=wanda", "stream=true")
 
 
 def test_quantised_experts_are_refused_with_the_command_that_dequantises_them(settings, tiny_qwen2_moe, tmp_path):
