@@ -183,7 +183,7 @@ class StatisticsCache(SharedSet):
         ]
         pools = {inputs.name: inputs for names, inputs, prior in found if prior == inputs.name}
         return [
-            Group(names, inputs if prior is None else inputs.replaced(prior=pools[prior]))
+            Group(names, inputs if prior is None else inputs.beside(pools[prior]))
             for names, inputs, prior in found
             if inputs.name not in pools
         ]
@@ -200,7 +200,7 @@ class StatisticsCache(SharedSet):
         known = {tuple(names): fields for names, fields in _read(self._file(index)) or ()}
         priors = {inputs.prior.name: inputs.prior for _, inputs in groups if inputs.prior is not None}
         # What all experts of a module have in common is stored once, as the prior of itself.
-        pools = [Group([name], prior.replaced(prior=prior)) for name, prior in priors.items()]
+        pools = [Group([name], prior.beside(prior)) for name, prior in priors.items()]
         every = [*groups, *pools]
         merged = [(group.names, known.get(tuple(group.names), {}) | _kept(group.inputs)) for group in every]
         size = sum(value.nbytes for _, fields in merged for value in fields.values() if isinstance(value, Tensor))

@@ -155,6 +155,10 @@ class Inputs:
             return self
         return _unchecked(self, **moved, prior=prior)
 
+    def beside(self, prior: Inputs | None) -> Inputs:
+        """The same as one of several that `prior` is the sum of."""
+        return _unchecked(self, prior=prior)
+
     def borrowed(self, strength: float) -> int:
         """How many tokens `shrunk` adds."""
         return 0 if self.prior is None else max(round(strength * self.width), int(not self.tokens))

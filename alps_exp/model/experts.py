@@ -213,8 +213,9 @@ class _Scored(Experts):
 
     @classmethod
     def recognised(cls, module: nn.Module) -> Experts | None:
-        named = type(module).__name__ == "Llama4TextExperts"
-        return cls(module) if named and getattr(module, "gate_up_proj", module).is_floating_point() else None
+        weights = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+        fits = all(weight is not None and weight.ndim == 3 and weight.is_floating_point() for weight in weights)
+        return cls(module) if fits and type(module).__name__ == "Llama4TextExperts" else None
 
     def parameter(self, projection: str) -> str:
         return "down_proj" if projection == "down_proj" else "gate_up_proj"

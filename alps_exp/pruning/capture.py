@@ -292,7 +292,7 @@ def _pools(block: BlockProblem, first: Mapping[Accumulator | None, str]) -> dict
 
 def _inputs(name: str, sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -> Inputs:
     found = sums.inputs(name)
-    return found if sums.pool is None else found.replaced(prior=pools[sums.pool])
+    return found if sums.pool is None else found.beside(pools[sums.pool])
 
 
 def _help(block: BlockProblem, names: list[str], sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -> None:
@@ -311,7 +311,7 @@ def thriftily(block: BlockProblem, groups: Sequence[Group]) -> list[Group]:
     if ladder.statistics_on_host:
         host = torch.device("cpu")
         priors = {inputs.prior: inputs.prior.to(host) for _, inputs in groups if inputs.prior is not None}
-        groups = [Group(names, inputs.replaced(prior=priors.get(inputs.prior)).to(host)) for names, inputs in groups]
+        groups = [Group(names, inputs.beside(priors.get(inputs.prior)).to(host)) for names, inputs in groups]
     if ladder.one_by_one:
         groups = [Group([name], inputs) for names, inputs in groups for name in names]
     return list(groups)

@@ -77,6 +77,26 @@ def test_weights_and_losses_are_those_of_the_unrolled_model(family):
         torch.testing.assert_close(plain(ids).logits, ours(ids).logits, rtol=0, atol=1e-10)
 
 
+def test_held_out_losses_are_of_the_held_out_tokens_of_each_expert():
+    ours, ids, held_out = network("mixtral"), tokens(6)[:4], tokens(6)[4:]
+    plain = unrolled("mixtral", ours)
+    record = alps_exp.prune_model(
+        ours, ids, method="wanda", sparsity=0.5, held_out=held_out, include=["layers.0.mlp.experts.*"]
+    )
+    inputs: dict[str, list] = {}
+    for row in record["layers"]:
+        plain.get_submodule(row["name"]).register_forward_pre_hook(
+            lambda m, args, name=row["name"]: inputs.setdefault(name, []).append(args[0])
+        )
+    with torch.no_grad():
+        plain(held_out)
+    for row in record["layers"]:
+        x, weight = torch.cat(inputs[row["name"]]), dense(plain.get_submodule(row["name"]))
+        delta = weight - find_layer(ours, row["name"]).weight
+        loss = float((x @ delta.T).square().sum() / (x @ weight.T).square().sum())
+        assert row["held_out_loss"] == pytest.approx(loss, abs=1e-6) and row["relative_loss"] != loss
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_the_tokens_of_each_expert_are_counted(family):
     ours, ids = network(family), tokens()

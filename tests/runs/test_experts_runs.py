@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
+from alps_exp.cli.plan import _running, plan
 from alps_exp.model import loading
 from alps_exp.model.layers import find_layer
 from alps_exp.model.structure import find_blocks
 from alps_exp.pruning import loop
 from alps_exp.runs.naming import config_hash
+from alps_exp.runs.settings import resolve
 
 
 @pytest.fixture
@@ -31,9 +33,11 @@ def same(one: dict, other: dict) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
-def test_what_is_saved_is_what_from_pretrained_loads_again(settings, tmp_path, method):
-    record = execute(settings, tmp_path, f"method={method}", "save=true")
+@pytest.mark.parametrize(
+    "words", [["method=sparsegpt"], ["method=alps"], ["method=magnitude", "refit=pcg"]], ids=" ".join
+)
+def test_what_is_saved_is_what_from_pretrained_loads_again(settings, tmp_path, words):
+    record = execute(settings, tmp_path, "save=true", *words)
     model = load(tmp_path / "model")
     experts = [row for row in record["layers"] if ".mlp.experts." in row["name"]]
     assert len(experts) == 2 * 8 * 3
@@ -139,6 +143,17 @@ def test_quantised_experts_are_refused_with_the_command_that_dequantises_them(se
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"\(mxfp4\).*model\.path=DIR\): python -c .*Mxfp4Config\(dequantize=True\)"):
         execute([*settings, f"model.path='{folder}'"], tmp_path / "run")
+
+
+def test_a_plan_knows_what_part_of_the_tokens_an_expert_is_handed(settings):
+    cfg = compose([*settings, "method=sparsegpt"])
+    text = plan(resolve(cfg))
+    assert "48 × gate_proj    48 × 64" not in text and "16 × gate_proj    48 × 64" in text
+    held = 2 * 8 * 3 * 48 * 64
+    model = load(Path(cfg.model.path))
+    blocks = find_blocks(model)[1]
+    every = sum(parameter.numel() for parameter in blocks.parameters())
+    assert sum(_running(block, 2 / 8) for block in blocks) == every - held * 6 / 8
 
 
 def test_the_key_is_part_of_a_run_only_where_it_says_something(settings, tmp_path):
