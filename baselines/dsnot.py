@@ -59,6 +59,7 @@ class DSnoT(Solver):
     """
 
     selection: ClassVar[str] = "row"
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "hierarchical"})
 
     start: str = "wanda"
     same_sign: bool = True
@@ -126,10 +127,10 @@ class DSnoT(Solver):
         ratio = torch.nan_to_num(contribution / problem.var**self.power, nan=0.0)
         order = ratio.masked_fill_(support, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : int((~support[0]).sum())]  # every row has pruned as many
-        if pattern.group is None:
+        if pattern.swaps is None:
             candidates = _BySign(wanda_score(problem), contribution, support)
         else:
-            candidates = _ByGroup(score, support, pattern.group)
+            candidates = _ByGroup(score, support, pattern.swaps)
         swaps = self._swap(contribution, support, order, candidates)
         return support, swaps
 

@@ -52,7 +52,7 @@ class SparseGPT(Solver):
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
-    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "transposable"})  # chosen group by group
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "transposable", "hierarchical", "vnm"})
 
     damping: float = 0.01
     block_size: int = 128

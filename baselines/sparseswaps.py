@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class SparseSwaps(Solver):
         start: the method of conf/method that finds the first mask, with its own hyperparameters' defaults.
         max_swaps: per row.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "hierarchical"})
 
     start: str = "wanda"
     max_swaps: int = 100
@@ -82,7 +85,7 @@ class SparseSwaps(Solver):
         for problem, pattern, start in zip(problems, patterns, starts, strict=True):
             weight = scaled.scale(problem.weight / power_of_two(float(problem.weight.abs().max())))
             weight /= weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-            find = _Pairs(scaled.gram) if pattern.group is None else _GroupPairs(scaled.gram, pattern.group)
+            find = _Pairs(scaled.gram) if pattern.swaps is None else _GroupPairs(scaled.gram, pattern.swaps)
             support, swaps = _swapped(weight, start.support, scaled.gram, find, self.max_swaps)
             most = int(swaps.max())
             solutions.append(

@@ -32,8 +32,8 @@ class Pattern(ABC):
     Class attributes:
         kind: the name of its yaml, by which a solver says that it can keep the pattern.
         rank: where tables list the kind, lowest first.
-        separable: whether entries are kept one by one or in groups, so that of equal ones the first stays; a pattern
-            that chooses among whole masks says itself which of equal ones it takes.
+        separable: whether of equal entries the first stays, all over; a pattern that chooses by sums of entries says
+            itself which of equal choices it takes.
         across: whether entries of different output rows compete, whatever the method's scope.
     """
 

@@ -102,7 +102,7 @@ class Block(_Tiles):
     """
 
     kind: ClassVar[str] = "block"
-    rank: ClassVar[int] = 4
+    rank: ClassVar[int] = 5
 
     rows: int
     columns: int
@@ -152,8 +152,8 @@ class Block(_Tiles):
             return super().misfit(shape)
         what = f"its weight {shape[0]} × {shape[1]} does not divide into blocks of {self.rows} × {self.columns}"
         if self.rows == self.columns:
-            return f"{what}; sizes that fit: {_fitting(math.gcd(*shape), self.rows)}"
-        heights, widths = (_fitting(size, part) for size, part in zip(shape, (self.rows, self.columns), strict=True))
+            return f"{what}; sizes that fit: {fitting(math.gcd(*shape), self.rows)}"
+        heights, widths = (fitting(size, part) for size, part in zip(shape, (self.rows, self.columns), strict=True))
         return f"{what}; heights that fit: {heights}; widths that fit: {widths}"
 
 
@@ -162,7 +162,7 @@ class Row(_Tiles):
     """A fraction `level` of the outputs is zero, whatever a method compares within; biases stay as they are."""
 
     kind: ClassVar[str] = "row"
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = 6
 
     level: float
 
@@ -175,7 +175,7 @@ class Column(_Tiles):
     """A fraction `level` of the inputs is not used, whatever a method compares within."""
 
     kind: ClassVar[str] = "column"
-    rank: ClassVar[int] = 6
+    rank: ClassVar[int] = 7
 
     level: float
 
@@ -206,7 +206,7 @@ def _spread(kept: Tensor, shape: tuple[int, int]) -> Tensor:
     return kept[:, None, :, None].expand(-1, rows, -1, columns).reshape(shape).contiguous()
 
 
-def _fitting(size: int, wanted: int) -> str:
+def fitting(size: int, wanted: int) -> str:
     """Divisors of `size` above 1, the five nearest to what was wanted."""
     found = [number for number in range(2, size + 1) if size % number == 0]
     return ", ".join(map(str, sorted(sorted(found, key=lambda n: abs(math.log(n / wanted)))[:5]))) or "none"

@@ -3,6 +3,8 @@
     0.7              Unstructured(0.7)
     2:4              NM(2, 4)
     2:4T             Transposable(2, 4)
+    4:8>2:4          Hierarchical(4, 8, 2, 4), and 4:8/2:4
+    64:2:8           VNM(64, 2, 8)
     block=32@0.7     Block(32, 32, 0.7), and block=16x64@0.7
     row@0.3          Row(0.3)
     column@0.3       Column(0.3)

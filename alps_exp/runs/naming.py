@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..base.errors import UserError
 from ..base.files import sha256
 from ..checkpoints.location import local_model
+from ..patterns import parse_sparsity
 
 if TYPE_CHECKING:
     from ..layer.method import Method
@@ -191,10 +193,14 @@ def _float_fields(content: Mapping) -> dict[str, set[str]]:
 
 
 def _level(value):
-    """A layer's own sparsity: a number, or N:M."""
+    """A layer's own sparsity: a number, or how its pattern is written."""
     try:
         return float(value)
     except (TypeError, ValueError):
+        pass
+    try:
+        return parse_sparsity(value).written
+    except UserError:
         return value
 
 

@@ -9,13 +9,15 @@ import torch
 from helpers import refused
 from tiny import execute, words_for
 
+from alps_exp.allocation.selection import Selection
 from alps_exp.checkpoints.packed import read_folder
-from alps_exp.cli.overrides import compose
+from alps_exp.cli.overrides import compose, compose_prepared, expand, initialized, prepared
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.patterns import parse_sparsity, written
 from alps_exp.pruning import solve
+from alps_exp.runs.naming import run_name
 from alps_exp.runs.settings import resolve
 
 FOUND = {name: written.pattern_of(node) for name, node in written._nodes().items()}
@@ -65,3 +67,32 @@ def test_rows_are_weighed_where_they_compete():
     problem = LayerProblem(torch.ones(2, 4), Inputs(name="layer"), "layer")
     for text, weighed in {"0.5": False, "2:4": False, "row@0.5": True, "block=1x2@0.5": True}.items():
         assert (solve._scale(problem, parse_sparsity(text), job) is not None) is weighed
+
+
+def test_lists_of_patterns_are_a_sweep_and_layers_take_them():
+    """In the words of a shell without quotes; a directory is named by what tables read back."""
+    texts = ["0.7", "2:4", "block=32@0.7", "block=16x64@0.7", "row@0.3", "column@0.3", "2:4T", "4:8/2:4", "64:2:8"]
+    with initialized():
+        _, jobs = expand(prepared(["sparsity=" + ",".join(texts)]))
+        found = [written.pattern_of(compose_prepared(job).sparsity) for job in jobs]
+    assert found == [parse_sparsity(text) for text in texts]
+    assert [written.of_slug(pattern.slug) for pattern in found] == [pattern.written for pattern in found]
+    cfg = compose(['layers.sparsity={"*.fc1":"block=32@0.7","*.fc2":2:4T,"*.q_proj":"4:8>2:4"}'])
+    own = Selection.parse("*", (), dict(cfg.layers.sparsity)).sparsity
+    assert [str(pattern) for pattern in own.values()] == ["block=32@0.7", "2:4T", "4:8>2:4"]
+    assert sorted(["64:2:8", "row@0.3", "0.7", "4:8>2:4", "2:4T", "block=32@0.7", "2:4"], key=written.order) == [
+        "0.7",
+        "2:4",
+        "2:4T",
+        "4:8>2:4",
+        "64:2:8",
+        "block=32@0.7",
+        "row@0.3",
+    ]
+
+
+def test_two_ways_to_write_a_pattern_are_one_run():
+    one, other = (
+        compose([f"sparsity={text}", f'layers.sparsity={{"fc1":"{text}"}}']) for text in ("4:8>2:4", "4:8/2:4")
+    )
+    assert run_name(one) == run_name(other) and "-4of8over2of4-" in run_name(one)

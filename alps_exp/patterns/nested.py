@@ -1,0 +1,197 @@
+"""Sparsity of two levels: N:M within what a coarser choice has kept.
+
+    4:8>2:4    of every 8 consecutive groups of 4 inputs, 4 are kept, each with 2 of its 4 weights (HighLight, MICRO
+               2023); 4:8/2:4 is the same, for shells, to which > means a file
+    64:2:8     64 consecutive outputs share which 4 of every 8 consecutive inputs they use, and each of them keeps 2 of
+               its 4 weights there: 2:8 on the whole (VENOM, SC 2023)
+
+Both are exact by energy, the sum of squared scores: the coarser choice compares what the finer one would keep. Of equal
+groups the first stays; of equal choices of inputs the one with the earlier inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..base.errors import UserError
+from .nm import NM
+from .pattern import Pattern, Scope
+from .tiles import fitting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Inputs that V outputs share of every M: as many as the matrix units that this is made for take N of.
+_SHARED = 4
+# Above this many inputs there are too many choices of four (1820 of 16) to try all.
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class Hierarchical(Pattern):
+    """At most `outer_kept` of every `outer_width` consecutive groups of `width` inputs, with at most `kept` each."""
+
+    kind: ClassVar[str] = "hierarchical"
+    rank: ClassVar[int] = 3
+    separable: ClassVar[bool] = False
+
+    outer_kept: int
+    outer_width: int
+    kept: int
+    width: int
+
+    def __post_init__(self) -> None:
+        NM(self.outer_kept, self.outer_width)
+        NM(self.kept, self.width)
+
+    @classmethod
+    def parse(cls, text: str) -> Hierarchical | None:
+        match = re.fullmatch(r"(\d+):(\d+)[>/](\d+):(\d+)", text)
+        return cls(*map(int, match.groups())) if match else None
+
+    @property
+    def written(self) -> str:
+        return f"{self.outer_kept}:{self.outer_width}>{self.kept}:{self.width}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.outer_kept * self.kept / (self.outer_width * self.width)
+
+    @property
+    def group(self) -> int:
+        return self.outer_width * self.width
+
+    @property
+    def swaps(self) -> int:
+        return self.width
+
+    @property
+    def order(self) -> tuple:
+        return self.rank, self.sparsity, self.group, self.written
+
+    @property
+    def note(self) -> str:
+        outer = f"{self.outer_kept} of {self.outer_width} groups of {self.width} inputs kept"
+        return f"{self.written}: {outer}, with {self.kept} of {self.width} each"
+
+    def keep(self, score: Tensor, scope: Scope = "layer") -> Tensor:
+        from .keeping import keep_per_row
+
+        self.check(tuple(score.shape))
+        inner = keep_per_row(score.reshape(-1, self.width), self.kept)
+        values = score.reshape(-1, self.width).double()
+        energy = (values * values.abs()).masked_fill_(~inner, 0).sum(1)
+        outer = keep_per_row(energy.view(-1, self.outer_width), self.outer_kept)
+        return (inner & outer.view(-1, 1)).view(score.shape)
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        if shape[1] % self.group:
+            inputs = f"its {shape[1]} inputs are not a multiple of {self.outer_width} groups of {self.width}"
+            return f"{inputs}; multiples that fit: {fitting(shape[1], self.group)}"
+        return None
+
+
+@dataclass(frozen=True)
+class VNM(Pattern):
+    """`rows` consecutive outputs share four of every `width` consecutive inputs, of which each keeps `kept`."""
+
+    kind: ClassVar[str] = "vnm"
+    rank: ClassVar[int] = 4
+    separable: ClassVar[bool] = False
+    across: ClassVar[bool] = True
+
+    rows: int
+    kept: int
+    width: int
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.rows, self.kept, self.width))
+        if not whole or self.rows < 1 or not 0 < self.kept < _SHARED < self.width <= _MOST:
+            raise UserError(
+                f"sparsity {self.written} is not allowed: in V:N:M, V outputs share {_SHARED} of M inputs and keep N "
+                f"of them, with V > 0, 0 < N < {_SHARED} < M <= {_MOST}, as in 64:2:8"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> VNM | None:
+        match = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
+        return cls(*map(int, match.groups())) if match else None
+
+    @property
+    def written(self) -> str:
+        return f"{self.rows}:{self.kept}:{self.width}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.width
+
+    @property
+    def group(self) -> int:
+        return self.width
+
+    @property
+    def swaps(self) -> int | None:
+        return None  # the inputs that may be exchanged are not consecutive
+
+    @property
+    def order(self) -> tuple:
+        return self.rank, self.sparsity, self.width, self.rows
+
+    @property
+    def note(self) -> str:
+        shared = f"{self.rows} outputs share {_SHARED} of {self.width} inputs"
+        return f"{self.written}: {shared}, and {self.kept} of {_SHARED} are kept"
+
+    def selected(self, selection: str) -> str:
+        return f"tile of {self.rows}x{self.width}"
+
+    def keep(self, score: Tensor, scope: Scope = "layer") -> Tensor:
+        import torch
+
+        from .keeping import keep_per_row
+
+        self.check(tuple(score.shape))
+        down, across = score.shape[0] // self.rows, score.shape[1] // self.width
+        tiles = score.reshape(down, self.rows, across, self.width).transpose(1, 2)
+        values = tiles.double()
+        columns = (values * values.abs()).unbind(3)
+        choices = list(itertools.combinations(range(self.width), _SHARED))
+        best, which = None, torch.zeros(down, across, dtype=torch.long, device=score.device)
+        for number, choice in enumerate(choices):
+            energy = self._largest(*(columns[place] for place in choice)).sum(2)
+            if best is None:
+                best = energy
+                continue
+            better = energy > best
+            which[better] = number
+            best = torch.where(better, energy, best)
+        places = torch.tensor(choices, device=score.device)[which][:, :, None, :].expand(-1, -1, self.rows, -1)
+        shared = tiles.gather(3, places)
+        kept = keep_per_row(shared.reshape(-1, _SHARED), self.kept).view(shared.shape)
+        mask = torch.zeros(tiles.shape, dtype=torch.bool, device=score.device).scatter_(3, places, kept)
+        return mask.transpose(1, 2).reshape(score.shape)
+
+    def _largest(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """The sum of the `kept` largest of four."""
+        import torch
+
+        high, low = torch.maximum(a, b), torch.minimum(a, b)
+        other_high, other_low = torch.maximum(c, d), torch.minimum(c, d)
+        if self.kept == 3:
+            return high + other_high + torch.maximum(low, other_low)
+        first = torch.maximum(high, other_high)
+        if self.kept == 1:
+            return first
+        return first + torch.maximum(torch.minimum(high, other_high), torch.maximum(low, other_low))
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        what = f"its weight {shape[0]} × {shape[1]} does not divide into tiles of {self.rows} × {self.width}"
+        if shape[0] % self.rows:
+            return f"{what}; V that fit: {fitting(shape[0], self.rows)}"
+        if shape[1] % self.width:
+            widths = [width for width in range(_SHARED + 1, _MOST + 1) if shape[1] % width == 0]
+            return f"{what}; M that fit: {', '.join(map(str, widths)) or 'none'}"
+        return None
