@@ -216,7 +216,10 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
     elif settings.save:
         disk = [("the saved model", dense)]
     disk += [] if Path(settings.model.source.path).exists() else [("the download", model_bytes)]
-    if patterns and settings.resumable:
+    if settings.solver.trains and settings.resumable:
+        state = settings.solver.state_bytes(skeleton, patterns, _computing_bytes(settings))
+        disk.append(("the training's checkpoint while it runs, at most", state))
+    elif patterns and settings.resumable:
         kept = " (they become the saved model)" if settings.save is True and streamed else " while it runs"
         disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
     disk += [("hidden states while it runs", hidden)] if place == "disk" else []

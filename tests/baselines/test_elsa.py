@@ -354,6 +354,7 @@ def test_a_plan_tells_tokens_time_and_memory(words):
     assert "training on 15,360 tokens (4,096 of them distinct)" in text
     assert re.search(r"at least \S+ MB on the host for the training of the whole model", text)
     assert re.search(r"training \d+ s", text)
+    assert "the training's checkpoint" in text and "finished blocks" not in text
 
 
 def test_choices_change_the_result():
