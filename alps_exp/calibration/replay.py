@@ -26,7 +26,7 @@ class Parts:
     """The modules in a block whose outputs may stand for them: each called once, and giving hidden states.
 
     Found during one forward, as a context. Where a part writes to the residual stream, its output must be that of its
-    one writer, as it is.
+    one writer, as it is; and what comes behind a part must not write over its output.
 
     Args:
         block: the block.
@@ -48,7 +48,7 @@ class Parts:
             for child in block.children()
             if child not in names and (own := frozenset(n for m in child.modules() for n in names.get(m, ())))
         }
-        self._written: dict[nn.Module, frozenset[str]] = {}
+        self._seen: dict[nn.Module, tuple[frozenset[str], list[tuple[Tensor, int]]]] = {}
 
     def __enter__(self) -> Parts:
         self._handles = [child.register_forward_hook(self._look) for child in self._candidates]
@@ -57,17 +57,21 @@ class Parts:
     def __exit__(self, *error) -> None:
         for handle in self._handles:
             handle.remove()
-        for part, names in self._written.items():
+        for part, (names, given) in self._seen.items():
             wrote = self._candidates[part] & self._additions.found.keys()
-            if self._calls[part] == 1 and wrote == names and len(names) < 2:
+            same = all(tensor._version == version for tensor, version in given)
+            if same and self._calls[part] == 1 and wrote == names and len(names) < 2:
                 self.layers[part] = self._candidates[part]
                 self.writers[part] = next(iter(names), None)
+        self._seen.clear()
 
     def _look(self, part: nn.Module, args: tuple, output) -> None:
         self._calls[part] = self._calls.get(part, 0) + 1
-        first = next(iter(_tensors(output)), None)
-        if first is not None and first is hidden_of(output) and sum(t.nbytes for t in _tensors(output)) == self._size:
-            self._written[part] = self._additions.whole(first)
+        given = _tensors(output)
+        if any(tensor.is_inference() for tensor in given):  # which do not tell whether they are written over
+            return
+        if given and given[0] is hidden_of(output) and sum(tensor.nbytes for tensor in given) == self._size:
+            self._seen[part] = self._additions.whole(given[0]), [(tensor, tensor._version) for tensor in given]
 
 
 class Replay:
@@ -83,7 +87,7 @@ class Replay:
         # The attention's in the dense block and in the pruned one.
         room = parts is not None and 2 * size <= 0.25 * free_device(device)
         self._parts = parts if room else None
-        self._kept: dict[Windows, dict[nn.Module, tuple[object, list[int]]]] = {}
+        self._kept: dict[Windows, dict[nn.Module, object]] = {}
         self._outputs: dict[Windows, Tensor] = {}
 
     def drop(self) -> bool:
@@ -115,16 +119,13 @@ class Replay:
         kept = self._kept.setdefault(windows, {}) if self._parts is not None else {}
         with ExitStack() as stack:
             for part in left_out:
-                part.forward = _returning(kept[part][0])
+                part.forward = _returning(kept[part])
                 stack.callback(part.__dict__.pop, "forward")
             if self._parts is not None and later is not None:
                 for part, layers in self._parts.layers.items():
                     if part not in left_out and layers.isdisjoint(later):
                         stack.callback(part.register_forward_hook(_keeping(kept)).remove)
             yield
-        for part, (output, versions) in list(kept.items()):
-            if versions != [tensor._version for tensor in _tensors(output)]:  # written over by what came after it
-                del kept[part]
 
     def _left_out(self, windows: Windows, called: Iterable[str]) -> list[nn.Module]:
         return [part for part in self._kept.get(windows, ()) if self._parts.layers[part].isdisjoint(called)]
@@ -146,13 +147,13 @@ class Replay:
         """
         windows = (stream, begin, end)
         output = self._outputs.pop(windows, None)
-        if output is None:
+        while output is None:
             try:
                 with self.forward(windows):
                     output = run()
             except torch.OutOfMemoryError:
-                self.drop()
-                raise
+                if not self.drop():  # what is kept gives way before anything else does
+                    raise
         self._kept.pop(windows, None)
         return output
 
@@ -163,7 +164,7 @@ def _returning(output):
 
 def _keeping(kept: dict):
     def hook(part: nn.Module, args: tuple, output) -> None:
-        kept[part] = (output, [tensor._version for tensor in _tensors(output)])
+        kept[part] = output
 
     return hook
 

@@ -15,7 +15,7 @@ from ..base.errors import UserError
 from ..base.progress import Progress
 from ..methods.target import StreamTarget
 from ..model.blocks import BlockModel
-from ..model.layers import Layer
+from ..model.layers import find_layer
 from ..model.loss import next_token_loss
 from .finish import Finish
 from .job import PruneJob
@@ -70,7 +70,7 @@ def chosen(model: BlockModel, job: PruneJob, tools: Tools, method: ModelMethod) 
 
 
 def _tried(model: BlockModel, job: PruneJob, method: ModelMethod) -> dict:
-    layers = [Layer(name, model.model.get_submodule(name)) for name in job.patterns]
+    layers = [find_layer(model.model, name) for name in job.patterns]
     dense = [layer.weight.cpu().clone() for layer in layers]
     tokens, losses = job.tokens[:WINDOWS], {}
     trial = replace(job, tokens=tokens, held_out=None, fresh=None, finish=Finish(), losses=False, quiet=True)

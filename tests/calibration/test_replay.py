@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import CONFIGS, network, tokens
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
+from alps_exp.baselines.wanda import Wanda
 from alps_exp.calibration import replay
 from alps_exp.layer.registry import solver
 from alps_exp.methods.target import LayerTarget, StreamTarget, Target
@@ -18,6 +19,8 @@ from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.rows import PruneResult
+
+TARGETS = pytest.mark.parametrize("target", [LayerTarget(), StreamTarget()], ids=["layer", "stream"])
 
 
 def prune(model: nn.Module, target: Target, **options) -> PruneResult:
@@ -34,7 +37,7 @@ def told(result: PruneResult) -> list:
 
 
 @pytest.mark.parametrize("held_out", [None, tokens(6)], ids=["", "held-out"])
-@pytest.mark.parametrize("target", [LayerTarget(), StreamTarget()], ids=["layer", "stream"])
+@TARGETS
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_run_that_keeps_outputs_has_the_bits_of_one_that_does_not(family, target, held_out, monkeypatch):
     one, other = network(family), network(family)
@@ -60,3 +63,44 @@ def test_attention_that_has_not_changed_is_not_run_again(target, spared, monkeyp
         prune(model, target, batch_size=12)
         counts.append(calls.count(model.model.layers[0].self_attn))
     assert counts[1] - counts[0] == spared
+
+
+@TARGETS
+def test_outputs_that_are_written_over_are_not_kept(target, monkeypatch):
+    def forward(self, hidden_states, **keys):
+        hidden, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **keys)
+        hidden += hidden_states
+        behind = self.mlp(self.post_attention_layernorm(hidden))
+        behind += hidden
+        return behind
+
+    expected = told(prune(network("llama"), target))
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    assert told(prune(network("llama"), target)) == expected
+
+
+def test_inference_mode_gives_the_same():
+    expected = told(prune(network("llama"), LayerTarget()))
+    with torch.inference_mode():
+        assert told(prune(network("llama"), LayerTarget())) == expected
+
+
+@pytest.mark.parametrize("where", ["behind", "solver"])
+def test_what_is_kept_gives_way_before_the_measures_against_lack_of_memory(where, monkeypatch):
+    expected = prune(network("llama"), StreamTarget())
+    drops, drop = [], replay.Replay.drop
+    monkeypatch.setattr(replay.Replay, "drop", lambda self: drops.append(drop(self)) or drops[-1])
+    holder, name = (replay.Replay, "_left_out") if where == "behind" else (Wanda, "solve_group")
+    whole = getattr(holder, name)
+
+    def short(self, *args):
+        called = args[1] if where == "behind" else None
+        layer = "" if where == "behind" else args[0][0].name
+        if not any(drops) and (called == () or "mlp" in layer):
+            raise torch.OutOfMemoryError("out of memory (not really)")
+        return whole(self, *args)
+
+    monkeypatch.setattr(holder, name, short)
+    result = prune(network("llama"), StreamTarget())
+    assert any(drops) and not result.notes
+    assert told(result) == told(expected)

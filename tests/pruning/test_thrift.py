@@ -63,7 +63,7 @@ def test_embedding_and_perplexity_of_fewer_windows(tiny_opt, monkeypatch):
 
 def test_statistics_in_several_passes(tiny_llama, monkeypatch):
     expected, _ = prune(tiny_llama)
-    out_of_memory(monkeypatch, Collector, "begin", lambda self, hidden: len(self._linears) > 2)
+    out_of_memory(monkeypatch, Collector, "begin", lambda self, hidden: len(self._layers) > 2)
     record, _ = prune(tiny_llama)
     assert_close(record, expected)
     assert [line.partition("on: ")[2] for line in record["warnings"]] == [
