@@ -89,6 +89,7 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     missing += ["tasks"] if asked.tasks.names else []
     written = isinstance(windows.data, GeneratedSettings)
     missing += ["writing the calibration text"] if written else []
+    missing += ["choosing target.strength"] if getattr(settings.target, "strength", 0) == "auto" else []
     missing += [f"eval={asked.protocol}"] if asked.own is not None else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     lines = []

@@ -34,6 +34,13 @@ def test_methods_that_need_less_are_planned_with_less(settings):
     assert "forward passes 0 s" in magnitude and "Gram matrices 0 s" in magnitude
 
 
+def test_a_plan_says_that_the_choice_of_a_strength_is_not_in_its_time(settings):
+    auto, number = (
+        plan_of([*settings, "target=stream", "data.holdout=4", f"target.strength={v}"]) for v in ("auto", 0.5)
+    )
+    assert "choosing target.strength not in it" in auto and "choosing target.strength" not in number
+
+
 def test_a_plan_is_validated(settings):
     with pytest.raises(UserError, match="beyond the model's context"):
         plan_of([*settings, "seqlen=1000"])

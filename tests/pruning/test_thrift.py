@@ -182,8 +182,8 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
         job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(4), **options)
         original = HiddenStates.advance
 
-        def advance(self, model, index, block):
-            original(self, model, index, block)
+        def advance(self, model, index, block, **options):
+            original(self, model, index, block, **options)
             sizes.append((len(self._tokens), tuple(self.sizes)))
 
         with monkeypatch.context() as patch:
