@@ -240,7 +240,7 @@ def accounted(model: BlockModel, job: PruneJob, method: ModelMethod, done: dict,
     result.add_seconds({"train": done["seconds"]})
     for name, pattern in job.patterns.items():
         weight = find_layer(model.model, name).weight
-        row = LayerRow.plain(name, block_of(name), weight, pattern, method.selection)
+        row = LayerRow.plain(name, block_of(name), weight, pattern, pattern.selected(method.selection))
         row = dataclasses.replace(row, status="max_iterations", iterations=done["steps"], stats=dict(stats[name]))
         result.layers.append(row)
     return result

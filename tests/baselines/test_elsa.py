@@ -140,6 +140,7 @@ def test_counts_are_exact(sparsity, dtype):
         else:
             assert row["stats"]["kept"] == int(weight.count_nonzero()) == round((1 - float(sparsity)) * weight.numel())
         assert 0 < row["stats"]["distance"] < 1 and row["iterations"] == 10
+        assert row["selection"] == (f"group of {sparsity[2:]}" if ":" in sparsity else "layer")
     assert record["training"]["before"] > 0 and record["training"]["after"] > 0
     assert record["finish"] == {} and record["summary"]["mean_relative_loss"] is None
 
