@@ -119,6 +119,8 @@ def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
         node, known = node[path[0]], f"{known}{path[0]}."
         path = path[1:]
     names = [str(name) for name in node if str(name) not in ("name", "hydra") and not str(name).startswith("_")]
+    if not known and group in _groups(""):  # one that is in no run unless it is added
+        return f"{group} is added, not set: give +{group}=NAME"
     if known == "method.":
         hint = nearest(path[0], names) if names else "it has none"
         return f"method {node.get('name')} has no hyperparameter {path[0]!r}; {hint}"

@@ -41,7 +41,7 @@ def one_line(capsys) -> str:
 
 # What the user gives: (words, what the line must contain).
 MISTAKES = [
-    (["method=alsp"], ["unknown method 'alsp'", "did you mean alps?"]),
+    (["method=alsp"], ["unknown method 'alsp'", "did you mean alps"]),
     (["method=3"], ["unknown method 3", "magnitude"]),
     (["model=opt-13"], ["unknown model 'opt-13'", "opt-13b"]),
     (["data=wikitxt2"], ["unknown data", "wikitext2"]),
@@ -50,6 +50,8 @@ MISTAKES = [
     (["sparsity=foo"], ["sparsity=foo is not allowed", "2:4"]),
     (["+sweeps=dmo"], ["unknown sweep 'dmo'", "demo"]),
     (["+sweeps=demo"], ["add -m"]),
+    (["sweeps=demo"], ["give +sweeps=NAME"]),
+    (["preset=residual"], ["give +preset=NAME"]),
     (["metod=alps"], ["unknown key 'metod'", "method"]),
     (["method.rhoo=0.3"], ["method alps has no hyperparameter 'rhoo'", "did you mean rho"]),
     (["+method.rhoo=0.3"], ["method alps has no hyperparameter 'rhoo'", "did you mean rho"]),
