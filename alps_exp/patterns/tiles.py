@@ -69,11 +69,13 @@ class _Tiles(Pattern):
     def keep(self, score: Tensor, scope: Scope = "layer") -> Tensor:
         self.check(tuple(score.shape))
         # In float64, where squares of float32 numbers are exact; of negative scores the square counts as negative.
-        return self._keep(_sums(score.double(), self.tile(score.shape), signed=True), score.shape, scope)
+        return self.best(_sums(score.double(), self.tile(score.shape), signed=True), score.shape)
 
-    def _keep(self, energy: Tensor, shape: tuple[int, int], scope: Scope) -> Tensor:
-        kept = Unstructured(self.level).keep(energy, "layer")
-        return _spread(kept, shape)
+    def best(self, energy: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The mask (out, in) of the tiles of largest energy (down, across)."""
+        kept = Unstructured(self.level).keep(energy)
+        rows, columns = shape[0] // kept.shape[0], shape[1] // kept.shape[1]
+        return kept[:, None, :, None].expand(-1, rows, -1, columns).reshape(shape).contiguous()
 
     def tracker(self) -> Tracker:
         from .tracker import Tracker
@@ -90,16 +92,12 @@ class _Tiles(Pattern):
     def holds(self, support: Tensor) -> bool:
         filled = _sums(support.double(), self.tile(support.shape)).count_nonzero()
         tiles = support.numel() // math.prod(self.tile(support.shape))
-        return int(filled) <= tiles - math.floor(self.level * tiles - 1e-6)
+        return int(filled) <= round((1 - self.level) * tiles)
 
 
 @dataclass(frozen=True)
 class Block(_Tiles):
-    """A fraction `level` of the tiles of `rows` outputs × `columns` inputs is zero.
-
-    A layer keeps round((1 - level) · tiles) of them. Methods that compare within a row compare the tiles of the same
-    outputs, of which floor(level · tiles) go.
-    """
+    """A fraction `level` of the tiles of `rows` outputs × `columns` inputs is zero; they compete over the layer."""
 
     kind: ClassVar[str] = "block"
     rank: ClassVar[int] = 5
@@ -142,10 +140,7 @@ class Block(_Tiles):
         return self.rows, self.columns
 
     def selected(self, selection: str) -> str:
-        return f"blocks of {self.rows}x{self.columns} of the {'row' if selection == 'row' else 'layer'}"
-
-    def _keep(self, energy: Tensor, shape: tuple[int, int], scope: Scope) -> Tensor:
-        return _spread(Unstructured(self.level).keep(energy, scope), shape)
+        return f"blocks of {self.rows}x{self.columns} of the layer"
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if not shape[0] % self.rows and not shape[1] % self.columns:
@@ -190,7 +185,7 @@ class _Quick:
         self._pattern, self.sparsity = pattern, pattern.sparsity
 
     def keep(self, score: Tensor) -> Tensor:
-        return self._pattern._keep(_sums(score, self._pattern.tile(score.shape)), score.shape, "layer")
+        return self._pattern.best(_sums(score, self._pattern.tile(score.shape)), score.shape)
 
 
 def _sums(score: Tensor, tile: tuple[int, int], signed: bool = False) -> Tensor:
@@ -198,12 +193,6 @@ def _sums(score: Tensor, tile: tuple[int, int], signed: bool = False) -> Tensor:
     score = score.contiguous()
     squares = score * score.abs() if signed else score.square()
     return squares.view(score.shape[0] // tile[0], tile[0], score.shape[1] // tile[1], tile[1]).sum((1, 3))
-
-
-def _spread(kept: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask (out, in) of tiles (down, across)."""
-    rows, columns = shape[0] // kept.shape[0], shape[1] // kept.shape[1]
-    return kept[:, None, :, None].expand(-1, rows, -1, columns).reshape(shape).contiguous()
 
 
 def fitting(size: int, wanted: int) -> str:

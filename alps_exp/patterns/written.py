@@ -122,6 +122,19 @@ def order(text: str) -> tuple:
     return pattern.order if pattern is not None else (99, text)
 
 
+def notes(texts: Iterable[str]) -> list[str]:
+    """What a footnote says of written patterns, in the order of tables; texts of no pattern are passed over."""
+    found = []
+    for text in sorted(set(texts), key=order):
+        try:
+            pattern = read(text)
+        except UserError:
+            continue
+        if pattern is not None and pattern.note is not None and pattern.note not in found:
+            found.append(pattern.note)
+    return found
+
+
 def of_slug(slug: str, candidates: Iterable[str] = ()) -> str | None:
     """The text whose pattern has this slug (a directory's name holds it); None where that is not clear.
 

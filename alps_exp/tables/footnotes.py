@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from ..base.files import sha256
+from ..patterns import written
 from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, is_trained, measures, sees_gradients
 
 _NAMED = 12  # runs that a footnote lists
@@ -154,6 +155,7 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if any(map(sees_gradients, records)):
         words.append("†: has seen gradients of the dense model, as one-shot methods do not")
     words += _finished(records, metrics)
+    words += written.notes(pruned["sparsity"])
     if any(map(is_trained, records)):
         words.append("§: trained on text against the model's own loss, not one-shot")
     competing = pruned[pruned["better"] != 0]

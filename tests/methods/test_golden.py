@@ -14,6 +14,7 @@ from helpers import assert_exact
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
+from alps_exp.methods.refit import refitted
 from alps_exp.patterns import parse_sparsity
 
 LAYERS = ("block00_k_proj", "block12_down_proj", "block20_gate_proj")
@@ -149,3 +150,17 @@ def test_admm_grad_lies_between_sparsegpt_and_alps(golden, layer, written):
 def test_sparseswaps_from_wanda_is_below_dsnot_after_five_swaps(golden, layer, written):
     found = ratio("dsnot", golden, layer, written, ours="sparseswaps", max_swaps=5)
     assert found < min(0.96, ratio("dsnot", golden, layer, written))
+
+
+# Of the first layer, whose weight is 192 × 576.
+STRUCTURED = ("block=4@0.7", "block=32@0.7", "row@0.3", "column@0.3", "2:4T", "4:8T", "4:8>2:4", "64:2:8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", STRUCTURED)
+def test_alps_is_below_magnitude_and_its_exact_refit_under_every_pattern(golden, written):
+    problem, pattern = golden(LAYERS[0], "0.5")[0], parse_sparsity(written)
+    fitted = refitted(registry.solver("magnitude"), "exact").solve(problem, pattern)
+    found = registry.solver("alps").solve(problem, pattern)
+    assert pattern.holds(found.support)
+    assert problem.relative_loss(found.weight) < problem.relative_loss(fitted.weight)

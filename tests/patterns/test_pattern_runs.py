@@ -96,3 +96,25 @@ def test_two_ways_to_write_a_pattern_are_one_run():
         compose([f"sparsity={text}", f'layers.sparsity={{"fc1":"{text}"}}']) for text in ("4:8>2:4", "4:8/2:4")
     )
     assert run_name(one) == run_name(other) and "-4of8over2of4-" in run_name(one)
+
+
+def test_footnotes_of_tables_tell_what_is_kept():
+    texts = [
+        "column@0.3",
+        "block=32@0.7",
+        "block=32@0.8",
+        "2:4T",
+        "0.7",
+        "2:4",
+        "4:8>2:4",
+        "64:2:8",
+        "no pattern",
+        "5:4",
+    ]
+    assert written.notes(texts) == [
+        "2:4T: 2 of 4 kept along the inputs, and along the outputs",
+        "4:8>2:4: 4 of 8 groups of 4 inputs kept, with 2 of 4 each",
+        "64:2:8: 64 outputs share 4 of 8 inputs, and 2 of 4 are kept",
+        "block: blocks of 32 outputs × 32 inputs are zero as a whole",
+        "column: whole inputs of a layer are zero",
+    ]

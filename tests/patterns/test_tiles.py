@@ -59,7 +59,7 @@ def test_order_within_a_tile_does_not_matter(pattern):
 def test_counts_and_ties_by_hand():
     ones = torch.ones(4, 12)
     assert Block(2, 4, 0.5).keep(ones).int()[::2, ::4].tolist() == [[1, 1, 1], [0, 0, 0]]
-    assert Block(2, 4, 0.5).keep(ones, "row").int()[::2, ::4].tolist() == [[1, 1, 0], [1, 1, 0]]  # floor(1.5) go
+    assert Block(2, 4, 0.5).keep(ones, "row").int()[::2, ::4].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert Row(0.3).keep(ones, "row").int()[:, 0].tolist() == [1, 1, 1, 0]
     assert Column(0.3).keep(ones).int()[0].tolist() == [1] * 8 + [0] * 4
     signs = torch.tensor([[3.0, -9.0, 1.0, 1.0]])
