@@ -303,7 +303,7 @@ def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
     assert call("method=alsp") == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps?"
+    assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps or elsa?"
 
 
 @pytest.mark.slow
