@@ -103,3 +103,16 @@ def several() -> list[dict]:
         for method, sparsity, seed in itertools.product(("alps", "wanda"), ("0.5", "0.7", "2:4"), range(3))
     ]
     return [record("dense", perplexity=15.0), *pruned]
+
+
+class Logged:
+    """Stands in for a run of W&B: what it is given."""
+
+    def __init__(self) -> None:
+        self.logged, self.metrics = [], []
+
+    def define_metric(self, name, **options):
+        self.metrics.append((name, options))
+
+    def log(self, row):
+        self.logged.append(row)

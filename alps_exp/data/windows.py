@@ -151,7 +151,7 @@ def evaluation_tokens(
     if count > available or not available:
         raise _too_short(data.name, "evaluation", available, max(count, 1), seqlen, "windows")
     if sampled:
-        rows, _ = _from_documents(text, encoder, count, random.Random(0), 0, data.name)
+        rows, *_ = _from_documents(text, encoder, count, random.Random(0), 0, data.name)
     else:
         rows = [encoder.window(ids, index * encoder.payload) for index in range(count)]
     description = _description(data, text, encoder, count) | {

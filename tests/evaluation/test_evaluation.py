@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
-from alps_exp.model import faithful
+from alps_exp.model import faithful, loss
 from alps_exp.model.blocks import BlockModel
 from alps_exp.runs import run as runs
 from alps_exp.runs.settings import resolve
@@ -44,7 +44,7 @@ def test_perplexity_is_that_of_a_plain_loop(kind, positions, request, monkeypatc
     """Also with the head in slices of five positions: no more logits than those are ever there."""
     network = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"tiny_{kind}")).eval()
     windows = torch.randint(3, tiny_models.VOCABULARY, (5, 48), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(perplexity, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
+    monkeypatch.setattr(loss, "_LOGITS", positions if positions > 100 else positions * 2 * tiny_models.VOCABULARY)
     model, shapes = BlockModel(network, torch.device("cpu")), []
     faithful.ensure(model, windows)  # logits of its own
     head = model.head
@@ -61,7 +61,7 @@ def test_softcapped_logits_are_sliced_like_others(monkeypatch):
     rotary = {**tiny_models._ROTARY, **tiny_models._TOKENS, "vocab_size": 100, "num_hidden_layers": 2}
     network = AutoModelForCausalLM.from_config(Gemma2Config(**rotary, final_logit_softcapping=0.5)).eval()
     windows = torch.randint(3, 100, (2, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(perplexity, "_LOGITS", 700)
+    monkeypatch.setattr(loss, "_LOGITS", 700)
     value = perplexity.perplexity(BlockModel(network, torch.device("cpu")), windows, quiet=True)
     assert value == pytest.approx(reference(network, windows), rel=1e-4)
 

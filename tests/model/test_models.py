@@ -293,7 +293,7 @@ def test_demo_model_loads_saves_and_reloads_bit_equal(tmp_path):
 
 def test_every_model_yaml_has_the_same_keys_and_its_command():
     files = sorted((CONF / "model").glob("*.yaml"))
-    assert len(files) == 28
+    assert len(files) == 33
     for file in files:
         fields = yaml.safe_load(file.read_text())
         fields.pop("defaults", None)

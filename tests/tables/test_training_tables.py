@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from table_records import cells, laid_out, record
-from test_finish_tables import Run
+from table_records import Logged, cells, laid_out, record
 
 from alps_exp.runs import loggers
 from alps_exp.runs.record import checked
@@ -38,6 +37,6 @@ def test_plots_know_the_phase_and_wandb_the_curve():
     other["config"]["target"] = {"name": "stream"}
     points = plots.KINDS["frontier"][0](figures.aggregate([*RECORDS, other]), spec)[0]["points"]
     assert sorted(point["seconds"][0] for point in points) == [4.0, 4.0, 7.0]
-    run = Run()
+    run = Logged()
     loggers._log_training(run, TRAINING)
     assert [row["training/step"] for row in run.logged] == [0, 4]
