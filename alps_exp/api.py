@@ -203,6 +203,10 @@ def prune_model(
     fitted_to = build_target(choice_file("target", target)) if isinstance(target, str) else target
     if fitted_to.beside and propagate == "dense":
         raise UserError("target stream makes up for what pruned blocks have lost: give propagate='pruned'")
+    if getattr(fitted_to, "strength", 0) == "auto" and held_out is None:
+        raise UserError(
+            "target strength 'auto' is chosen by the loss on held-out windows: give held_out=TOKENS, or a number"
+        )
     weighing = sensitivity
     if isinstance(sensitivity, str):
         weighing = build_sensitivity(choice_file("sensitivity", sensitivity))

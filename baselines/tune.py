@@ -28,7 +28,7 @@ from alps_exp.base.checks import require
 from alps_exp.base.errors import UserError
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.layers import Layer, find_layer
-from alps_exp.patterns import Pattern
+from alps_exp.patterns import Pattern, Unstructured
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.rows import PruneResult
 from alps_exp.pruning.tools import Tools
@@ -143,15 +143,20 @@ class Tune(TrainingMethod):
                 "the model.path of a pruned one"
             )
         for name, pattern in patterns.items():
-            if pattern.group is not None:
-                support = layers[name].weight != 0
-                if bool((support & ~pattern.keep(support.to(torch.uint8))).any()):
-                    raise UserError(f"{name} is not {pattern}: give its sparsity, {found[name]:.2g}, or its own N:M")
-        asked = _mean([pattern.sparsity for pattern in patterns.values()], sizes)
-        if all(pattern.group is None for pattern in patterns.values()) and abs(mean - asked) > self.tolerance:
-            raise UserError(
-                f"the checkpoint has {mean:.3g} zeros, and sparsity={asked:.3g} was asked for: give sparsity={mean:.2g}"
+            if not isinstance(pattern, Unstructured) and not pattern.holds(layers[name].weight != 0):
+                raise UserError(f"{name} is not {pattern}: give its sparsity, {found[name]:.2g}, or its own pattern")
+        loose = [name for name, pattern in patterns.items() if isinstance(pattern, Unstructured)]
+        if loose:
+            sizes = [layers[name].weight.numel() for name in loose]
+            mean, asked = (
+                _mean(shares, sizes)
+                for shares in ([found[name] for name in loose], [patterns[name].sparsity for name in loose])
             )
+            if abs(mean - asked) > self.tolerance:
+                raise UserError(
+                    f"the checkpoint has {mean:.3g} zeros, and sparsity={asked:.3g} was asked for: give "
+                    f"sparsity={mean:.2g}"
+                )
         for name in self._targets(layers) if self.lora is not None else ():
             if found[name] == 0:
                 raise UserError(
@@ -187,7 +192,7 @@ def adapted(network: nn.Module, names: Sequence[str], rank: int, alpha: float) -
     """
     peft = _peft()
     layers, known = {name: network.get_submodule(name) for name in names}, set(vars(network))
-    with torch.random.fork_rng(devices=[]):  # where adapters start does not depend on what was drawn before
+    with torch.random.fork_rng():  # where adapters start does not depend on what was drawn before
         torch.manual_seed(0)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), lora_dropout=0.0)
         peft.inject_adapter_in_model(config, network)

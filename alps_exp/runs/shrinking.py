@@ -49,7 +49,11 @@ def shrunk_config(model: nn.Module, patterns: Mapping[str, Pattern]) -> PreTrain
         _set(text, sizes, blocks[0])
         smaller = loading.skeleton(type(config).from_dict(config.to_dict()))
     except Exception as error:  # a configuration may check itself, and a model what it is built of
-        reason = str(error).strip().splitlines()[-1].strip() if not isinstance(error, UserError) else str(error)
+        reason = (
+            str(error)
+            if isinstance(error, UserError)
+            else (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        )
         raise UserError(
             f"{type(config).__name__} cannot say what save=shrunk leaves ({reason}): choose another sparsity, exclude "
             'attention (layers.exclude=["*.self_attn.*"]), or give save=true'

@@ -246,8 +246,14 @@ def test_what_is_not_pruned_is_refused_before_training(monkeypatch):
         prune_model(network("llama"), tokens(), SHORT, "0.5")
     with pytest.raises(UserError, match=r"has 0\.5 zeros, and sparsity=0\.7 was asked for: give sparsity=0\.5"):
         prune_model(pruned(), tokens(), SHORT, "0.7")
-    with pytest.raises(UserError, match=r"q_proj is not 2:4: give its sparsity, 0.5, or its own N:M"):
+    with pytest.raises(UserError, match=r"q_proj is not 2:4: give its sparsity, 0.5, or its own pattern"):
         prune_model(pruned(), tokens(), SHORT, "2:4")
+    with pytest.raises(UserError, match=r"q_proj is not block=4@0.5: give its sparsity, 0.5, or its own pattern"):
+        prune_model(pruned(), tokens(), SHORT, "block=4@0.5")
+    mixed, own = network("llama"), {"*.q_proj": "2:4"}
+    prune_model(mixed, tokens(), "magnitude", "0.5", layer_sparsity=own)
+    with pytest.raises(UserError, match=r"has 0\.5 zeros, and sparsity=0\.7 was asked for"):  # of the others
+        prune_model(mixed, tokens(), SHORT, "0.7", layer_sparsity=own)
 
 
 @needs_peft

@@ -102,3 +102,10 @@ def failing_after_the_choice(patch):
 def test_what_cannot_be_chosen_is_refused(settings, words, message):
     with pytest.raises(UserError, match=message):
         resolve(compose([*settings, "target.strength=auto", "method=wanda", *words]))
+
+
+def test_from_python_it_is_refused_without_held_out_windows(tiny_llama):
+    from alps_exp.api import prune_model
+
+    with pytest.raises(UserError, match="give held_out=TOKENS"):
+        prune_model(load(tiny_llama), torch.ones(2, 8, dtype=torch.long), "wanda", "0.5", target=StreamTarget("auto"))
