@@ -307,7 +307,7 @@ def number(value: float, metric: str) -> str:
     decimals."""
     if not math.isfinite(value):
         return str(value)
-    if metric.endswith("seconds"):
+    if metric.endswith(("seconds", "GB")):
         return f"{value:.1f}"
     if " loss" not in metric and " perplexity" not in metric:
         return f"{value:.4f}"

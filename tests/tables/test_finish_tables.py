@@ -69,6 +69,14 @@ def test_seconds_and_tokens_of_finishing_are_apart():
     assert "finishing seconds" not in str(laid_out(RECORDS, seconds=False).header)
 
 
+def test_the_most_that_a_device_held_is_shown_where_a_table_asks_for_it():
+    record = finished("block", 15.0)
+    record["phases"]["peak_device_bytes"] = 2_780_793_344
+    assert "peak GB" not in str(laid_out([record]).rows)
+    table = laid_out([record], metrics=["peak GB"])
+    assert "2.8" in str(table.rows) and "evaluation included" in " ".join(table.notes)
+
+
 @pytest.mark.slow
 def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     spec = layout.Spec(title="x", metrics=("wikitext2*",))
