@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .allocation.allocations import Allocation
     from .calibration.sensitivity import SensitivityChoice
     from .methods.target import Target
-    from .pruning.finish import Finish
+    from .training.finish import Finish
 
 
 @torch.no_grad()
@@ -160,11 +160,11 @@ def prune_model(
     from .calibration.sensitivity import build_sensitivity
     from .model.blocks import BlockModel, refuse_scattered
     from .model.loading import context_length
+    from .procedure.mixtures import check_experts
+    from .procedure.prune import prune_blocks
+    from .procedure.weighing import check_weighing
     from .pruning.job import CAPTURE, PROPAGATE, PruneJob
-    from .pruning.loop import prune_blocks
     from .pruning.method import ModelMethod
-    from .pruning.mixtures import check_experts
-    from .pruning.weighing import check_weighing
     from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord
 
@@ -354,7 +354,7 @@ def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
 
 def _finish(asked: str | Finish) -> Finish:
     from .base.resources import choice_file
-    from .pruning.finish import build_finish
+    from .training.finish import build_finish
 
     if not isinstance(asked, str):
         return asked

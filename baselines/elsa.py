@@ -35,13 +35,13 @@ from alps_exp.base.checks import one_of, require
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.layers import find_layer
 from alps_exp.patterns import Pattern
+from alps_exp.procedure.trained import TrainingMethod, accounted, judged
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.rows import PruneResult
 from alps_exp.pruning.tools import Tools
-from alps_exp.pruning.trained import TrainingMethod, accounted, judged
-from alps_exp.pruning.whole import on_device
 from alps_exp.training.optimisers import second_moment
 from alps_exp.training.trainer import Companion, Trainer
+from alps_exp.training.whole import on_device
 
 PROJECTIONS = ("momentum", "magnitude")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")

@@ -29,11 +29,11 @@ from alps_exp.base.errors import UserError
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.layers import Layer, find_layer
 from alps_exp.patterns import Pattern, Unstructured
+from alps_exp.procedure.trained import TrainingMethod, accounted
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.rows import PruneResult
 from alps_exp.pruning.tools import Tools
-from alps_exp.pruning.trained import TrainingMethod, accounted
-from alps_exp.pruning.whole import on_device
+from alps_exp.training.whole import on_device
 
 _ADAPTER = "default"
 

@@ -34,8 +34,8 @@ from alps_exp.model.hidden import PLACES
 from alps_exp.model.loading import load_streamed, resolve, skeleton
 from alps_exp.model.structure import find_blocks
 from alps_exp.patterns import parse_sparsity
+from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.store import ProgressStore
 from alps_exp.pruning.tools import Tools
 from alps_exp.runs.provenance import peak_memory

@@ -19,7 +19,7 @@ from ..model.experts import Experts
 from ..model.hidden import choose_place
 from ..model.layers import ExpertLayer, find_layer
 from ..model.structure import blocks_of, count, find_blocks
-from ..pruning.distil import device_bytes
+from ..procedure.distil import device_bytes
 from ..runs.settings import Settings
 from ..runs.workspace import streams
 

@@ -14,7 +14,7 @@ from ..layer.inputs import Statistics
 from ..layer.method import Method
 from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
-from .finish import Finish
+from ..training.finish import Finish
 
 PROPAGATE = ("pruned", "dense")
 CAPTURE = ("auto", "block", "groups")

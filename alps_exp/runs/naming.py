@@ -149,7 +149,7 @@ def canonical(cfg: Mapping) -> dict:
 
 def _canonical_finish(node: Mapping) -> dict:
     """With the name of all stages, of which Hydra gives the last one's, and whole numbers as floats."""
-    from ..pruning.finish import STAGES, build_finish
+    from ..training.finish import STAGES, build_finish
 
     finish = build_finish(node)
     found: dict = {"name": finish.name}

@@ -21,13 +21,13 @@ from ..calibration.sharing import NoPasses, NoSharing
 from ..checkpoints.hub import first_line
 from ..evaluation import perplexity, protocol
 from ..model import loading
-from ..pruning.distil import refuse_streamed
+from ..procedure.distil import refuse_streamed
+from ..procedure.prune import prune_blocks
+from ..procedure.strength import check_strength
+from ..procedure.trained import refuse_streamed as refuse_untrainable
 from ..pruning.job import PruneJob
-from ..pruning.loop import prune_blocks
 from ..pruning.store import NoStore, ProgressStore, locked
-from ..pruning.strength import check_strength
 from ..pruning.tools import Tools
-from ..pruning.trained import refuse_streamed as refuse_untrainable
 from . import resume, sharing, together
 from .loggers import log_record
 from .naming import Configuration

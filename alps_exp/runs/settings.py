@@ -29,14 +29,14 @@ from ..model.hidden import PLACES
 from ..model.loading import ModelSettings
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
-from ..pruning.distil import refuse_streamed
-from ..pruning.finish import Finish, build_finish
+from ..procedure.distil import refuse_streamed
+from ..procedure.mixtures import check_experts
+from ..procedure.strength import check_strength
+from ..procedure.trained import refuse_streamed as refuse_untrainable
+from ..procedure.weighing import check_weighing
 from ..pruning.job import CAPTURE, PROPAGATE
 from ..pruning.method import ModelMethod
-from ..pruning.mixtures import check_experts
-from ..pruning.strength import check_strength
-from ..pruning.trained import refuse_streamed as refuse_untrainable
-from ..pruning.weighing import check_weighing
+from ..training.finish import Finish, build_finish
 from . import loggers, resume, together
 from .loggers import LoggerSettings
 from .naming import Configuration, plain

@@ -37,7 +37,7 @@ def _work(asked: dict) -> dict:
     import torch
     import torch.distributed as dist
 
-    from ..pruning.loop import prune_blocks
+    from ..procedure.prune import prune_blocks
     from ..pruning.store import ProgressStore
     from ..pruning.team import Team
     from ..pruning.tools import Tools

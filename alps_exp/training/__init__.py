@@ -1,1 +1,1 @@
-"""One trainer for whatever follows gradients: finishing, methods that train, fine-tuning under a mask."""
+"""What is asked of a training, and one trainer for it: finishing, methods that train, fine-tuning under a mask."""

@@ -116,7 +116,8 @@ def test_gradients_take_no_part_in_what_is_of_the_inputs(allocation, tiny_llama,
 @pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["spectral", "loss"])
 def test_a_run_streams_to_the_same_bits_and_goes_on(allocation, tiny, tmp_path, monkeypatch):
-    from alps_exp.pruning import stages, weighing
+    from alps_exp.procedure import weighing
+    from alps_exp.pruning import stages
 
     words = [*tiny, "method=magnitude", "sparsity=0.6", f"allocation={allocation}", "nsamples=4", "save=true"]
     words = [word for word in words if word != "nsamples=2"]

@@ -345,7 +345,7 @@ def test_too_little_text_is_refused_before_training(words, tmp_path, monkeypatch
 
 def test_too_little_memory_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(Trainer, "run", None)
-    monkeypatch.setattr("alps_exp.pruning.trained.free_host", lambda: 1000)
+    monkeypatch.setattr("alps_exp.procedure.trained.free_host", lambda: 1000)
     with pytest.raises(UserError, match=r"ELSA needs at least .* GB of memory for this model, and cpu has"):
         prune(network("llama"), SHORT)
 

@@ -16,8 +16,8 @@ from alps_exp.layer.registry import solver
 from alps_exp.methods.target import LayerTarget, StreamTarget, Target
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
+from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.rows import PruneResult
 
 TARGETS = pytest.mark.parametrize("target", [LayerTarget(), StreamTarget()], ids=["layer", "stream"])

@@ -226,7 +226,8 @@ def test_an_allocation_leaves_n_of_m_as_asked_and_says_so(words, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pass(
     words, tmp_path, monkeypatch, stream
 ):
-    from alps_exp.pruning import stages, weighing
+    from alps_exp.procedure import weighing
+    from alps_exp.pruning import stages
 
     whole = execute(words, tmp_path / "whole", f"stream={stream}", "save=true")
     original, solved = stages.solve_layers, []

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import execute, weights
 
-from alps_exp.pruning import weighing
+from alps_exp.procedure import weighing
 from alps_exp.runs.workspace import Workspace
 
 

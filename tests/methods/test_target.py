@@ -22,8 +22,8 @@ from alps_exp.model.layers import Layer
 from alps_exp.model.residual import Additions
 from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.patterns import parse_sparsity
+from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.rows import PruneResult
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.alps import Alps
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.hidden import HiddenStates
+from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning import block
 from alps_exp.pruning import store as progress_store
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.tools import Tools
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from alps_exp.layer.registry import solver
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
+from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
-from alps_exp.pruning.loop import prune_blocks
 from alps_exp.pruning.store import ProgressStore
 from alps_exp.pruning.tools import Tools
 

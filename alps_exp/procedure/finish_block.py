@@ -16,12 +16,12 @@ from torch import Tensor
 from ..calibration.ladder import CALIBRATION
 from ..calibration.streams import DENSE, HELD_OUT
 from ..model.blocks import hidden_of
+from ..pruning.block import BlockProblem
+from ..pruning.stages import Stage
 from ..training.casting import floats_in
+from ..training.finish import BlockFinish
 from ..training.losses import relative_error
 from ..training.trainer import Trainer
-from .block import BlockProblem
-from .finish import BlockFinish
-from .stages import Stage
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # there is room for one block
 

@@ -13,7 +13,7 @@ from ..layer.method import Method
 from ..layer.solver import Solver
 from ..methods.target import Target
 from ..model.layers import ExpertLayer, find_layer
-from .finish import Finish
+from ..training.finish import Finish
 
 
 def check_experts(

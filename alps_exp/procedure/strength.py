@@ -17,10 +17,10 @@ from ..methods.target import StreamTarget
 from ..model.blocks import BlockModel
 from ..model.layers import find_layer
 from ..model.loss import next_token_loss
-from .finish import Finish
-from .job import PruneJob
-from .method import ModelMethod
-from .tools import Tools
+from ..pruning.job import PruneJob
+from ..pruning.method import ModelMethod
+from ..pruning.tools import Tools
+from ..training.finish import Finish
 
 STRENGTHS = (0.35, 0.5, 0.7)
 WINDOWS = 16

@@ -13,7 +13,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model.blocks import BlockModel
-from alps_exp.pruning import strength
+from alps_exp.procedure import strength
 from alps_exp.runs.settings import resolve
 
 
@@ -65,7 +65,7 @@ def test_an_interrupted_run_does_not_choose_again(settings, tmp_path, monkeypatc
     words = ["target.strength=auto", "method=wanda"]
     expected = execute(settings, tmp_path / "whole", *words)
     with monkeypatch.context() as patch:
-        patch.setattr("alps_exp.pruning.loop.check_weights", lambda *args: None)
+        patch.setattr("alps_exp.procedure.prune.check_weights", lambda *args: None)
         patch.setattr("alps_exp.pruning.block.BlockProblem.finish", failing_after_the_choice(patch))
         with pytest.raises(RuntimeError, match="out of luck"):
             execute(settings, tmp_path / "run", *words)

@@ -14,8 +14,8 @@ from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.layers import find_layer
 from ..patterns import parse_sparsity
-from .job import PruneJob
-from .tools import Tools
+from ..pruning.job import PruneJob
+from ..pruning.tools import Tools
 
 _NAME = "weighing"
 

@@ -19,9 +19,9 @@ from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.structure import block_layers, find_blocks
-from alps_exp.pruning.finish import BlockFinish, Distillation, Finish, build_finish
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
+from alps_exp.training.finish import BlockFinish, Distillation, Finish, build_finish
 from alps_exp.training.recipe import Recipe
 from alps_exp.training.trainer import Trainer
 

@@ -21,13 +21,13 @@ from ..model.blocks import BlockModel
 from ..model.hidden import HiddenStates
 from ..model.layers import find_layer
 from ..model.structure import block_layers
+from ..pruning.job import PruneJob
+from ..pruning.rows import PruneResult
+from ..pruning.tools import Tools
+from ..training.finish import Distillation
 from ..training.losses import divergence
 from ..training.trainer import Trainer
-from .finish import Distillation
-from .job import PruneJob
-from .rows import PruneResult
-from .tools import Tools
-from .whole import Checkpointing, on_device, window_bytes, working_dtypes
+from ..training.whole import Checkpointing, on_device, window_bytes, working_dtypes
 
 _FILE = "distil.pt"
 

@@ -21,14 +21,14 @@ from ..model.blocks import BlockModel
 from ..model.layers import find_layer
 from ..model.structure import find_blocks
 from ..patterns import Pattern
+from ..pruning.job import PruneJob
+from ..pruning.method import ModelMethod
+from ..pruning.rows import LayerRow, PruneResult
+from ..pruning.tools import Tools
 from ..training.optimisers import eight_bit
 from ..training.recipe import Recipe
 from ..training.trainer import Companion, Trainer
-from .job import PruneJob
-from .method import ModelMethod
-from .rows import LayerRow, PruneResult
-from .tools import Tools
-from .whole import Checkpointing, window_bytes, working_dtypes
+from ..training.whole import Checkpointing, window_bytes, working_dtypes
 
 _FILE = "training.pt"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..base.checks import one_of, require
 from ..base.errors import UserError
 from ..base.resources import check_fields
-from ..training.optimisers import STATES, eight_bit
-from ..training.recipe import PRECISIONS, Recipe
+from .optimisers import STATES, eight_bit
+from .recipe import PRECISIONS, Recipe
 
 STAGES = ("block", "distil")
 _WIDTH = 576  # the width that the rates are meant for

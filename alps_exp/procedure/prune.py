@@ -1,0 +1,68 @@
+"""A model is pruned: what the dense model tells first, then the method, then gradients on what it has left."""
+
+from __future__ import annotations
+
+from ..allocation.allocations import Uniform
+from ..allocation.prunable import check_weights
+from ..base.clock import Stopwatch
+from ..base.errors import UserError
+from ..layer.method import Method
+from ..model.blocks import BlockModel
+from ..model.structure import count
+from ..pruning.job import PruneJob
+from ..pruning.loop import BlockLoop
+from ..pruning.method import ModelMethod
+from ..pruning.rows import PruneResult
+from ..pruning.stages import Solve, Stage
+from ..pruning.tools import Tools
+from ..training.finish import Finish
+from .distil import Teacher, distil
+from .finish_block import FinishBlock
+from .strength import chosen
+from .weighing import weighed
+
+_UNFINISHED = Finish()
+
+
+def lifted(method: Method, finish: Finish = _UNFINISHED) -> ModelMethod:
+    """The method that prunes a whole model by this one: itself, or a block loop whose stage it is or is called by.
+
+    Args:
+        method: of any scope.
+        finish: what is done to each block after that.
+    """
+    if isinstance(method, ModelMethod):
+        return method
+    after = (FinishBlock(finish.block),) if finish.block is not None else ()
+    return BlockLoop((method if isinstance(method, Stage) else Solve(), *after))
+
+
+def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -> PruneResult:
+    """Prune the model by the job's method, whatever its scope; see `ModelMethod.run`."""
+    if not job.patterns:
+        return PruneResult()
+    tools = tools or Tools()
+    if model.source is not None and not tools.store.keeps:
+        raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
+    if model.source is None:
+        check_weights(model.model, job.patterns)
+    watch = Stopwatch(model.device)
+    teacher = Teacher(model, job, tools) if job.finish.distil is not None else None
+    watch.lap("teach")
+    job = weighed(model, job, tools)
+    watch.lap("weigh")
+    job, strength = chosen(model, job, tools, lifted(job.solver))
+    watch.lap("strength")
+    result = lifted(job.solver, job.finish).run(model, job, tools)
+    if strength:
+        result.strength = strength
+        result.add_seconds({"strength": watch.seconds["strength"]})
+    result.block_weights = count(model.blocks.parameters())
+    if job.sensitivity.used or job.allocation.needs != "nothing":
+        result.add_seconds({"weigh": watch.seconds["weigh"]})
+    result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
+    if teacher is not None:
+        distil(model, job, tools, teacher, result)
+    if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
+        result.notes.append("the allocation leaves N:M sparsity the same in every layer")
+    return result
