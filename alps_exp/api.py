@@ -105,6 +105,7 @@ def prune_model(
     allocation: str | Allocation = "uniform",
     finish: str | Finish = "none",
     held_out: Tensor | None = None,
+    fresh: Tensor | None = None,
     expert_shrinkage: float = 0.03,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
@@ -135,6 +136,7 @@ def prune_model(
             (conf/finish), or a choice; it needs `held_out`.
         held_out: (windows, seqlen) token ids that are not calibrated on: every layer's loss is measured on them too,
             and they choose among the weights of finishing.
+        fresh: (windows, seqlen) token ids that a distillation trains on beside `tokens`.
         expert_shrinkage: so many tokens for each input are added to the statistics of an expert, as the experts of its
             layer receive them on average.
         include: globs on the names of the layers to prune.
@@ -177,12 +179,13 @@ def prune_model(
         raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     vocabulary = model.get_input_embeddings().num_embeddings
     _check_tokens("tokens", tokens, vocabulary)
-    if held_out is not None:
-        _check_tokens("held_out", held_out, vocabulary)
-        if held_out.shape[1] != tokens.shape[1]:
-            raise UserError(
-                f"held_out has windows of {held_out.shape[1]} tokens and tokens of {tokens.shape[1]}: give as many"
-            )
+    for name, windows in (("held_out", held_out), ("fresh", fresh)):
+        if windows is not None:
+            _check_tokens(name, windows, vocabulary)
+            if windows.shape[1] != tokens.shape[1]:
+                raise UserError(
+                    f"{name} has windows of {windows.shape[1]} tokens and tokens of {tokens.shape[1]}: give as many"
+                )
     context = context_length(model.config)
     if context is not None and tokens.shape[1] > context:
         raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
@@ -216,6 +219,7 @@ def prune_model(
         check_weighing(divided, weighing, len(tokens), fitting)
         check_experts(model, patterns, fitting, fitted_to, weighing, divided, finishing)
         finishing.check(propagate, len(held_out) if held_out is not None else 0, len(tokens))
+        _check_fresh(finishing, fresh, held_out)
         if finishing.block is not None and isinstance(fitting, ModelMethod):
             raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
     job = PruneJob(
@@ -233,6 +237,7 @@ def prune_model(
         allocation=divided,
         finish=finishing,
         held_out=held_out,
+        fresh=fresh,
         shrinkage=expert_shrinkage,
     )
     record = RunRecord(
@@ -360,6 +365,19 @@ def _finish(asked: str | Finish) -> Finish:
         return asked
     nodes = [choice_file("finish", name) for name in asked.split("+")]
     return build_finish({key: value for node in nodes for key, value in node.items()})
+
+
+def _check_fresh(finish: Finish, fresh: Tensor | None, held_out: Tensor | None) -> None:
+    from .data.fresh import Spoken
+
+    if finish.tokens is not None or (finish.distil is not None and finish.distil.windows is not None):
+        raise UserError("finish.tokens and finish.distil.windows are keys of runs: give the text itself, fresh=TOKENS")
+    if fresh is None:
+        return
+    if finish.distil is None:
+        raise UserError("fresh is text to distil on: give finish='distil' or 'block+distil'")
+    if shared := int(Spoken([held_out]).within(fresh).sum()):
+        raise UserError(f"{shared} of {len(fresh)} windows of fresh share text with held_out: leave them out")
 
 
 def _described(asked: object, chosen: object) -> dict:

@@ -93,6 +93,9 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     missing += [f"eval={asked.protocol}"] if asked.own is not None else []
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     lines = []
+    if more := _fresh(settings):
+        whose, count = (settings.fresh or windows).data.name, more * windows.seqlen
+        lines = [f"           {more} windows of fresh text to distil on (data={whose}), {count:,} tokens"]
     if seen:
         distinct = settings.solver.training_windows(windows.seqlen) * windows.seqlen
         lines = [f"           training on {seen * windows.seqlen:,} tokens ({distinct:,} of them distinct)"]
@@ -132,12 +135,19 @@ def _training_flops(settings: Settings, block_weights: int, weights: int) -> flo
     found = 0.0
     for choice, size, trained in (
         (finish.block, block_weights, windows.nsamples),
-        (finish.distil, weights, windows.nsamples + windows.fresh),
+        (finish.distil, weights, windows.nsamples + _fresh(settings)),
     ):
         if choice is not None:
             looks = 1 + max(4, choice.epochs)
             found += 2 * size * windows.seqlen * (3 * choice.epochs * trained + looks * held_out)
+    if finish.distil is not None:  # what the dense model makes of the windows
+        found += 2 * block_weights * windows.seqlen * (windows.nsamples + _fresh(settings) + held_out)
     return found
+
+
+def _fresh(settings: Settings) -> int:
+    """Windows of fresh text to distil on."""
+    return settings.finish.fresh(settings.calibration.nsamples, settings.calibration.seqlen)
 
 
 def _passes(settings: Settings, needed: Statistics) -> float:
@@ -202,6 +212,9 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
         lines.append(
             f"           at least {_bytes(distilling)} on the {place_of} for the distillation of the whole model"
         )
+        read = windows.nsamples + _fresh(settings) + windows.data.holdout
+        states = hidden // (1 + beside) * read // windows.nsamples
+        lines.append(f"           {_bytes(states)} for the dense model's hidden states (hidden_states says where)")
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
     dense, disk = outside_bytes if streamed and patterns else model_bytes, []

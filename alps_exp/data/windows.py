@@ -353,7 +353,7 @@ def _enough(name: str, available: int, holdout: int, fresh: int, seqlen: int) ->
     if available < holdout:
         raise _too_short(name, "held-out", available, holdout, seqlen, "data.holdout")
     if available - holdout < fresh:
-        raise _too_short(name, "fresh", available - holdout, fresh, seqlen, "finish.distil.windows")
+        raise _too_short(name, "fresh", available - holdout, fresh, seqlen, "finish.distil.windows or finish.tokens")
 
 
 def _too_short(name: str, purpose: str, available: int, asked: int, seqlen: int, key: str) -> UserError:

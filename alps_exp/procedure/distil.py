@@ -106,8 +106,14 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     seconds = teacher.seconds + watch.lap("distil")
     result.notes = [*dict.fromkeys([*result.notes, *done["notes"], *ladder.notes])]
     result.add_seconds({"distil": seconds})
-    tokens = done["windows"] * teacher.tokens.shape[1]
-    result.finish["distil"] = {**done, "seconds": seconds, "tokens": tokens}
+    seqlen = teacher.tokens.shape[1]
+    result.finish["distil"] = {
+        **done,
+        "seconds": seconds,
+        "tokens": done["windows"] * seqlen,
+        "distinct_tokens": teacher.windows * seqlen,
+        "fresh_tokens": (teacher.windows - len(job.tokens)) * seqlen,
+    }
     # The rows were measured block by block, on inputs that the distillation has changed since.
     result.finish["layer_losses"] = "before the distillation"
 

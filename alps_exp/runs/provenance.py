@@ -67,7 +67,9 @@ def code_digest(folders: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def identity(settings: Settings, device: torch.device, dtype: torch.dtype, tokens: Tensor) -> dict[str, str]:
+def identity(
+    settings: Settings, device: torch.device, dtype: torch.dtype, tokens: Tensor, fresh: Tensor | None = None
+) -> dict[str, str]:
     """All that decides a run's weights, by name.
 
     Args:
@@ -75,6 +77,7 @@ def identity(settings: Settings, device: torch.device, dtype: torch.dtype, token
         device: where it runs.
         dtype: of the model.
         tokens: (windows, seqlen) calibration windows.
+        fresh: (windows, seqlen) text that a distillation reads beside them.
     """
     return {
         "configuration": settings.configuration.digest[:16],
@@ -85,6 +88,7 @@ def identity(settings: Settings, device: torch.device, dtype: torch.dtype, token
         **{f"checkpoint {name}": value for name, value in loading.identity(settings.model.source).items()},
         **settings.solver.digests(),
         **settings.allocation.digests(),
+        **({"fresh text": sha256(fresh.numpy().tobytes())[:16]} if fresh is not None else {}),
     }
 
 
@@ -101,6 +105,8 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     found = dict(_checkpoint(source, loading.changed(source))) | settings.solver.digests()
     found |= settings.allocation.digests()
     paths = {"path": data.path, "eval_path": data.eval_path}
+    if settings.fresh is not None:
+        paths["finish"] = settings.fresh.data.path
     for text in settings.evaluation.texts:
         name = text.data.name
         if name != data.name:

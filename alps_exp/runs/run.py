@@ -29,6 +29,7 @@ from ..pruning.job import PruneJob
 from ..pruning.store import NoStore, ProgressStore, locked
 from ..pruning.tools import Tools
 from . import resume, sharing, together
+from .fresh import fresh_text
 from .loggers import log_record
 from .naming import Configuration
 from .provenance import environment, identity, inputs_of, peak_memory
@@ -124,29 +125,32 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
     torch.manual_seed(settings.calibration.seed)
     watch = Stopwatch(device)
 
-    tokens = store = None
+    tokens = store = fresh = None
+    doubts: list[str] = []
     cache, passes = NoSharing(), NoPasses()
     if settings.prunes:
         tokens, record.calibration = workspace.calibration(settings)
-    prepared = workspace.prepared(settings)
+    prepared, text = workspace.prepared(settings), {}
+    if settings.prunes:
+        fresh, text, doubts = fresh_text(settings, tokens, prepared, workspace)
     if settings.save:
         rehearse(settings.model.config, workspace.tokenizer(settings), record.model)
     in_team, peak = settings.prunes and settings.devices > 1, None
     if in_team:
         # Its blocks are on the disk afterwards; what follows takes them from there, as when a run goes on.
-        peak = together.prune_together(settings.configuration.content, directory, device, settings.devices)
+        peak = together.prune_together(settings.configuration.content, directory, device, settings.devices, fresh)
         watch.lap("prune")
     model = workspace.model(settings, device, directory)
     record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
     record.environment["streamed"] = model.source is not None
     record.environment["inputs"] = inputs_of(settings)  # a checkpoint on the hub is here by now
-    record.warnings = loading.doubts(settings.model, model.model)
+    record.warnings = loading.doubts(settings.model, model.model) + doubts
     if settings.reads_text and (note := loading.tokenizer_note(settings.model.source)):
         record.warnings.append(note)
     _tell(record.warnings)
     if settings.prunes:
-        job = job_of(settings, tokens)
-        same = identity(settings, device, model.model.dtype, tokens)
+        job = job_of(settings, tokens, fresh)
+        same = identity(settings, device, model.model.dtype, tokens, fresh)
         if settings.resumable:
             store = resume.open_store(directory, same)
             record.attempts = store.attempts - in_team
@@ -166,6 +170,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
             cache.close()
             if store is not None:
                 store.close()
+        record.finish |= {"text": text} if text else {}
         watch.lap("prune")
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))
@@ -193,13 +198,14 @@ def _tell(warnings: Sequence[str]) -> None:
         print(f"alps_exp: warning: {line}", file=sys.stderr)
 
 
-def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
+def job_of(settings: Settings, tokens: Tensor, fresh: Tensor | None = None, quiet: bool = False) -> PruneJob:
     """What the settings ask the block loop to do.
 
     Args:
         settings: the run's.
         tokens: (nsamples + data.holdout + fresh + training, seqlen) windows to calibrate on, those to hold out, those
             of fresh text to distil on, and those for a method that trains.
+        fresh: (windows, seqlen) to distil on in place of those of fresh text among `tokens`.
         quiet: no progress.
     """
     count, more = settings.calibration.nsamples, settings.calibration.data.holdout
@@ -218,7 +224,7 @@ def job_of(settings: Settings, tokens: Tensor, quiet: bool = False) -> PruneJob:
         sensitivity=settings.sensitivity,
         allocation=settings.allocation,
         finish=settings.finish,
-        fresh=tokens[count + more : count + more + settings.calibration.fresh],
+        fresh=tokens[count + more : count + more + settings.calibration.fresh] if fresh is None else fresh,
         text=tokens[count + more + settings.calibration.fresh :],
         shrinkage=settings.expert_shrinkage,
     )

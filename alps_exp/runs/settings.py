@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Settings:
         finish: which gradients the kept weights follow after that.
         statistics_cache: GB, or "auto".
         save: False, True, "packed" or "shrunk".
+        fresh: the windows of another data set to distil on beside the calibration's; None without such.
 
     The others are the configuration's keys of these names.
     """
@@ -101,6 +103,7 @@ class Settings:
     statistics_cache: float | str
     save: str | bool
     logger: LoggerSettings | None
+    fresh: CalibrationSettings | None = None
 
     @property
     def prunes(self) -> bool:
@@ -185,6 +188,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
                 "configuration can say: give save=true"
             )
         shrunk_config(model.skeleton, patterns)
+    text, more = _fresh(finish, data), finish.fresh(cfg["nsamples"], cfg["seqlen"])
     settings = Settings(
         configuration=configuration,
         model=model,
@@ -194,7 +198,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
             cfg["seqlen"],
             cfg["seed"],
             cfg["model"]["bos"],
-            finish.fresh(cfg["nsamples"]),
+            more if text is None else 0,
             max(0, solver.training_windows(cfg["seqlen"]) - cfg["nsamples"]),
         ),
         evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
@@ -210,6 +214,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         sensitivity=sensitivity,
         allocation=allocation,
         finish=finish,
+        fresh=text and CalibrationSettings(text, 0, cfg["seqlen"], cfg["seed"], cfg["model"]["bos"], more),
         save=configuration.content["save"],
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
@@ -312,6 +317,25 @@ def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
             f"finish.block.batch={finish.block.batch} windows do not divide among devices={cfg['devices']}: give a "
             "multiple of that"
         )
+
+
+def _fresh(finish: Finish, data: DataSettings) -> DataSettings | None:
+    """The data set of the text to distil on; None where it is the calibration's.
+
+    Raises:
+        UserError: no such data set or file, or one that names no text.
+    """
+    if finish.tokens is None or (finish.path is None and finish.data in (None, data.name)):
+        return None
+    found = DataSettings.named(finish.data or "local")
+    if finish.path is not None:
+        if isinstance(found, GeneratedSettings):
+            raise UserError(f"finish.path={finish.path}: finish.data=generated has no file: leave one of them out")
+        texts.local_file(finish.path, f"finish.path={finish.path}")
+        return dataclasses.replace(found, path=finish.path)
+    if not isinstance(found, GeneratedSettings) and not found.calibration_file:
+        raise UserError(f"finish.data={finish.data} needs finish.path=FILE ({', '.join(texts.EXTENSIONS)})")
+    return found
 
 
 def _check_texts(cfg: Mapping, data: DataSettings, prunes: bool) -> None:

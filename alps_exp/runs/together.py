@@ -19,6 +19,7 @@ from ..base.errors import UserError
 from ..base.files import lock, read_json
 from ..pruning.store import HeldError
 
+FRESH = "fresh.pt"  # beside the request
 _LOCK = ".team.lock"
 _PATIENCE = 30.0  # seconds that processes of a killed run may take to end
 
@@ -41,7 +42,9 @@ def check(count: int, device: str, nsamples: int, resumable: bool) -> None:
         raise UserError(f"devices={count} is more than the windows to divide (nsamples={nsamples}): give fewer")
 
 
-def prune_together(content: Mapping, directory: Path, device: torch.device, count: int) -> int | None:
+def prune_together(
+    content: Mapping, directory: Path, device: torch.device, count: int, fresh: torch.Tensor | None = None
+) -> int | None:
     """Prune with several processes; the finished blocks are in the directory afterwards.
 
     Args:
@@ -49,6 +52,7 @@ def prune_together(content: Mapping, directory: Path, device: torch.device, coun
         directory: the run's.
         device: its type is that of the processes' devices.
         count: of processes.
+        fresh: (windows, seqlen) text to distil on.
 
     Returns:
         Peak bytes on a device, the largest of all processes; None on CPUs.
@@ -60,6 +64,8 @@ def prune_together(content: Mapping, directory: Path, device: torch.device, coun
         request = Path(folder) / "request.json"
         asked = {"config": content, "directory": str(directory), "device": device.type}
         request.write_text(json.dumps(asked), encoding="utf-8")
+        if fresh is not None:
+            torch.save(fresh, request.with_name(FRESH))
         port = _free_port()
         processes = [_start(request, rank, count, port, held) for rank in range(count)]
         try:

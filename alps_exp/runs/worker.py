@@ -25,7 +25,7 @@ def main(request: Path) -> None:
     asked = read_json(request)
     answer = request.with_name(f"answer-{os.environ['RANK']}.json")
     try:
-        answer.write_text(json.dumps(_work(asked)), encoding="utf-8")
+        answer.write_text(json.dumps(_work(asked, request.parent)), encoding="utf-8")
     except Exception as error:
         kind = "UserError" if isinstance(error, UserError) else type(error).__name__
         failure = {"error": kind, "message": str(error), "trace": traceback.format_exc()}
@@ -33,7 +33,7 @@ def main(request: Path) -> None:
         os._exit(1)  # leaving the others in order would mean waiting for them
 
 
-def _work(asked: dict) -> dict:
+def _work(asked: dict, folder: Path) -> dict:
     import torch
     import torch.distributed as dist
 
@@ -45,6 +45,7 @@ def _work(asked: dict) -> dict:
     from .resume import open_store
     from .run import job_of
     from .settings import resolve
+    from .together import FRESH
     from .workspace import Workspace
 
     directory, team = Path(asked["directory"]), Team.join(asked["device"])
@@ -53,13 +54,15 @@ def _work(asked: dict) -> dict:
     if not team.leads:
         dist.barrier()  # one process at a time fetches and converts files
     tokens, _ = workspace.calibration(settings)
+    text = folder / FRESH
+    fresh = torch.load(text, weights_only=True) if text.is_file() else None
     model = workspace.model(settings, team.device, directory)
     if team.leads:
         dist.barrier()
-    same = identity(settings, team.device, model.model.dtype, tokens)
+    same = identity(settings, team.device, model.model.dtype, tokens, fresh)
     store = open_store(directory, same) if team.leads else ProgressStore(directory, same, writes=False)
     store.finished = team.tell(store.finished)
-    job = job_of(settings, tokens, quiet=not team.leads)
+    job = job_of(settings, tokens, fresh, quiet=not team.leads)
     job = replace(job, finish=replace(job.finish, distil=None))  # what follows is one process's
     prune_blocks(model, job, Tools(store, team=team))
     team.leave()

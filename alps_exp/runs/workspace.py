@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.errors import UserError
 from ..base.memory import free_host
 from ..data import generated, windows
-from ..data.settings import GeneratedSettings
+from ..data.settings import CalibrationSettings, GeneratedSettings
 from ..evaluation import perplexity, protocol
 from ..evaluation.evaluation import Text
 from ..evaluation.settings import EvaluationText
@@ -49,16 +49,9 @@ class Workspace:
         """Calibration windows (nsamples + data.holdout + fresh + training, seqlen), in this order, and where they came
         from."""
         asked = settings.calibration
+        if isinstance(asked.data, GeneratedSettings):
+            return self.generated(settings, asked)
         key = settings.model.source, asked, settings.device, settings.dtype
-        if key not in self._texts and isinstance(asked.data, GeneratedSettings):
-            self._texts[key] = generated.generated_tokens(
-                asked,
-                settings.model,
-                self.tokenizer(settings),
-                lambda: self._author(settings),
-                settings.device,
-                settings.dtype,
-            )
         if key not in self._texts:
             self._texts[key] = windows.calibration_tokens(
                 asked.data,
@@ -71,6 +64,20 @@ class Workspace:
                 seed=asked.seed,
                 bos=asked.bos,
                 vocabulary=settings.model.vocabulary,
+            )
+        return self._texts[key]
+
+    def generated(self, settings: Settings, asked: CalibrationSettings) -> tuple[Tensor, dict]:
+        """Windows that the dense model writes, and where they came from."""
+        key = settings.model.source, asked, settings.device, settings.dtype
+        if key not in self._texts:
+            self._texts[key] = generated.generated_tokens(
+                asked,
+                settings.model,
+                self.tokenizer(settings),
+                lambda: self._author(settings),
+                settings.device,
+                settings.dtype,
             )
         return self._texts[key]
 

@@ -13,6 +13,7 @@ from .optimisers import STATES, eight_bit
 from .recipe import PRECISIONS, Recipe
 
 STAGES = ("block", "distil")
+TEXT = ("data", "path", "tokens")  # keys that say which text is distilled on beside the calibration windows
 _WIDTH = 576  # the width that the rates are meant for
 
 
@@ -107,10 +108,35 @@ class Distillation(Finishing):
 
 @dataclass(frozen=True)
 class Finish:
-    """Which of the two, and how; neither by default."""
+    """Which of the two, and how; neither by default.
+
+    Attributes:
+        block, distil: how, or None.
+        data: name of the data set whose text is distilled on beside the calibration windows; None: the calibration's.
+        path: a local file in place of that data set's.
+        tokens: of that text, each of which every epoch sees.
+    """
 
     block: BlockFinish | None = None
     distil: Distillation | None = None
+    data: str | None = None
+    path: str | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is None:
+            for key in ("data", "path"):
+                if (value := getattr(self, key)) is not None:
+                    raise UserError(f"finish.{key}={value} is text to distil on: say how much (finish.tokens=1000000)")
+            return
+        require("finish.tokens", self.tokens, int, 1, float("inf"))
+        if self.distil is None:
+            raise UserError(f"finish.tokens={self.tokens} is text to distil on: give finish=distil or [block,distil]")
+        if self.distil.windows is not None:
+            raise UserError(
+                f"finish.tokens={self.tokens} and finish.distil.windows={self.distil.windows} both say how much text "
+                "there is: leave one of them out"
+            )
 
     @property
     def name(self) -> str:
@@ -143,13 +169,20 @@ class Finish:
                 f"(nsamples={windows}): give at least that many"
             )
 
-    def fresh(self, windows: int) -> int:
-        """How many windows of fresh text there must be beside the calibration windows."""
+    def fresh(self, windows: int, seqlen: int) -> int:
+        """How many windows of fresh text there must be beside the calibration windows.
+
+        Args:
+            windows: number of calibration windows.
+            seqlen: tokens in a window.
+        """
+        if self.tokens is not None:
+            return math.ceil(self.tokens / seqlen)
         return (self.distil.windows or windows) - windows if self.distil is not None else 0
 
 
 def build_finish(node: Mapping) -> Finish:
-    """The choice that a composed `finish` node describes: `name`, and a node per stage.
+    """The choice that a composed `finish` node describes: `name`, a node per stage, and `TEXT`.
 
     Raises:
         UserError: an unknown stage or field, or a value that is not allowed.
@@ -159,6 +192,6 @@ def build_finish(node: Mapping) -> Finish:
         if stage in node:
             check_fields(kind, node[stage], f"finish {stage}")
             found[stage] = kind(**node[stage])
-    if unknown := sorted(map(str, node.keys() - {"name", *STAGES})):
+    if unknown := sorted(map(str, node.keys() - {"name", *STAGES, *TEXT})):
         raise UserError(f"finish has no stage {unknown[0]!r}: give none, block, distil or [block,distil]")
-    return Finish(**found)
+    return Finish(**found, **{key: node[key] for key in TEXT if key in node})

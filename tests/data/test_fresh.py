@@ -1,0 +1,151 @@
+"""Windows of fresh text share nothing with what is spoken for."""
+
+import re
+
+import pytest
+import tiny_models
+import torch
+from tiny import execute
+from transformers import AutoTokenizer
+
+from alps_exp import UserError, prune_model
+from alps_exp.cli.overrides import compose
+from alps_exp.cli.plan import plan
+from alps_exp.data.fresh import RUN, Spoken, fresh_tokens
+from alps_exp.data.settings import DataSettings
+from alps_exp.runs.naming import Configuration
+from alps_exp.runs.settings import resolve
+
+
+def shared(one: list[int], other: list[int], length: int) -> bool:
+    """By plain comparison, whether two windows have a run of tokens in common."""
+    runs = {tuple(other[i : i + length]) for i in range(len(other) - length + 1)}
+    return any(tuple(one[i : i + length]) in runs for i in range(len(one) - length + 1))
+
+
+def test_windows_share_text_where_a_run_of_tokens_is_the_same():
+    generator = torch.Generator().manual_seed(0)
+    spoken = torch.randint(0, 50_000, (3, 90), generator=generator)
+    windows = torch.randint(0, 50_000, (5, 70), generator=generator)
+    windows[1, 7 : 7 + RUN] = spoken[2, 40 : 40 + RUN]
+    windows[2, 7 : 7 + RUN - 1] = spoken[0, : RUN - 1]  # one short
+    windows[3, :] = spoken[1, 20:90]
+    windows[4, :RUN] = spoken[0, :RUN].flip(0)
+    found = Spoken([spoken[:1], spoken[1:]]).within(windows)
+    assert found.tolist() == [False, True, False, True, False]
+    assert not Spoken([]).within(windows).any() and not Spoken([spoken[:0]]).within(windows).any()
+    short = Spoken([spoken, windows[:1, :9]])  # windows of 9 tokens share 8
+    assert short.within(spoken[:, 3:11]).all() and not short.within(spoken[:, 3:10]).any()
+
+
+@pytest.fixture
+def other_text(tmp_path):
+    """A text that has the first lines of the calibration's among its own."""
+
+    def make(text_file):
+        lines = tiny_models.documents(60, seed=11)
+        path = tmp_path / "other.txt"
+        path.write_text("\n".join(lines[:30] + text_file.read_text().split("\n")[:20] + lines[30:]), encoding="utf-8")
+        return path
+
+    return make
+
+
+def test_they_are_the_texts_own_in_any_order_without_those_spoken_for(tiny_llama, text_file, other_text):
+    tokenizer, path = AutoTokenizer.from_pretrained(tiny_llama), other_text(text_file)
+    ids = tokenizer(text_file.read_text(encoding="utf-8"), verbose=False)["input_ids"][: 64 * 40]
+    spoken = torch.tensor(ids).view(40, 64)
+    asked = {"windows": 12, "seqlen": 64, "spoken": Spoken([spoken])}
+    data = DataSettings("local", path=str(path), sampling="auto", held_out=0.1)
+    tokens, facts = fresh_tokens(data, tokenizer, seed=0, **asked)
+    again, _ = fresh_tokens(data, tokenizer, seed=0, **asked)
+    others, _ = fresh_tokens(data, tokenizer, seed=1, **asked)
+    assert torch.equal(tokens, again) and not torch.equal(tokens, others)
+    text = tokenizer.decode(tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    assert all(tokenizer.decode(row[2:-2]) in text for row in tokens)
+    assert not any(shared(row, window, RUN) for row in tokens.tolist() for window in spoken.tolist())
+    assert facts["windows"] == 12 and facts["dataset"] == "local" and "other.txt (sha256" in facts["source"]
+    with pytest.raises(UserError, match=r"only \d+ windows .* beside \d+ that are .* 9999 were asked"):
+        fresh_tokens(data, tokenizer, seed=0, **{**asked, "windows": 9999})
+
+
+# Runs.
+
+
+@pytest.fixture
+def words(tiny_llama, text_file) -> list[str]:
+    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=4"]
+    found += ["seqlen=64", "batch_size=4", "eval.windows=4", "device=cpu", "method=magnitude", "sparsity=0.7"]
+    return [*found, "data.holdout=4", "losses=false", "finish=distil", "finish.distil.epochs=1"]
+
+
+def test_a_distillation_reads_text_of_another_file(words, tmp_path, text_file, other_text):
+    path = other_text(text_file)
+    words = [*words, "finish.tokens=900", f"finish.path={path}"]
+    text = plan(resolve(compose(words)))
+    assert "15 windows of fresh text to distil on (data=local), 960 tokens" in text
+    assert re.search(r"\d+ (MB|GB) for the dense model's hidden states", text)
+    record = execute(words, tmp_path / "run")
+    done = record["finish"]["distil"]
+    assert done["windows"] == 4 + 15 and done["tokens"] == done["distinct_tokens"] == 19 * 64
+    assert done["fresh_tokens"] == 15 * 64 and done["after"] < done["before"]
+    assert record["finish"]["text"]["windows"] == 15 and "other.txt" in record["finish"]["text"]["source"]
+    assert "fresh_windows" not in record["calibration"] and "text finish" in record["environment"]["inputs"]
+
+
+def test_more_of_the_calibrations_own_text_is_free_of_what_judges_it(words, tmp_path, text_file):
+    # Evaluated on the text that is calibrated on: what both have is left out, and the record says so.
+    asked = ["finish.tokens=1000", f"eval.path={text_file}", "eval.windows=20"]
+    record = execute([*words, *asked], tmp_path)
+    left_out, done = record["finish"]["text"]["left_out"], record["finish"]["distil"]
+    assert record["calibration"]["fresh_windows"] == 16 and 0 < left_out < 16
+    assert done["fresh_tokens"] == 64 * (16 - left_out)
+    assert any(f"{left_out} of 16 windows of fresh text were left out" in line for line in record["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("finish.tokens=0", "finish.tokens=0 is not allowed: give a whole number from 1"),
+        ("finish.data=c4", "finish.data=c4 is text to distil on: say how much (finish.tokens=1000000)"),
+        ("finish.tokens=99 finish.distil.windows=9", "finish.tokens=99 and finish.distil.windows=9 both say how much"),
+        ("finish.tokens=99 finish.data=c5", "unknown data set 'c5'"),
+        ("finish.tokens=99 finish.path=/no/file.txt", "finish.path=/no/file.txt does not exist"),
+        ("finish.tokens=99 finish.data=generated finish.path=x.txt", "finish.data=generated has no file"),
+        ("finish=block finish.tokens=99", "unknown key 'finish.tokens'"),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_what_cannot_be_is_refused_in_one_line(words, more, said):
+    words = [word for word in words if not word.startswith("finish")]
+    with pytest.raises(UserError) as caught:
+        resolve(compose([*words, "finish=distil", *more.split(" ")]))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_refused_before_anything_is_pruned(words, tmp_path, text_file, other_text):
+    with pytest.raises(UserError, match=r"finish.data=local: the text has only \d+ windows of seqlen=64 tokens"):
+        execute([*words, "finish.tokens=9999999", f"finish.path={other_text(text_file)}"], tmp_path / "other")
+    with pytest.raises(UserError, match=r"the fresh text has only \d+ windows .* windows or finish.tokens"):
+        execute([*words, "finish.tokens=9999999"], tmp_path / "own")
+    assert not list(tmp_path.glob("*/.progress/block*"))
+
+
+def test_a_run_without_fresh_text_has_the_name_that_it_had(words):
+    one, other = (Configuration.of(compose([*words, *more])).digest for more in ([], ["finish.tokens=null"]))
+    assert one == other != Configuration.of(compose([*words, "finish.tokens=99"])).digest
+    assert "tokens" not in Configuration.of(compose(words)).content["finish"]
+
+
+def test_python_gives_the_windows_themselves(tiny_opt):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_opt)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (9, 16), generator=torch.Generator().manual_seed(0))
+    options = {"held_out": ids[3:5], "fresh": ids[5:]}
+    with pytest.raises(UserError, match="fresh is text to distil on: give finish='distil'"):
+        prune_model(model, ids[:3], "magnitude", finish="block", **options)
+    with pytest.raises(UserError, match="2 of 6 windows of fresh share text with held_out"):
+        prune_model(model, ids[:3], "magnitude", finish="distil", held_out=ids[3:5], fresh=ids[3:])
+    record = prune_model(model, ids[:3], "magnitude", finish="distil", **options)
+    assert record["finish"]["distil"]["fresh_tokens"] == 4 * 16
