@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said):
 def test_too_little_text_is_refused_before_anything_is_pruned(words, tmp_path, text_file, other_text):
     with pytest.raises(UserError, match=r"finish.data=local: the text has only \d+ windows of seqlen=64 tokens"):
         execute([*words, "finish.tokens=9999999", f"finish.path={other_text(text_file)}"], tmp_path / "other")
-    with pytest.raises(UserError, match=r"the fresh text has only \d+ windows .* windows or finish.tokens"):
+    with pytest.raises(UserError, match=r"the fresh text has only \d+ windows .*windows or finish.tokens"):
         execute([*words, "finish.tokens=9999999"], tmp_path / "own")
     assert not list(tmp_path.glob("*/.progress/block*"))
 
