@@ -12,7 +12,8 @@ Differences from the released code, all deliberate:
   LayerNorm leaves in X takes up large weights, which pruning then ruins: on a tiny OPT the part's output error rose
   from 0.020 to 0.28 in four rounds; with the ridge it fell to 0.016.
 - s makes `gate_sweeps` gradient steps on sums of squares, whatever the number of tokens at once; there likewise, in
-  minibatches of 1000 tokens.
+  minibatches of 1000 tokens. A step is no longer than one over a bound of the second derivative: with the fixed rate,
+  tokens that drive a channel to thousands diverge (relative losses of 1e16 on SmolLM2 at 70 %).
 - all blocks go through all rounds; there blocks 1, 30 and 31 of LLaMA through one only.
 - the last round ends with the pruning: updates of z, s and p behind it would change no weight.
 - activations are not kept but made again from the part's input, some tokens at a time.

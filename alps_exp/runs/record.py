@@ -161,7 +161,7 @@ def _experts(rows: Sequence[LayerRow]) -> dict:
 
 
 def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
-    """What was unusual about the layers' inputs and was handled, one line per kind."""
+    """What was unusual about the layers' inputs or losses, one line per kind."""
     found = []
     dead = [row for row in rows if row.dead_inputs]
     if dead:
@@ -180,6 +180,13 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
         found.append(
             f"{len(few)} layers have more inputs than calibration tokens ({few[0].name}: {few[0].shape[1]} inputs, "
             f"{few[0].tokens} tokens); their losses say little about other text: use more windows (nsamples)"
+        )
+    lost = {row.name: row.relative_loss for row in rows if row.target == "layer" and (row.relative_loss or 0) > 1}
+    if lost:
+        worst = max(lost, key=lost.get)
+        found.append(
+            f"{len(lost)} layers have a relative loss above 1, which is worse than zeros alone (the worst {worst}: "
+            f"{lost[worst]:.4g}): the result is doubtful; try another method, a lower sparsity or other text"
         )
     return found
 
