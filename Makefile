@@ -6,7 +6,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick testall crash lint docs format tables bench clean
+.PHONY: help setup demo test quick testall crash lint docs format tables report bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ format: setup ## Put the code into the project's style
 
 tables: setup ## Make results/tables from the records (CHECK=1: see that the committed ones match theirs)
 	@$(python) -m alps_exp.tables $(if $(CHECK),--check)
+
+report: setup ## Make results/report.html, one page of all runs to look at in a browser
+	@$(python) -m alps_exp.report
 
 bench: setup ## Time the methods on one block of the demo model's shape (minutes on a CPU)
 	@$(python) benchmarks/layer.py --shapes smollm2-135m --sparsities 0.7,2:4

@@ -6,8 +6,13 @@ from .base.terminal import settle
 
 
 def main() -> None:
-    """Entry point of `alps-exp` and `python -m alps_exp`: list, show and diff look at runs, all else is `cli.main`."""
+    """Entry point of `alps-exp` and `python -m alps_exp`: list, show and diff look at runs, report makes one page of
+    them, all else is `cli.main`."""
     settle()
+    if sys.argv[1:2] == ["report"]:
+        from .report.make import main as report
+
+        sys.exit(report(sys.argv[2:]))
     if sys.argv[1:2] and sys.argv[1] in ("list", "show", "diff"):
         from .tables.looking import main as look
 

@@ -25,7 +25,16 @@ from .settings import Settings
 _PACKAGE = Path(__file__).parents[1]
 # Rooms and modules of the package that show, plan and arrange results without taking part in making them; and, of a
 # wheel, the folders that a checkout has beside the package.
-_ARRANGING = ("cli/", "tables/", "__main__.py", "demo.py", "base/gpus.py", "base/progress.py", "base/terminal.py")
+_ARRANGING = (
+    "cli/",
+    "report/",
+    "tables/",
+    "__main__.py",
+    "demo.py",
+    "base/gpus.py",
+    "base/progress.py",
+    "base/terminal.py",
+)
 _ARRANGING += ("runs/loggers.py", "baselines/", "conf/", "sweeps/")
 
 

@@ -140,6 +140,16 @@ def trainings(record: Mapping, stages: Sequence[str] = ("blocks", "distil")) -> 
     return rows + ([finish["distil"]] if "distil" in stages and finish.get("distil") else [])
 
 
+def by_block(record: Mapping) -> list[tuple[int, float]]:
+    """Each block and the mean relative loss of its layers, along the depth; without blocks where that is not finite."""
+    blocks: dict[int, list[float]] = {}
+    for row in record.get("layers") or []:
+        if row.get("relative_loss") is not None and "block" in row:
+            blocks.setdefault(row["block"], []).append(float(row["relative_loss"]))
+    means = ((block, _mean(values)) for block, values in sorted(blocks.items()))
+    return [(block, mean) for block, mean in means if math.isfinite(mean)]
+
+
 def is_trained(record: Mapping) -> bool:
     """Whether the method trained the model against its own loss, as one-shot methods do not."""
     return bool(record.get("training"))
@@ -198,7 +208,7 @@ def aggregate(
     frame = pd.DataFrame(rows, columns=[*AXES, *settings, *figures, "better", "shown"])
     frame = frame.astype(dict.fromkeys(("mean", "std", "stderr", "published"), "float64"))
     frame.insert(frame.columns.get_loc("published") + 1, "ratio", frame["mean"] / frame["published"])
-    incomplete = {_name(record): _status(record) for record in records if record["status"] != "complete"}
+    incomplete = {_name(record): status(record) for record in records if record["status"] != "complete"}
     incomplete |= missing
     return Aggregate(settings, groups, frame, seconds, incomplete)
 
@@ -252,23 +262,28 @@ def leaves(node: Mapping, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def key_of(record: Mapping, settings: Sequence[str]) -> tuple[str, ...]:
+    """Model, sparsity, method and the values of `settings` of a record: what a group's `key` is."""
+    flat = settings_of(record)
+    return (record["model"], record["sparsity"], record["method"], *(flat.get(key, "") for key in settings))
+
+
 def _groups(records: Sequence[Mapping], settings: Sequence[str]) -> list[Group]:
     members: dict[tuple[str, ...], list[Mapping]] = {}
     for record in records:
-        flat = settings_of(record)
-        values = (flat.get(key, "") for key in settings)
-        members.setdefault((record["model"], record["sparsity"], record["method"], *values), []).append(record)
+        members.setdefault(key_of(record, settings), []).append(record)
     groups = []
     for key, found in members.items():
         complete = [record for record in found if record["status"] == "complete"]
         _refuse_mixtures(key, complete)
         if is_dense(found[0]):
             complete = complete[:1]  # whatever its seed and the sparsity beside it: nothing of either takes part
-        groups.append(Group(key, complete, "complete" if complete else _status(found[0])))
+        groups.append(Group(key, complete, "complete" if complete else status(found[0])))
     return groups
 
 
-def _status(record: Mapping) -> str:
+def status(record: Mapping) -> str:
+    """Of a run that is not complete, as tables say it: "OOM", "error" or "unfinished"."""
     error = record.get("error")
     if not error:
         return "unfinished"

@@ -232,11 +232,7 @@ def _phases(record: Mapping) -> dict[str, float]:
 
 def _by_block(record: Mapping) -> list[float]:
     """Mean relative loss of each block's layers, in order."""
-    blocks: dict[int, list[float]] = {}
-    for row in record.get("layers") or []:
-        if row.get("relative_loss") is not None and "block" in row:
-            blocks.setdefault(row["block"], []).append(row["relative_loss"])
-    return [math.fsum(values) / len(values) for _, values in sorted(blocks.items())]
+    return [loss for _, loss in figures.by_block(record)]
 
 
 def picture(values: Sequence[float]) -> str:

@@ -75,7 +75,7 @@ def _aggregate(records: Iterable[Mapping], missing: Iterable[str] | Mapping[str,
     return aggregate(records, missing, spec.seconds, spec.published)
 
 
-def _sets(runs: Path, kept: Path | None) -> list[archive.RunSet]:
+def sets_of(runs: Path, kept: Path | None) -> list[archive.RunSet]:
     """What tables are made of: a kept file, or each sweep below a folder and all of its own runs together."""
     if runs.name.endswith(archive.KEPT):
         return [archive.read_kept(runs)]
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make_all(runs: Path | None, tables: Path) -> int:
-    sets = _sets(runs or RUNS, KEPT if runs is None else None)
+    sets = sets_of(runs or RUNS, KEPT if runs is None else None)
     if not sets:
         raise UserError(f"no records below {runs or RUNS}: run something first, such as make demo")
     status, kept = 0, {file.name for file in KEPT.glob(f"*{archive.KEPT}")}

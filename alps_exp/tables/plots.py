@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from ..base.files import replacing, sha256
 from ..patterns import Unstructured, written
 from ..runs.naming import NEUTRAL
 from . import looks
-from .figures import FINISHING, PHASES, TRAINING, Aggregate, Group, mean_and_std, measures, trainings
+from .figures import FINISHING, PHASES, TRAINING, Aggregate, Group, key_of, mean_and_std, measures, trainings, varying
 from .layout import Spec, shown_metrics
 
 FORMATS = ("svg", "png")
@@ -119,6 +121,15 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
     for key in sorted(members, key=lambda key: (looks.method_order(key[0]), variants[key[0]][key[1:]])):
         label = " ".join([key[0], *_words(found, key[1:])])
         yield {"label": label, "method": key[0], "variant": variants[key[0]][key[1:]]}, members[key]
+
+
+def labels(records: Sequence[Mapping]) -> list[str]:
+    """What plots call each of the records: its method, and what else tells it from the others."""
+    settings = varying(records)
+    keys = [key_of(record, settings) for record in records]
+    groups = [Group(key, [], "complete") for key in dict.fromkeys(keys)]
+    found = Aggregate(settings, groups, pd.DataFrame(), False, {})
+    return [" ".join([key[2], *_words(found, key[3:])]) for key in keys]
 
 
 def _words(found: Aggregate, values: Sequence[str]) -> Iterator[str]:
