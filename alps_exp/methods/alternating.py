@@ -41,7 +41,7 @@ from torch.nn.functional import silu
 from ..base.errors import UserError
 
 # The largest |silu'| and |silu''|. Some tokens of real models drive a few channels to thousands: there a step of fixed
-# length overshoots, and each round multiplies the error. (The authors leave such blocks of LLaMA out of the alternation.)
+# length overshoots, and each round multiplies the error. (The authors leave such blocks of LLaMA out.)
 _SLOPE, _BEND = 1.1, 0.5
 
 

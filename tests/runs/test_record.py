@@ -87,7 +87,12 @@ def test_warnings_name_one_layer_and_count_the_rest():
     assert dead.startswith("2 layers have inputs that are zero") and "a.0.q: 2 of 4" in dead
     assert few.startswith("1 layers have more inputs than calibration tokens") and "4 inputs, 3 tokens" in few
     assert warnings_of([row()]) == []
-    lost = [row(name="b.1.v", relative_loss=2.639e16), row(relative_loss=3.0), row(relative_loss=4.0, target="stream"), row()]
+    lost = [
+        row(name="b.1.v", relative_loss=2.639e16),
+        row(relative_loss=3.0),
+        row(relative_loss=4.0, target="stream"),
+        row(),
+    ]
     (worse,) = warnings_of(lost)
     assert worse.startswith("2 layers have a relative loss above 1") and "b.1.v: 2.639e+16" in worse
 
