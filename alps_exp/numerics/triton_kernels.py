@@ -1,7 +1,7 @@
 """Triton kernels for element-wise work that would otherwise pass through device memory many times.
 
-Each has a plain counterpart in torch beside its caller (`alps._Layer`, `sparsegpt._sweep_step`), which runs wherever
-Triton does not; the two differ in rounding only. Callers get this module from `fused.kernels_for`.
+Each has a plain counterpart in torch beside its caller (`alps._Layer`, `sparsegpt._sweep_step`, `sparseswaps._Pairs`),
+which runs wherever Triton does not; the two differ in rounding only. Callers get this module from `kernels_for`.
 """
 
 from __future__ import annotations
@@ -123,6 +123,28 @@ def sweep_step(work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, group
             work, keep.view(torch.uint8), factor, errors, columns, out, *factor.stride(), kept,
             WIDTH=width, COLUMNS=triton.next_power_of_2(columns), BLOCK=block,
         )  # fmt: skip
+
+
+def best_pairs(gram: Tensor, s: Tensor, regrow: Tensor, prune: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SparseSwaps' best pair (p, k) of every row: the smallest regrow_p + prune_k - 2 s_p s_k R_pk.
+
+    Args:
+        gram: (in, in) R, contiguous like all others.
+        s, regrow, prune: (rows, in); infinite where an input cannot be p or k.
+        bound: (rows, in) numbers that no pair of an input as p is below.
+
+    Returns:
+        The value, p and k, (rows,) each; (0, 0, 0) where no pair is below 0.
+    """
+    bound, order = bound.sort(dim=1)
+    rows, width = s.shape
+    best = torch.zeros(rows, device=s.device)
+    p, k = (torch.zeros(rows, dtype=torch.long, device=s.device) for _ in range(2))
+    with torch.cuda.device_of(s):
+        _best_pairs[(rows,)](
+            gram, s, regrow, prune, bound, order, best, p, k, WIDTH=width, TRIED=16, BLOCK=256, num_warps=8
+        )
+    return best, p, k
 
 
 def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -251,6 +273,46 @@ def _sweep_step(
     tl.store(errors_at + at, errors, mask=inside)
     if WIDTH > 0:
         tl.store(keep_at + at, keep.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _best_pairs(
+    gram_at, s_at, regrow_at, prune_at, bound_at, order_at, best_at, p_at, k_at,
+    WIDTH: tl.constexpr, TRIED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    lowest, p, k, start = 0.0, 0, 0, 0
+    reach = tl.load(bound_at + row)
+    # In the order of their bounds: behind the first that is not below the best pair found, no p has a better one.
+    while reach < lowest:
+        place = start + tl.arange(0, TRIED)
+        inside = place < WIDTH
+        tried = tl.load(order_at + row + place, mask=inside, other=0)
+        scale = -2 * tl.load(s_at + row + tried, mask=inside, other=0.0)
+        value, other = tl.full((TRIED,), float("inf"), tl.float32), tl.zeros((TRIED,), tl.int32)
+        for first in range(0, WIDTH, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            there = column < WIDTH
+            added = tl.load(prune_at + row + column, mask=there, other=float("inf"))
+            s = tl.load(s_at + row + column, mask=there, other=0.0)
+            pairs = inside[:, None] & there[None, :]
+            gram = tl.load(gram_at + tried[:, None] * WIDTH + column[None, :], mask=pairs, other=0.0)
+            change = gram * s[None, :] * scale[:, None] + added[None, :]
+            smallest, at = tl.min(change, axis=1, return_indices=True)
+            other = tl.where(smallest < value, first + at, other)
+            value = tl.minimum(smallest, value)
+        value += tl.load(regrow_at + row + tried, mask=inside, other=float("inf"))
+        smallest, at = tl.min(value, axis=0, return_indices=True)
+        if smallest < lowest:
+            chosen = tl.arange(0, TRIED) == at
+            lowest = smallest
+            p = tl.sum(tl.where(chosen, tried, 0), axis=0).to(tl.int32)
+            k = tl.sum(tl.where(chosen, other, 0), axis=0)
+        start += TRIED
+        reach = tl.load(bound_at + row + start, mask=start < WIDTH, other=float("inf"))
+    tl.store(best_at + tl.program_id(0), lowest)
+    tl.store(p_at + tl.program_id(0), p)
+    tl.store(k_at + tl.program_id(0), k)
 
 
 @triton.jit

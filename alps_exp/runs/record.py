@@ -36,7 +36,7 @@ class RunRecord:
             `removed`: weights that left with their channels and heads, their share of block_weights, and the share of
             `channels` and of `heads`.
         phases: seconds of load, transfer (blocks to the device and back), calibrate, solve, propagate, evaluate, save;
-            peak device and host memory in bytes.
+            peak device and host memory in bytes, that of the device also until the model was pruned.
         evaluations: dataset, metric, value, windows, seqlen, protocol, …
         sample: prompt and what the dense and the pruned model make of it.
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed; bytes dense and

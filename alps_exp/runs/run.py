@@ -172,6 +172,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
                 store.close()
         record.finish |= {"text": text} if text else {}
         watch.lap("prune")
+        record.phases["pruning_peak_device_bytes"] = peak or peak_memory(device)["peak_device_bytes"]
         if store is not None and device.type == "cpu" and len(store.threads) > 1:
             counts = ", ".join(map(str, store.threads))
             note = f"attempts ran with different numbers of threads ({counts}): last digits may differ"

@@ -124,8 +124,8 @@ def measures(record: Mapping) -> dict[str, Measure]:
     if is_trained(record):
         found["training seconds"] = Measure(float(record["phases"].get("train_seconds") or 0.0), better=0)
         found["training tokens"] = Measure(record["training"]["tokens"], better=0)
-    if record["phases"].get("peak_device_bytes"):
-        found["peak GB"] = Measure(record["phases"]["peak_device_bytes"] / 1e9, better=0, shown=False)
+    if record["phases"].get("pruning_peak_device_bytes"):
+        found["peak GB"] = Measure(record["phases"]["pruning_peak_device_bytes"] / 1e9, better=0, shown=False)
     if layers:
         iterations = math.fsum(row.get("iterations", 0) for row in layers) / len(layers)
         found["iterations"] = Measure(iterations, better=0, shown=False)

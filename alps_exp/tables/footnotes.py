@@ -187,7 +187,7 @@ _MEANINGS = {
     "seconds": "seconds: moving blocks, calibration, solving and propagation",
     "training seconds": "training seconds: those of methods that train the model, which are not among the others",
     "finishing seconds": "finishing seconds: those of finishing, which are not among the others",
-    "peak GB": "peak GB: the most that one device held at a time, evaluation included",
+    "peak GB": "peak GB: the most that one device held at a time until the model was pruned",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import planted
 
-from alps_exp.baselines import sparsegpt
+from alps_exp.baselines import sparsegpt, sparseswaps
 from alps_exp.calibration.capture import Accumulator
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
@@ -210,3 +210,24 @@ def test_a_small_layer_keeps_about_its_count_in_every_iteration():
         assert int(kept) == int(support.sum())
         assert abs(int(kept) - wanted) < 0.02 * wanted
         b = b + 0.01 * torch.randn(576, 576, device="cuda", generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (3, 300)])
+def test_best_pairs(kernels, shape):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    width = shape[1]
+    x = torch.randn(2 * width, width, generator=generator, device=DEVICE)
+    gram = x.T @ x / (2 * width)
+    s = torch.randn(shape, generator=generator, device=DEVICE)
+    kept = torch.rand(shape, generator=generator, device=DEVICE) < 0.5
+    kept[0] = True  # nothing to regrow: no pair
+    product = 2 * s * (s.masked_fill(kept, 0) @ gram)
+    regrow = (s.square() - product).masked_fill(kept, torch.inf)
+    prune = (s.square() + product).masked_fill(~kept, torch.inf)
+    change = regrow[:, :, None] + prune[:, None, :] - 2 * s[:, :, None] * s[:, None, :] * gram
+    expected, place = change.flatten(1).min(dim=1)
+    pairs = sparseswaps._Pairs(gram)
+    best, p, k = kernels.best_pairs(pairs._gram, s, regrow, prune, pairs._bounds(s, regrow, prune))
+    torch.testing.assert_close(best, expected.clamp_max(0).nan_to_num(posinf=0))
+    assert best[0] == 0 and (best[1:] < 0).all()
+    assert torch.equal((p * width + k)[1:], place[1:])

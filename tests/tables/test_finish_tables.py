@@ -71,10 +71,10 @@ def test_seconds_and_tokens_of_finishing_are_apart():
 
 def test_the_most_that_a_device_held_is_shown_where_a_table_asks_for_it():
     record = finished("block", 15.0)
-    record["phases"]["peak_device_bytes"] = 2_780_793_344
+    record["phases"]["pruning_peak_device_bytes"] = 2_780_793_344
     assert "peak GB" not in str(laid_out([record]).rows)
     table = laid_out([record], metrics=["peak GB"])
-    assert "2.8" in str(table.rows) and "evaluation included" in " ".join(table.notes)
+    assert "2.8" in str(table.rows) and "until the model was pruned" in " ".join(table.notes)
 
 
 @pytest.mark.slow
