@@ -34,7 +34,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
 from alps_exp.numerics.kernels import kernels_for
-from alps_exp.numerics.triangular import triangular_inverse
+from alps_exp.numerics.triangular import inverse_cholesky, triangular_inverse
 from alps_exp.patterns import Pattern
 
 # Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
@@ -83,56 +83,87 @@ class SparseGPT(Solver):
                 solutions[index] = Solution(weight=weight, support=support, seconds={**seconds, "sweep": spent})
         return solutions
 
+    def _solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        weights = [[problem.weight for problem in problems] for problems in groups]
+        known = all(pattern.group is None or pattern.tracker().group for pattern in patterns)
+        single = weights[0][0].dtype == torch.float32
+        if not known or not single or len(set(patterns)) > 1 or kernels_for(weights[0][0].device) is None:
+            return super()._solve_alike(groups, patterns)
+        watch = Stopwatch(weights[0][0].device)
+        leaders = [problems[0] for problems in groups]
+        factors = _inverse_factors(leaders, self.damping)
+        seconds = {"factorisation": watch.lap("factorisation") / len(groups) / len(patterns)}
+        weights = [torch.stack(layers) for layers in zip(*weights, strict=True)]
+        pruned = self._prune(weights, torch.stack([one.dead for one in leaders]), factors, patterns[0])
+        seconds["sweep"] = watch.lap("sweep") / len(groups) / len(patterns)
+        return [
+            [
+                Solution(weight=weight[number], support=support[number], seconds=dict(seconds))
+                for weight, support in pruned
+            ]
+            for number in range(len(groups))
+        ]
+
     def _prune(
         self, weights: list[Tensor], dead: Tensor, factor: Tensor, pattern: Pattern
     ) -> list[tuple[Tensor, Tensor]]:
-        """Weight and support, (out, in) each, of layers that share U.
+        """Weight and support, (…, out, in) each, of layers that share U.
 
         Args:
-            weights: of the layers, (out, in) each.
-            dead: (in,) bool.
-            factor: (in, in) U.
+            weights: of the layers, (…, out, in) each.
+            dead: (…, in) bool.
+            factor: (…, in, in) U.
         """
-        rows = [weight.shape[0] for weight in weights]
-        work = torch.cat(weights).T.contiguous()
-        work[dead] = 0
+        rows = [weight.shape[-2] for weight in weights]
+        work = torch.cat(weights, dim=-2).mT.contiguous()
+        work.masked_fill_(dead[..., None], 0)
         keep = torch.empty_like(work, dtype=torch.bool)
         group = pattern.group or 1
         step = -(-(_FUSED_STEP if kernels_for(work.device) else _STEP) // group) * group
         width = -(-self.block_size // group) * group
-        for begin in range(0, work.shape[0], width):
-            end = min(begin + width, work.shape[0])
-            errors = _sweep_block(work[begin:end], keep[begin:end], factor[begin:end, begin:end], rows, pattern, step)
-            work[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+        for begin in range(0, work.shape[-2], width):
+            end = min(begin + width, work.shape[-2])
+            here, later = slice(begin, end), slice(end, None)
+            own = (work[..., here, :], keep[..., here, :], factor[..., here, here])
+            errors = _sweep_block(*own, rows, pattern, step)
+            _subtract(work[..., later, :], factor[..., here, later].mT, errors)
         work.masked_fill_(~keep, 0)
-        layers = zip(work.split(rows, dim=1), keep.split(rows, dim=1), strict=True)
-        return [(weight.T.contiguous(), support.T.contiguous()) for weight, support in layers]
+        layers = zip(work.split(rows, dim=-1), keep.split(rows, dim=-1), strict=True)
+        return [(weight.mT.contiguous(), support.mT.contiguous()) for weight, support in layers]
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pattern: Pattern, step: int) -> Tensor:
     """Prune one block of columns, compensated for all columns to its left already.
 
     Args:
-        work: (width, out) W, compensated in place.
-        keep: (width, out) bool, filled in.
-        factor: (width, width) the block's part of U.
+        work: (…, width, out) W, compensated in place.
+        keep: (…, width, out) bool, filled in.
+        factor: (…, width, width) the block's part of U.
         rows: how the out rows divide into layers, which select apart.
         step: columns walked one by one between two products.
 
     Returns:
-        (width, out) E.
+        (…, width, out) E.
     """
-    inverse = factor.diagonal().reciprocal()[:, None]
-    errors = torch.empty_like(work)
+    inverse = factor.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
+    errors = torch.empty_like(work, memory_format=torch.contiguous_format)
     if pattern.group is None:
         keep.copy_(_select(work * inverse, rows, pattern))
-    for begin in range(0, work.shape[0], step):
-        end = min(begin + step, work.shape[0])
+    for begin in range(0, work.shape[-2], step):
+        end = min(begin + step, work.shape[-2])
+        former, here = slice(0, begin), slice(begin, end)
         if begin:
-            work[begin:end].addmm_(factor[:begin, begin:end].T, errors[:begin], alpha=-1)
-        here = slice(begin, end)
-        _sweep_step(work[here], keep[here], factor[here, here], errors[here], inverse[here], rows, pattern)
+            _subtract(work[..., here, :], factor[..., former, here].mT, errors[..., former, :])
+        parts = (part[..., here, :] for part in (work, keep, factor[..., here], errors, inverse))
+        _sweep_step(*parts, rows, pattern)
     return errors
+
+
+def _subtract(work: Tensor, left: Tensor, right: Tensor) -> None:
+    """work -= left @ right."""
+    (work.addmm_ if work.ndim == 2 else work.baddbmm_)(left, right, alpha=-1)
 
 
 def _sweep_step(
@@ -141,9 +172,9 @@ def _sweep_step(
     """Walk a few columns, compensated for all to their left already; arguments are parts of `_sweep_block`'s.
 
     Args:
-        inverse: (columns, 1) 1 / U_jj.
+        inverse: (…, columns, 1) 1 / U_jj.
     """
-    columns, group = work.shape[0], pattern.group
+    columns, group = work.shape[-2], pattern.group
     kernels, rule = kernels_for(work.device), pattern.tracker().group
     if kernels is not None and work.dtype == torch.float32 and columns <= 64 and (group is None or rule is not None):
         kernels.sweep_step(work, keep, factor, errors, rule)
@@ -160,13 +191,14 @@ def _sweep_step(
 
 
 def _select(score: Tensor, rows: list[int], pattern: Pattern) -> Tensor:
-    """(width, out) mask of the weights to keep.
+    """(…, width, out) mask of the weights to keep.
 
     Args:
-        score: (width, out) W / U_jj.
+        score: (…, width, out) W / U_jj.
     """
-    score = score.abs_().T  # in the order of its square, which float32 may not hold
-    return torch.cat([pattern.keep(layer, "block") for layer in score.split(rows)]).T
+    score = score.abs_().mT  # in the order of its square, which float32 may not hold
+    keep = pattern.keep if score.ndim == 2 else pattern.keep_each
+    return torch.cat([keep(layer, "block") for layer in score.split(rows, dim=-2)], dim=-2).mT
 
 
 def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
@@ -178,12 +210,32 @@ def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
     return triangular_inverse(reversed_cholesky(problem, damping)).flip(0, 1)
 
 
+def _inverse_factors(problems: Sequence[LayerProblem], damping: float) -> Tensor:
+    """The same for several problems of one width at once, (problems, in, in)."""
+    hessians, tiny = zip(*(_reversed_hessian(problem, damping) for problem in problems), strict=True)
+    lower, failed = inverse_cholesky(torch.stack(hessians))
+    failed = (failed != 0) | ~torch.isfinite(lower).flatten(1).all(1)
+    for problem, bad in zip(problems, failed.tolist(), strict=True):
+        if bad:
+            raise _indefinite(problem, damping)
+    return (lower * lower.new_tensor(tiny)[:, None, None]).flip(1, 2)
+
+
 def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
     """L (in, in), lower triangular, LLᵀ = H with the order of its inputs reversed; so U_jj = 1 / L_kk, k = in - 1 - j.
 
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
+    hessian, tiny = _reversed_hessian(problem, damping)
+    factor, failed_at = torch.linalg.cholesky_ex(hessian)
+    if int(failed_at) or not bool(torch.isfinite(factor).all()):
+        raise _indefinite(problem, damping)
+    return factor / tiny if tiny > 1 else factor
+
+
+def _reversed_hessian(problem: LayerProblem, damping: float) -> tuple[Tensor, float]:
+    """H times a number squared, with the order of its inputs reversed, and the number."""
     hessian, mean = (problem.gram + problem.gram.T) / 2, problem.diagonal.mean()
     # Squares of inputs of 1e-20 are below what float32 holds with all its digits.
     tiny = 2.0**40 if 0 < float(mean) < 2.0**-100 else 1.0
@@ -192,10 +244,11 @@ def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal += damping * mean
     diagonal[problem.dead] = tiny**2  # as if it were 1
-    factor, failed_at = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if int(failed_at) or not bool(torch.isfinite(factor).all()):
-        raise UserError(
-            f"{problem.name}: the Gram matrix with damping {damping:g} is not positive definite; raise method.damping "
-            "or calibrate on more windows"
-        )
-    return factor / tiny if tiny > 1 else factor
+    return hessian.flip(0, 1), tiny
+
+
+def _indefinite(problem: LayerProblem, damping: float) -> UserError:
+    return UserError(
+        f"{problem.name}: the Gram matrix with damping {damping:g} is not positive definite; raise method.damping "
+        "or calibrate on more windows"
+    )

@@ -25,6 +25,7 @@ class Ladder:
         place: where the hidden states were moved to.
         sizes: windows of each forward, by the name of the stream, once they were reduced.
         statistics_on_host: statistics wait in host memory until their layers are solved.
+        apart: experts of the same shapes are solved one after the other.
         one_by_one: layers that share an input are solved one after the other.
         passes: into how many passes over the windows the layers of a block are divided.
         micro: windows per backward pass of a training, once they were reduced.
@@ -34,6 +35,7 @@ class Ladder:
     place: str | None = None
     sizes: dict[str, list[int]] = field(default_factory=dict)
     statistics_on_host: bool = False
+    apart: bool = False
     one_by_one: bool = False
     passes: int = 1
     micro: int | None = None
@@ -60,14 +62,18 @@ class Ladder:
             measure = f"statistics in {self.passes} passes"
         self._note(where, measure, streams)
 
-    def for_solving(self, where: str, streams: Mapping[str, HiddenStates], layers: int) -> None:
-        """The next measure after solving `layers` layers together failed.
+    def for_solving(self, where: str, streams: Mapping[str, HiddenStates], layers: int, groups: int = 1) -> None:
+        """The next measure after solving `layers` layers of one input together failed, with those of other inputs
+        where `groups` is more than one.
 
         Raises:
             UserError: there is none left.
         """
         measure = None
-        if not self.statistics_on_host:
+        if groups > 1:
+            self.apart = True
+            measure = "experts one by one"
+        elif not self.statistics_on_host:
             self.statistics_on_host = True
             measure = "statistics in host memory until they are needed"
         elif any(stream.place == "device" for stream in streams.values()):

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from .problem import LayerProblem
+
+_PER_INPUT = ("diagonal", "dead")
 
 
 class ScaledGram:
     """H = E(G + λ₂I)E with unit diagonal, E = diag(G + λ₂I)^-½.
 
     Args:
-        problem: any of the layers that share the Gram matrix, which is there.
+        problem: any of the layers that share the Gram matrix, which is there; or one for each of several matrices of
+            one width, which are then stacked along a first dimension, as are the weights here.
         damping: λ₂ over mean(diag G).
+
+    Attributes:
+        gram: (…, in, in) H.
+        dead: (…, 1, in) bool; without the dimension of size 1 for a single problem.
     """
 
-    def __init__(self, problem: LayerProblem, damping: float) -> None:
-        self.dead = problem.dead
-        ridge = damping * float(problem.diagonal.mean())
-        diagonal = (problem.diagonal + ridge).masked_fill(self.dead, 1.0)
-        self._e = diagonal.rsqrt()
-        self.gram = problem.gram * self._e * self._e[:, None]
-        self.gram.diagonal().fill_(1.0)
+    def __init__(self, problem: LayerProblem | Sequence[LayerProblem], damping: float) -> None:
+        if isinstance(problem, LayerProblem):
+            gram, diagonal, self.dead = problem.gram, problem.diagonal, problem.dead
+            ridge = damping * float(diagonal.mean())
+        else:
+            gram = torch.stack([one.gram for one in problem])
+            diagonal, self.dead = (torch.stack([getattr(p, name) for p in problem])[:, None] for name in _PER_INPUT)
+            ridge = damping * diagonal.mean(-1, keepdim=True)
+        self._e = (diagonal + ridge).masked_fill(self.dead, 1.0).rsqrt()
+        # What was stacked is this object's own.
+        gram = gram.mul_(self._e) if gram.ndim == 3 else gram * self._e
+        self.gram = gram.mul_(self._e[..., None] if gram.ndim == 2 else self._e.mT)
+        self.gram.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
     def scale(self, weight: Tensor) -> Tensor:
         """E⁻¹W, without the dead inputs."""

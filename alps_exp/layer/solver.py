@@ -68,16 +68,43 @@ class Solver(Method, ABC):
             UserError: statistics that are missing, a pattern that the method cannot keep or that does not fit a layer,
                 or a layer that it cannot solve.
         """
+        self._check(problems, patterns)
+        return self._solve_group(problems, patterns)
+
+    @final
+    def solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        """Prune several groups of layers that have the same shapes, such as the experts of a mixture: one after the
+        other, or together where the method knows how.
+
+        Args:
+            groups: each as of `solve_group`.
+            patterns: of the layers of each group, the same in all.
+
+        Raises:
+            UserError: as of `solve_group`.
+        """
+        for problems in groups:
+            self._check(problems, patterns)
+        return self._solve_alike(groups, patterns) if len(groups) > 1 else [self._solve_group(groups[0], patterns)]
+
+    def _check(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> None:
         for problem, pattern in zip(problems, patterns, strict=True):
             problem.require(self.statistics)
             if self.prunes:
                 self.check_pattern(pattern)
                 pattern.check(tuple(problem.weight.shape), problem.name)
-        return self._solve_group(problems, patterns)
 
     @abstractmethod
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         """What a method is: `solve_group` after its checks."""
+
+    def _solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        """`solve_alike` after its checks, of more than one group."""
+        return [self._solve_group(problems, patterns) for problems in groups]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -128,73 +129,164 @@ class Alps(Solver):
             return [first_node(scaled.gram, self.rho, index, problem.name) for index in indices]
 
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
-        device = problems[0].weight.device
+        return self._solve_batch([problems], patterns)[0]
+
+    def _solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        if not _launches(groups[0][0].weight.device) or self.schedule == "paper" or self.trace:
+            return super()._solve_alike(groups, patterns)
+        return self._solve_batch(groups, patterns)
+
+    def _solve_batch(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        """Groups of layers of the same shapes and patterns, each with a Gram matrix, in one stack."""
+        device, name = groups[0][0].weight.device, groups[0][0].name
         watch = Stopwatch(device)
-        exact = self.exact or problems[0].weight.dtype == torch.float64
-        scaled = ScaledGram(problems[0], self.damping)
-        resolvent = Resolvent(scaled.gram, self.rho, exact, problems[0].name, problems[0].elsewhere)
+        exact = self.exact or groups[0][0].weight.dtype == torch.float64
+        leaders = [problems[0] for problems in groups]
+        scaled = ScaledGram(leaders if len(groups) > 1 else leaders[0], self.damping)
+        resolvent = Resolvent(scaled.gram, self.rho, exact, name, leaders[0].elsewhere)
         with nullcontext() if exact else fast_products(device):
-            layers = [
-                _Layer(scaled, resolvent, problem, pattern, self.rho, exact)
-                for problem, pattern in zip(problems, patterns, strict=True)
-            ]
-            traces = [Trace(problem) for problem in problems] if self.trace else []
-            self._iterate(layers, scaled, traces)
+            columns = list(zip(zip(*groups, strict=True), patterns, strict=True))
+            # One by one where nothing is gained by less launches, or where ρ follows each layer's own support.
+            together = [columns] if _launches(device) and self.schedule != "paper" else [[one] for one in columns]
+            stacks = [_Stack(scaled, resolvent, own, self.rho, exact) for own in together]
+            layers = [layer for stack in stacks for layer in stack.layers]
+            traces = [Trace(layer.problem) for layer in layers] if self.trace else []
+            self._iterate(stacks, scaled, traces)
         resolvent.free()
         shared = {"factorisation": resolvent.seconds, "admm": watch.lap("admm") - resolvent.seconds}
+        shared = {phase: spent / len(layers) for phase, spent in shared.items()}
         multiply = Multiplier(scaled.gram, exact)
 
         solutions = []
-        for index, layer in enumerate(layers):
-            support = layer.pattern.keep(layer.b.abs())
-            weight, steps = fit_on_support(
-                multiply, layer.w, support, layer.b.masked_fill(~support, 0), self.pcg_iterations, self.pcg_tolerance
-            )
-            weight = scaled.unscale(weight * layer.unit) * layer.factor
-            support = support & ~scaled.dead
-            seconds = {phase: spent / len(layers) for phase, spent in shared.items()}
-            seconds["pcg"] = watch.lap("pcg")
-            solutions.append(
-                Solution(
-                    weight=weight,
-                    support=support,
-                    status="converged" if layer.stopped else "max_iterations",
-                    iterations=layer.iterations,
-                    seconds=seconds,
-                    stats={"rho": layer.rho, "pcg_iterations": steps, "schedule": self.schedule}
-                    | layer.stats()
-                    | (traces[index].stats() if traces else {}),
-                )
-            )
-        return solutions
+        for stack in stacks:
+            for column in stack.columns():
+                support = torch.stack([layer.pattern.keep(layer.b.abs()) for layer in column])
+                start = torch.stack([layer.b for layer in column]).masked_fill_(~support, 0)
+                dense = stack.w[..., column[0].rows, :]
+                if dense.ndim == 2:
+                    support, start = support[0], start[0]
+                weight, steps = fit_on_support(multiply, dense, support, start, self.pcg_iterations, self.pcg_tolerance)
+                weight = scaled.unscale(weight * stack.by_layer(column, "unit")) * stack.by_layer(column, "factor")
+                support = support & ~scaled.dead
+                weight, support = (value.reshape(len(column), *value.shape[-2:]) for value in (weight, support))
+                spent = watch.lap("pcg") / len(column)
+                for index, layer in enumerate(column):
+                    _, iterations, rho = layer.state
+                    solutions.append(
+                        Solution(
+                            weight=weight[index],
+                            support=support[index],
+                            status="converged" if layer.stopped else "max_iterations",
+                            iterations=iterations,
+                            seconds=shared | {"pcg": spent},
+                            stats={
+                                "rho": rho,
+                                "pcg_iterations": steps[index] if isinstance(steps, list) else steps,
+                                "schedule": self.schedule,
+                            }
+                            | layer.stats()
+                            | (traces[len(solutions)].stats() if traces else {}),
+                        )
+                    )
+        # They came layer by layer, each of all groups.
+        return [solutions[number :: len(groups)] for number in range(len(groups))]
 
-    def _iterate(self, layers: Sequence[_Layer], scaled: ScaledGram, traces: Sequence[Trace]) -> None:
-        """ADMM on all layers in lockstep, so that they share the resolvent at every ρ, until each has stopped."""
+    def _iterate(self, stacks: Sequence[_Stack], scaled: ScaledGram, traces: Sequence[Trace]) -> None:
+        """ADMM on all stacks in lockstep, so that they share the resolvent at every ρ, until each layer has stopped."""
+        layers = [layer for stack in stacks for layer in stack.layers]
         traced = dict(zip(layers, traces, strict=True)) if traces else {}
         for iteration in range(1, self.max_iterations + 1):
-            active = [layer for layer in layers if not layer.stopped]
+            active = [stack for stack in stacks if stack.active]
             if not active:
                 return
-            for layer in active:
-                layer.step()
-                if layer in traced:
-                    traced[layer].add(scaled.unscale(layer.d * layer.unit) * layer.factor, layer.support, layer.rho)
+            for stack in active:
+                stack.step()
+                for layer in stack.active if traced else ():
+                    traced[layer].add(scaled.unscale(layer.d * layer.unit) * layer.factor, layer.support, stack.rho)
                 if iteration % self.update_every == 0:
-                    self._test_support(layer, iteration)
+                    self._test_support(stack, iteration)
 
-    def _test_support(self, layer: _Layer, iteration: int) -> None:
-        changed, kept = layer.support_change()
-        stable = changed <= self.support_tolerance * kept
-        if self.schedule == "paper":
-            layer.stopped = _paper_rho(layer, changed / max(kept, 1)) or (stable and iteration >= self.min_iterations)
-        else:
-            layer.stopped = stable and (layer.rho >= self.stop_rho or self.growth == 1)
-            if not layer.stopped:
-                layer.rho = min(layer.rho * self.growth, 1e6)
+    def _test_support(self, stack: _Stack, iteration: int) -> None:
+        ending = []
+        for layer, (changed, kept) in stack.support_changes():
+            stable = changed <= self.support_tolerance * kept
+            if self.schedule == "paper":
+                ended = _paper_rho(stack, changed / max(kept, 1)) or (stable and iteration >= self.min_iterations)
+            else:
+                ended = stable and (stack.rho >= self.stop_rho or self.growth == 1)
+            ending += [layer] if ended else []
+        stack.end(ending)
+        if self.schedule != "paper" and stack.active:
+            stack.rho = min(stack.rho * self.growth, 1e6)
 
 
 class _Layer:
-    """ADMM's state for one layer.
+    """One layer of a stack.
+
+    Attributes:
+        problem, pattern: what is to be solved.
+        rows: its rows in the stack.
+        factor: W was divided by this.
+        unit: and scaled, by this.
+        stopped: its support no longer changes.
+    """
+
+    def __init__(self, stack: _Stack, place: tuple[int, ...], rows: slice, problem: LayerProblem, pattern: Pattern):
+        self._stack, self._place = stack, (*place, rows)
+        self.problem, self.pattern, self.rows = problem, pattern, rows
+        self.factor = self.unit = 1.0
+        self.stopped = False
+        self._ended: tuple[Tensor, int, float] | None = None
+        quick = pattern.tracker()
+        self._fast = quick.fast
+        self.tracker = Tracker(pattern) if stack.exact else quick
+
+    def part(self, state: Tensor) -> Tensor:
+        """(out, in) of this layer, a contiguous view."""
+        return state[self._place]
+
+    @property
+    def state(self) -> tuple[Tensor, int, float]:
+        """(out, in) B, scaled; the iterations that were made, and ρ; as they were when the layer stopped."""
+        stack = self._stack
+        return self._ended if self._ended is not None else (self.part(stack.b), stack.iterations, stack.rho)
+
+    @property
+    def b(self) -> Tensor:
+        """(out, in) B, scaled."""
+        return self.state[0]
+
+    @property
+    def d(self) -> Tensor:
+        """(out, in) D, scaled."""
+        return self.part(self._stack.target) * self.support
+
+    @property
+    def support(self) -> Tensor:
+        """(out, in) of D."""
+        return self.part(self._stack.support)
+
+    def end(self, keep: bool) -> None:
+        """No more iterations.
+
+        Args:
+            keep: others of the stack go on, so that B must be copied.
+        """
+        b, *others = self.state
+        self.stopped, self._ended = True, (b.clone() if keep else b, *others)
+
+    def stats(self) -> dict:
+        """What the record says of how supports were selected: nothing of the patterns that have a fast way."""
+        return {} if self._fast else {"projection": "plain"}
+
+
+class _Stack:
+    """ADMM's state for layers under one ρ: (rows, in) of layers that share a Gram matrix, one below the other, or
+    (groups, rows, in) of several such groups of the same shapes.
 
     D and V/ρ vanish where the other does not, so T = B + V/ρ of the last iteration and its support hold both: D is T
     on the support, V/ρ is T elsewhere.
@@ -202,44 +294,84 @@ class _Layer:
     B is computed as W + (ρ(D - W) - V)(H + ρI)⁻¹, the same in exact arithmetic: what is multiplied is then the small
     difference from W, and R is not needed. Within one ρ, B changes by ρ(2D - B - D_former)(H + ρI)⁻¹, which is smaller
     still: low precision serves that product as well as float32 would. At every new ρ, B is computed afresh.
+
+    Layers that have stopped are carried along until all have; what they were is kept.
+
+    Args:
+        columns: layers that lie at the same place in each group, and their pattern.
     """
 
     def __init__(
-        self, scaled: ScaledGram, resolvent: Resolvent, problem: LayerProblem, pattern: Pattern, rho: float, exact: bool
+        self,
+        scaled: ScaledGram,
+        resolvent: Resolvent,
+        columns: Sequence[tuple[Sequence[LayerProblem], Pattern]],
+        rho: float,
+        exact: bool,
     ) -> None:
-        self.pattern = pattern
-        self.rho = rho
-        # Exact factors that bring the weights near 1: squares of 1e-20 and 1e20 do not fit float32.
-        self.factor = power_of_two(float(problem.weight.abs().max()))
-        self.w = scaled.scale(problem.weight / self.factor)
-        self.unit = power_of_two(float(self.w.abs().max()))
-        self.w /= self.unit
-        self.iterations = 0
-        self.stopped = False
+        self.rho, self.exact, self.iterations = rho, exact, 0
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet
-        quick = pattern.tracker()
-        self._fast = quick.fast
-        self._tracker = Tracker(pattern) if exact else quick
         self._resolvent = resolvent
-        self._low = None if exact else low_precision(self.w.device)
-        self._kernels = kernels_for(self.w.device) if self._low is not None else None
+        device, self._groups = scaled.gram.device, len(columns[0][0])
+        self._low = None if exact else low_precision(device)
+        self._kernels = kernels_for(device) if self._low is not None else None
+        self.layers: list[_Layer] = []
+        end = 0
+        for problems, pattern in columns:
+            rows = slice(end, end := end + problems[0].weight.shape[0])
+            for number, problem in enumerate(problems):
+                place = (number,) if self._groups > 1 else ()
+                self.layers.append(_Layer(self, place, rows, problem, pattern))
+        # Exact factors that bring the weights near 1: squares of 1e-20 and 1e20 do not fit float32.
+        self._measure("factor", [layer.problem.weight for layer in self.layers])
+        weights = [layer.problem.weight / layer.factor for layer in self.layers]
+        if len(weights) > 1:
+            weights = [torch.cat(weights[number :: self._groups]) for number in range(self._groups)]
+        self.w = scaled.scale(torch.stack(weights) if self._groups > 1 else weights[0])
+        del weights
+        self._measure("unit", [layer.part(self.w) for layer in self.layers])
+        for layer in self.layers:
+            layer.part(self.w).div_(layer.unit)
+        self._step = self._rule()
         self.restart()
-        self.remembered = self.support.clone()
+        self._remembered = self.support.clone()
+
+    def _measure(self, name: str, weights: Sequence[Tensor]) -> None:
+        for layer, largest in zip(self.layers, torch.stack([w.abs().max() for w in weights]).tolist(), strict=True):
+            setattr(layer, name, power_of_two(largest))
 
     @property
-    def d(self) -> Tensor:
-        """(out, in) D, scaled."""
-        return self._target * self.support
+    def active(self) -> list[_Layer]:
+        """The layers that have not stopped."""
+        return [layer for layer in self.layers if not layer.stopped]
+
+    def columns(self) -> list[list[_Layer]]:
+        """The layers that lie at the same place in each group."""
+        return [self.layers[begin : begin + self._groups] for begin in range(0, len(self.layers), self._groups)]
+
+    def by_layer(self, column: Sequence[_Layer], name: str) -> Tensor | float:
+        """A number of each layer, to multiply their weights by."""
+        values = [getattr(layer, name) for layer in column]
+        return self.w.new_tensor(values)[:, None, None] if len(values) > 1 else values[0]
 
     def restart(self) -> None:
         """B, D, V at the dense point."""
-        self.support = self.pattern.keep(self.w.abs())
+        self.support = self._chosen(lambda layer, score: layer.pattern.keep(score), self.w)
         self.b = self.w
-        self._target = self.w * self.support
+        self.target = self.w * self.support
         self._target_rho = self.rho
         self._change: Tensor | None = None
 
+    def _chosen(self, choose: Callable[[_Layer, Tensor], Tensor], state: Tensor) -> Tensor:
+        if len(self.layers) == 1:
+            return choose(self.layers[0], state.abs())
+        support = torch.empty_like(state, dtype=torch.bool)
+        for layer in self.layers:
+            layer.part(support).copy_(choose(layer, layer.part(state).abs()))
+        return support
+
     def step(self) -> None:
+        """One iteration."""
         if self._change is not None and self._target_rho == self.rho:
             self.b = _add_product(self.b, self._change, self._resolvent.low_at(self.rho, self._low))
         else:
@@ -249,80 +381,105 @@ class _Layer:
 
     def _restarted_b(self) -> Tensor:
         # With V = ρ_former(T - D), ρ(D - W) - V is (ρ + ρ_former)D - ρ_former T - ρW.
-        difference = (self._target * self.support).mul_(self.rho + self._target_rho)
-        difference.sub_(self._target, alpha=self._target_rho).sub_(self.w, alpha=self.rho)
+        difference = (self.target * self.support).mul_(self.rho + self._target_rho)
+        difference.sub_(self.target, alpha=self._target_rho).sub_(self.w, alpha=self.rho)
         return (difference @ self._resolvent.at(self.rho)).add_(self.w)
 
     def _select(self) -> None:
         """D and V for the new B. The support of an iterate need not have exactly its count; that of the result has."""
         scale = self._target_rho / self.rho
-        if self._kernels is None or not self._select_fused(scale):
-            former = self._target * self.support
-            target = torch.add(self.b, torch.sub(self._target, former), alpha=scale)
-            self.support = self._tracker(target.abs())
+        if self._step is not None:
+            if self._change is None:
+                self._change = torch.empty_like(self.b, dtype=self._low)
+            self._step(self.b, self.target, self.support, scale, self.rho, self._change)
+        else:
+            former = self.target * self.support
+            target = torch.add(self.b, torch.sub(self.target, former), alpha=scale)
+            self.support = self._chosen(lambda layer, score: layer.tracker(score), target)
             if self._low is not None:
                 change = (target * self.support).mul_(2).sub_(self.b).sub_(former)
                 self._change = change.mul_(self.rho).to(self._low)
-            self._target = target
+            self.target = target
         self._target_rho = self.rho
 
-    def _select_fused(self, scale: float) -> bool:
-        """`_select` in one pass over memory, where the pattern's rule allows; overwrites T and the support."""
-        if self._change is None:
-            self._change = torch.empty_like(self.b, dtype=self._low)
-        state = (self.b, self._target, self.support, scale, self.rho, self._change)
-        group, stride = self._tracker.group, self._tracker.stride(self.b)
-        size = self.b.numel()
-        if stride is not None and size <= stride * self._kernels.SELECTED:
-            sparsity, (drift, kept) = self._tracker.sparsity, self._tracker.memory(self.b.device, size)
-            threshold = self._kernels.sampled_threshold(
-                *state[:4], stride, sparsity, drift, kept, self._tracker.count(size)
+    def _rule(self) -> Callable[..., None] | None:
+        """How a kernel selects the supports of all layers in one pass over memory, if the patterns' rules allow."""
+        if self._kernels is None:
+            return None
+        layers = sorted(self.layers, key=lambda layer: layer.part(self.w).storage_offset())
+        trackers = [layer.tracker for layer in layers]
+        if (group := trackers[0].group) and all(tracker.group == group for tracker in trackers):
+            return partial(self._kernels.group_step, group=group) if group[1] in (2, 4, 8, 16) else None
+        sizes = [layer.part(self.w).numel() for layer in layers]
+        strides = [tracker.stride(layer.part(self.w)) for tracker, layer in zip(trackers, layers, strict=True)]
+        if None in strides:
+            return None
+        sampled = zip(layers, trackers, strides, strict=True)
+        if any(size > stride * self._kernels.SELECTED for size, stride in zip(sizes, strides, strict=True)):
+            return partial(self._sampled_step, list(sampled))
+        sparsities = [tracker.sparsity for tracker in trackers]
+        segments = self._kernels.Segments(sizes, sparsities, strides, self.w.device)
+        return partial(self._kernels.sampled_step, segments=segments)
+
+    def _sampled_step(self, sampled: Sequence[tuple[_Layer, Tracker, int]], *state: Tensor | float) -> None:
+        """The same layer by layer, with thresholds from samples that are too large for a kernel."""
+        for layer, tracker, stride in sampled:
+            b, target, support, scale, rho, change = (
+                layer.part(part) if isinstance(part, Tensor) else part for part in state
             )
-            self._kernels.threshold_step(*state, threshold, kept)
-            return True
-        if stride is not None:
-            b, target, support = (part.view(-1)[::stride] for part in state[:3])
-            sample = torch.where(support, 0, target).mul_(scale).add_(b).abs_()
-            kept = self._kernels.threshold_step(*state, self._tracker.threshold(sample))
-            self._tracker.observe(kept, size, stride)
-            return True
-        if group is not None and group[1] in (2, 4, 8, 16):
-            self._kernels.group_step(*state, group)
-            return True
-        return False
+            taken = (part.reshape(-1)[::stride] for part in (b, target, support))
+            sample = _sampled(*taken, scale)
+            kept = self._kernels.threshold_step(b, target, support, scale, rho, change, tracker.threshold(sample))
+            tracker.observe(kept, b.numel(), stride)
 
-    def stats(self) -> dict:
-        """What the record says of how supports were selected: nothing of the patterns that have a fast way."""
-        return {} if self._fast else {"projection": "plain"}
+    def support_changes(self) -> list[tuple[_Layer, tuple[int, int]]]:
+        """Of each active layer, how many positions of the support differ from the last call's, and how many it has."""
+        parts = [(self.support ^ self._remembered), self.support]
+        # Row by row first, so that the sums of many layers are few passes and one wait for the device.
+        rows = [part.sum(-1) for part in parts]
+        self._remembered = self.support.clone()
+        active = self.active
+        counts = torch.stack([torch.stack([layer.part(row).sum() for row in rows]) for layer in active]).tolist()
+        return list(zip(active, map(tuple, counts), strict=True))
 
-    def support_change(self) -> tuple[int, int]:
-        """How many positions of the support differ from the last call's, and how many it has."""
-        changed = int((self.support ^ self.remembered).sum())
-        self.remembered = self.support.clone()
-        return changed, int(self.support.sum())
+    def end(self, layers: Sequence[_Layer]) -> None:
+        """Stop these layers."""
+        others = len(self.active) > len(layers)
+        for layer in layers:
+            layer.end(others)
+
+
+def _sampled(b: Tensor, target: Tensor, support: Tensor, scale: float) -> Tensor:
+    """|B + V/ρ| of the next iteration, of a sample of entries."""
+    return torch.where(support, 0, target).mul_(scale).add_(b).abs_()
+
+
+def _launches(device: torch.device) -> bool:
+    """Whether launching work takes time there beside the work, so that layers are solved in one stack."""
+    return device.type == "cuda"
 
 
 def _add_product(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """base + a @ b of low-precision factors in float32, without rounding the product where the device can."""
     if a.is_cuda:
-        return torch.addmm(base, a, b, out_dtype=torch.float32)
+        return (torch.addmm if a.ndim == 2 else torch.baddbmm)(base, a, b, out_dtype=torch.float32)
     return (a @ b).float().add_(base)
 
 
-def _paper_rho(layer: _Layer, change: float) -> bool:
+def _paper_rho(stack: _Stack, change: float) -> bool:
     """One update of ρ by the released code's rule; True when ADMM is done.
 
     Before any change above 0.5 % was seen, ρ is taken to be too large: it shrinks by 5 and B, D, V restart (the code
     does this, the paper does not mention it).
     """
     if change > 0.005:
-        layer.shrinking = False
-    if layer.shrinking:
-        layer.rho /= 5
+        stack.shrinking = False
+    if stack.shrinking:
+        stack.rho /= 5
         if change > 0:
-            layer.restart()
+            stack.restart()
         return False
     if change == 0:
         return True
-    layer.rho = min(layer.rho * (1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1), 1e6)
+    stack.rho = min(stack.rho * (1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1), 1e6)
     return False

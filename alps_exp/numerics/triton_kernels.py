@@ -7,6 +7,7 @@ which runs wherever Triton does not; the two differ in rounding only. Callers ge
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -18,37 +19,52 @@ _BLOCK = 2048
 SELECTED = 1 << 15
 
 
-def sampled_threshold(
-    b: Tensor,
-    target: Tensor,
-    support: Tensor,
-    scale: float,
-    stride: int,
-    sparsity: float,
-    drift: Tensor,
-    kept: Tensor,
-    wanted: int,
-) -> Tensor:
-    """The threshold of the next `threshold_step`, from every `stride`-th entry: the entry of the sample whose rank is
-    the sparsity's, corrected by what the former thresholds have kept too many (`ThresholdTracker`).
+class Segments:
+    """Layers whose states lie one after the other in one contiguous tensor, each with a threshold of its own.
 
     Args:
-        b: as in `threshold_step`, and so are `target`, `support` and `scale`; at most `SELECTED` entries are taken.
-        stride: every how many entries one is taken.
-        sparsity: the share of the entries that are not to be kept.
-        drift: 0-dim float64, what the rank is corrected by; overwritten.
-        kept: 0-dim int32, how many entries the last threshold has kept; overwritten with 0.
-        wanted: how many it was to keep.
+        sizes: number of entries of each.
+        sparsities: the share of the entries of each that are not to be kept.
+        strides: every how many entries of each one is taken as a sample; at most `SELECTED` are.
+        device: where the state lies.
+
+    Attributes:
+        count: how many there are.
+        places: (4, count) int64: where each begins, its size, its stride, and how many entries it is to keep.
+        ranks: (2, count) float64: the sparsities, and what each sample's rank is corrected by.
+        kept: (count,) int32, how many entries the last threshold of each has kept.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], sparsities: Sequence[float], strides: Sequence[int], device: torch.device
+    ) -> None:
+        wanted = [round((1 - sparsity) * size) for size, sparsity in zip(sizes, sparsities, strict=True)]
+        ends = list(accumulate(sizes))
+        # In few tensors, as each takes time at every launch.
+        self.places = torch.tensor([[0, *ends[:-1]], sizes, strides, wanted], dtype=torch.int64).to(device)
+        self.ranks = torch.tensor([sparsities, [0.0] * len(sizes)], dtype=torch.float64).to(device)
+        self.kept = self.places[3].int()
+        self.count, self.largest = len(sizes), max(sizes)
+        self.sampled = max(-(-size // stride) for size, stride in zip(sizes, strides, strict=True))
+
+
+def sampled_threshold(b: Tensor, target: Tensor, support: Tensor, scale: float, segments: Segments) -> Tensor:
+    """The thresholds of the next `threshold_step`, from every `stride`-th entry of each segment: the entry of the
+    sample whose rank is the sparsity's, corrected by what the former thresholds have kept too many
+    (`ThresholdTracker`).
+
+    Args:
+        b: as in `threshold_step`, and so are `target`, `support` and `scale`.
+        segments: of the state; its `ranks` are brought up to date, and its `kept` becomes 0.
 
     Returns:
-        0-dim float32 on the device.
+        (segments,) float32 on the device.
     """
-    size = triton.cdiv(b.numel(), stride)
-    threshold = torch.empty((), device=b.device)
+    threshold = torch.empty(segments.count, device=b.device)
     with torch.cuda.device_of(b):
-        _sampled_threshold[(1,)](
-            b, target, support.view(torch.uint8), threshold, drift, kept, scale, stride, sparsity, wanted, size,
-            BLOCK=max(triton.next_power_of_2(size), 32), num_warps=16,
+        _sampled_threshold[(segments.count,)](
+            b, target, support.view(torch.uint8), threshold, segments.places, segments.ranks, segments.kept,
+            segments.count, scale, BLOCK=max(triton.next_power_of_2(segments.sampled), 32), num_warps=16,
         )  # fmt: skip
     return threshold
 
@@ -61,7 +77,7 @@ def threshold_step(
     rho: float,
     change: Tensor,
     threshold: Tensor,
-    count: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """ADMM's D and V for a new B, entries of at least `threshold` in magnitude being kept.
 
@@ -72,19 +88,31 @@ def threshold_step(
         scale: former ρ over ρ.
         rho: ρ.
         change: low precision, overwritten: ρ(2D - B - D_former).
-        threshold: 0-dim float32.
-        count: 0-dim int32, 0; a new one if not given.
+        threshold: (segments,) float32; 0-dim without segments.
+        segments: layers with thresholds of their own, `kept` of which is 0; all is one layer if not given.
 
     Returns:
-        `count`, to which the number of entries that are kept is added.
+        int32, how many entries are kept, of each segment; `segments.kept` where there are such.
     """
-    size = b.numel()
-    count = torch.zeros((), dtype=torch.int32, device=b.device) if count is None else count
+    if segments is None:
+        count, places = torch.zeros((), dtype=torch.int32, device=b.device), None
+        size, layers = b.numel(), 1
+    else:
+        count, places, size, layers = segments.kept, segments.places, segments.largest, segments.count
     with torch.cuda.device_of(b):
-        _threshold_step[(triton.cdiv(size, _BLOCK),)](
-            b, target, support.view(torch.uint8), change, threshold, count, scale, rho, size, BLOCK=_BLOCK
-        )
+        _threshold_step[(triton.cdiv(size, _BLOCK), layers)](
+            b, target, support.view(torch.uint8), change, threshold, count, places, layers, scale, rho, size,
+            BLOCK=_BLOCK,
+        )  # fmt: skip
     return count
+
+
+def sampled_step(
+    b: Tensor, target: Tensor, support: Tensor, scale: float, rho: float, change: Tensor, segments: Segments
+) -> None:
+    """`threshold_step` by `sampled_threshold`."""
+    threshold = sampled_threshold(b, target, support, scale, segments)
+    threshold_step(b, target, support, scale, rho, change, threshold, segments)
 
 
 def group_step(
@@ -108,19 +136,22 @@ def sweep_step(work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, group
     """SparseGPT's walk over a few columns, one after the other.
 
     Args:
-        work: (columns, out) W, contiguous, compensated in place; at most 64 columns.
-        keep: (columns, out) bool; read without `group`, otherwise overwritten.
-        factor: (columns, columns), the columns' part of U, any strides.
-        errors: (columns, out), overwritten.
+        work: (…, columns, out) W, rows contiguous, compensated in place; at most 64 columns, and one dimension before
+            them at most, in which any strides are.
+        keep: bool of the same shape; read without `group`, otherwise overwritten.
+        factor: (…, columns, columns), the columns' part of U, any strides.
+        errors: of the same shape as `work`, overwritten.
         group: None, or (N, M): the N best of every M consecutive columns by W²/U_jj² are kept, M a divisor of their
             number.
     """
-    columns, out = work.shape
+    columns, out = work.shape[-2:]
     kept, width = group or (0, 0)
     block = 64
+    several = work.ndim > 2
+    apart = [part.stride(0) if several else 0 for part in (work, keep, factor, errors)]
     with torch.cuda.device_of(work):
-        _sweep_step[(triton.cdiv(out, block),)](
-            work, keep.view(torch.uint8), factor, errors, columns, out, *factor.stride(), kept,
+        _sweep_step[(triton.cdiv(out, block), len(work) if several else 1)](
+            work, keep.view(torch.uint8), factor, errors, *apart, columns, out, *factor.stride()[-2:], kept,
             WIDTH=width, COLUMNS=triton.next_power_of_2(columns), BLOCK=block,
         )  # fmt: skip
 
@@ -172,13 +203,17 @@ def _advance(b, target, support, scale):
 
 @triton.jit
 def _sampled_threshold(
-    b_at, target_at, support_at, threshold_at, drift_at, kept_at, scale, stride, sparsity, wanted, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    drift = tl.load(drift_at) + (tl.load(kept_at) - wanted).to(tl.float64) / stride
-    rank = tl.minimum(tl.maximum(sparsity * size + drift, 0.0), size - 1.0).to(tl.int32)
+    b_at, target_at, support_at, threshold_at, places_at, ranks_at, kept_at, layers, scale, BLOCK: tl.constexpr
+):
+    layer = tl.program_id(0)
+    start = tl.load(places_at + layer)
+    stride, wanted = tl.load(places_at + 2 * layers + layer), tl.load(places_at + 3 * layers + layer)
+    size = tl.cdiv(tl.load(places_at + layers + layer), stride)
+    drift = tl.load(ranks_at + layers + layer) + (tl.load(kept_at + layer) - wanted).to(tl.float64) / stride
+    rank = tl.load(ranks_at + layer) * size + drift
+    rank = tl.minimum(tl.maximum(rank, 0.0), size - 1.0).to(tl.int32)
     place = tl.arange(0, BLOCK)
-    inside, at = place < size, place.to(tl.int64) * stride
+    inside, at = place < size, start + place * stride
     b = tl.load(b_at + at, mask=inside, other=0.0)
     support = tl.load(support_at + at, mask=inside, other=0) != 0
     _, target = _advance(b, tl.load(target_at + at, mask=inside, other=0.0), support, scale)
@@ -190,26 +225,32 @@ def _sampled_threshold(
         tried = found | (1 << (30 - step))
         found = tl.where(tl.sum((bits < tried).to(tl.int32), axis=0) <= rank, tried, found)
     # After the sums, behind which no thread of the program has still to read what is overwritten here.
-    tl.store(threshold_at, found.to(tl.float32, bitcast=True))
-    tl.store(drift_at, drift)
-    tl.store(kept_at, 0)
+    tl.store(threshold_at + layer, found.to(tl.float32, bitcast=True))
+    tl.store(ranks_at + layers + layer, drift)
+    tl.store(kept_at + layer, 0)
 
 
 @triton.jit
 def _threshold_step(
-    b_at, target_at, support_at, change_at, threshold_at, count_at, scale, rho, size, BLOCK: tl.constexpr
-):
+    b_at, target_at, support_at, change_at, threshold_at, count_at, places_at, layers, scale, rho, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+    if places_at is not None:
+        inside = at < tl.load(places_at + layers + layer)
+        at += tl.load(places_at + layer)
+    else:
+        inside = at < size
     b = tl.load(b_at + at, mask=inside, other=0.0)
     support = tl.load(support_at + at, mask=inside, other=0) != 0
     former, target = _advance(b, tl.load(target_at + at, mask=inside, other=0.0), support, scale)
-    support = (tl.abs(target) >= tl.load(threshold_at)) & inside
+    support = (tl.abs(target) >= tl.load(threshold_at + layer)) & inside
     change = rho * (2 * tl.where(support, target, 0.0) - b - former)
     tl.store(target_at + at, target, mask=inside)
     tl.store(support_at + at, support.to(tl.uint8), mask=inside)
     tl.store(change_at + at, change.to(change_at.dtype.element_ty), mask=inside)
-    tl.atomic_add(count_at, tl.sum(support.to(tl.int32), axis=0))
+    tl.atomic_add(count_at + layer, tl.sum(support.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -235,9 +276,14 @@ def _group_step(
 
 @triton.jit
 def _sweep_step(
-    work_at, keep_at, factor_at, errors_at, columns, out, factor_row, factor_column, kept,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    work_at, keep_at, factor_at, errors_at, works, keeps, factors, errors_apart, columns, out,
+    factor_row, factor_column, kept, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    layer = tl.program_id(1).to(tl.int64)
+    work_at += layer * works
+    keep_at += layer * keeps
+    factor_at += layer * factors
+    errors_at += layer * errors_apart
     column = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = column[:, None].to(tl.int64) * out + row[None, :]

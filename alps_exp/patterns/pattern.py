@@ -77,6 +77,17 @@ class Pattern(ABC):
             UserError: the shape does not divide into the pattern's groups.
         """
 
+    def keep_each(self, scores: Tensor, scope: Scope = "layer") -> Tensor:
+        """The same for several matrices.
+
+        Args:
+            scores: (matrices, out, in).
+            scope: as of `keep`.
+        """
+        import torch
+
+        return torch.stack([self.keep(score, scope) for score in scores])
+
     @property
     def group(self) -> int | None:
         """Width of the groups of consecutive inputs within which entries compete; None when the solver may choose."""

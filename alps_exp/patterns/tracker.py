@@ -52,7 +52,6 @@ class ThresholdTracker(Tracker):
         super().__init__(pattern)
         self.fast = True
         self._drift: Tensor | None = None
-        self._kept: Tensor | None = None
 
     def stride(self, score: Tensor) -> int | None:
         size = score.numel()
@@ -63,15 +62,7 @@ class ThresholdTracker(Tracker):
             return size >> 14 | 1
         # Of small layers no more than a kernel selects from by itself (`triton_kernels.SELECTED`): launches, not
         # entries, take the time there.
-        return size >> 18 | 1 if size >= 1 << 20 else -(-size >> 15) | 1
-
-    def memory(self, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-        """For a kernel that does what `threshold` and `observe` do: the correction of the rank, 0-dim float64, and how
-        many of `size` entries the last threshold has kept, 0-dim int32; both are the kernel's to change."""
-        if self._drift is None:
-            self._drift = torch.zeros((), dtype=torch.float64, device=device)
-            self._kept = torch.full((), self.count(size), dtype=torch.int32, device=device)
-        return self._drift, self._kept
+        return size >> 18 | 1 if size >= 1 << 22 else -(-size >> 15) | 1
 
     @property
     def sparsity(self) -> float:

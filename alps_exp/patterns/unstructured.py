@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .tracker import Tracker
 
 
+# Entries up to which several matrices are sorted at once rather than searched one after the other.
+_SORTED = 1 << 18
+
+
 @dataclass(frozen=True)
 class Unstructured(Pattern):
     """A fraction `level` of zeros anywhere in the selection group.
@@ -69,6 +73,14 @@ class Unstructured(Pattern):
         if scope == "block":
             return keep_largest(score, score.numel() - _floor(self.sparsity * score.numel()))
         return keep_largest(score, round((1 - self.sparsity) * score.numel()))
+
+    def keep_each(self, scores: Tensor, scope: Scope = "layer") -> Tensor:
+        from .keeping import keep_per_row
+
+        if scope != "block" or scores[0].numel() > _SORTED:
+            return super().keep_each(scores, scope)
+        flat = scores.flatten(1)
+        return keep_per_row(flat, flat.shape[1] - _floor(self.sparsity * flat.shape[1])).view(scores.shape)
 
     def tracker(self) -> Tracker:
         from .tracker import ThresholdTracker

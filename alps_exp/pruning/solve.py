@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,33 +53,62 @@ def solve_layers(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list
     Raises:
         UserError: a layer that cannot be solved.
     """
+    return solve_alike([(layers, inputs)], job)
+
+
+def solve_alike(groups: Sequence[tuple[Sequence[Layer], Inputs]], job: PruneJob) -> list[Solved]:
+    """The same for several groups of layers at once, which have the same shapes and patterns.
+
+    Raises:
+        UserError: a layer that cannot be solved.
+    """
+    patterns = [job.patterns[layer.name] for layer in groups[0][0]]
+    watch = Stopwatch(groups[0][0][0].weight.device)
     with full_precision():
-        return _solved(layers, inputs, job)
+        posed = [_Posed(layers, inputs, patterns, job) for layers, inputs in groups]
+        try:
+            if len(groups) > 1:
+                solutions = job.solver.solve_alike([group.asked for group in posed], patterns)
+            else:
+                solutions = [job.solver.solve_group(posed[0].asked, patterns)]
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"{posed[0].problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration "
+                "windows (nsamples) or more damping (method.damping)"
+            ) from None
+        found = [solved for group, own in zip(posed, solutions, strict=True) for solved in group.solved(own)]
+    seconds = watch.lap("solve") / len(found)
+    return [replace(solved, seconds=seconds) for solved in found]
 
 
-def _solved(layers: Sequence[Layer], inputs: Inputs, job: PruneJob) -> list[Solved]:
-    problems = [LayerProblem(layer.weight.to(torch.float32, copy=True), inputs, layer.name) for layer in layers]
-    patterns = [job.patterns[layer.name] for layer in layers]
-    watch = Stopwatch(problems[0].weight.device)
-    try:
-        posed = [job.target.posed(problem) for problem in problems]
-        scales = [_scale(problem, pattern, job) for problem, pattern in zip(problems, patterns, strict=True)]
-        known = problems[0].inputs.shrunk(job.shrinkage)
-        asked = posed if known is problems[0].inputs else [replace(problem, inputs=known) for problem in posed]
-        scaled = [p if s is None else replace(p, weight=p.weight * s) for p, s in zip(asked, scales, strict=True)]
-        solutions = job.solver.solve_group(scaled, patterns)
-        solutions = [
-            found if scale is None else replace(found, weight=found.weight / scale)
-            for found, scale in zip(solutions, scales, strict=True)
+class _Posed:
+    """Layers that share an input, as problems.
+
+    Attributes:
+        problems: dense weights and their inputs.
+        asked: what the solver is given: the target's weights, scaled by rows, and an expert's shrunk statistics.
+    """
+
+    def __init__(self, layers: Sequence[Layer], inputs: Inputs, patterns: Sequence[Pattern], job: PruneJob) -> None:
+        self._layers, self._patterns = layers, patterns
+        self.problems = [
+            LayerProblem(layer.weight.to(torch.float32, copy=True), inputs, layer.name) for layer in layers
         ]
-    except torch.linalg.LinAlgError as error:
-        raise UserError(
-            f"{problems[0].name}: the Gram matrix could not be factorised ({error}): use more calibration windows "
-            "(nsamples) or more damping (method.damping)"
-        ) from None
-    seconds = watch.lap("solve") / len(problems)
-    found = zip(layers, problems, posed, patterns, solutions, strict=True)
-    return [Solved(*parts, seconds) for parts in found]
+        self._posed = [job.target.posed(problem) for problem in self.problems]
+        pairs = zip(self.problems, patterns, strict=True)
+        self._scales = [_scale(problem, pattern, job) for problem, pattern in pairs]
+        known = self.problems[0].inputs.shrunk(job.shrinkage)
+        unchanged = known is self.problems[0].inputs
+        asked = self._posed if unchanged else [replace(problem, inputs=known) for problem in self._posed]
+        pairs = zip(asked, self._scales, strict=True)
+        self.asked = [p if scale is None else replace(p, weight=p.weight * scale) for p, scale in pairs]
+
+    def solved(self, solutions: Sequence[Solution]) -> Iterator[Solved]:
+        """What the solver has found, in the layers' own units."""
+        parts = zip(self._layers, self.problems, self._posed, self._patterns, solutions, self._scales, strict=True)
+        for *own, solution, scale in parts:
+            found = solution if scale is None else replace(solution, weight=solution.weight / scale)
+            yield Solved(*own, found, 0.0)
 
 
 def _scale(problem: LayerProblem, pattern: Pattern, job: PruneJob) -> Tensor | None:

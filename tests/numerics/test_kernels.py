@@ -103,6 +103,26 @@ def test_sweep_step(kernels, columns, out, written, transposed):
     torch.testing.assert_close(errors.double(), expected_errors, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("written", [None, "2:4"])
+def test_sweep_steps_of_several_layers_are_those_of_each(kernels, written):
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    every = torch.randn(3, 40, 70, generator=generator, device=DEVICE)
+    factor = torch.randn(3, 40, 40, generator=generator, device=DEVICE).triu(1) / 8 + torch.eye(40, device=DEVICE)
+    keep = torch.rand(3, 40, 70, generator=generator, device=DEVICE) < 0.4
+    here, group = slice(8, 24), parse_sparsity(written).tracker().group if written else None
+    errors = torch.empty_like(every)
+    expected = []
+    for layer in range(3):
+        own = [every[layer, here].clone(), keep[layer, here].clone(), factor[layer, here, here], torch.empty(16, 70)]
+        own[3] = own[3].to(DEVICE)
+        kernels.sweep_step(*own, group)
+        expected.append(own)
+    parts = (every[:, here], keep[:, here], factor[:, here, here], errors[:, here])
+    kernels.sweep_step(*parts, group)
+    for found, wanted in zip(parts, zip(*expected, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(wanted))
+
+
 def test_combine(kernels):
     generator = torch.Generator(DEVICE).manual_seed(2)
     parts = [torch.randn(37, 41, generator=generator, device=DEVICE) for _ in range(4)]
@@ -185,13 +205,35 @@ def test_sparsegpt_with_and_without_kernels(written, monkeypatch):
 def test_sampled_threshold(kernels, shape, stride, sparsity):
     b, target, support = state(shape)
     sample = reference(b, target, support, 0.8, 0.3, lambda score: score)[0].abs().view(-1)[::stride]
-    drift = torch.full((), 2.0, dtype=torch.float64, device=DEVICE)
-    kept = torch.tensor(10 + 3 * stride, dtype=torch.int32, device=DEVICE)
-    found = kernels.sampled_threshold(b, target, support, 0.8, stride, sparsity, drift, kept, 10)
-    assert float(drift) == 5.0  # three entries of the sample too many were kept, beside what was known before
-    assert int(kept) == 0
+    segments = kernels.Segments([b.numel()], [sparsity], [stride], DEVICE)
+    segments.ranks[1] += 2.0
+    segments.kept += 3 * stride
+    found = kernels.sampled_threshold(b, target, support, 0.8, segments)
+    assert (
+        float(segments.ranks[1]) == 5.0
+    )  # three entries of the sample too many were kept, beside what was known before
+    assert int(segments.kept) == 0
     rank = min(int(sparsity * len(sample) + 5.0), len(sample) - 1)
-    torch.testing.assert_close(found, sample.sort().values[rank])
+    torch.testing.assert_close(found, sample.sort().values[[rank]])
+
+
+def test_layers_of_one_state_have_thresholds_of_their_own(kernels):
+    b, target, support = state((70, 96))
+    rows, sparsities, strides = [30, 1, 39], [0.3, 0.9, 0.6], [3, 1, 5]
+    segments = kernels.Segments([96 * n for n in rows], sparsities, strides, DEVICE)
+    assert segments.kept.tolist() == [round((1 - s) * 96 * n) for s, n in zip(sparsities, rows, strict=True)]
+    threshold = kernels.sampled_threshold(b, target, support, 0.8, segments)
+    own = [part.split(rows) for part in (b, target, support)]
+    expected = []
+    for layer, parts in enumerate(zip(*own, strict=True)):
+        score = reference(*parts, 0.8, 0.3, lambda score: score)[0].abs()
+        sample = score.reshape(-1)[:: strides[layer]].sort().values
+        assert float(threshold[layer]) == pytest.approx(float(sample[int(sparsities[layer] * len(sample))]))
+        expected.append(reference(*parts, 0.8, 0.3, lambda score, at=float(threshold[layer]): score >= at))
+    change = torch.empty_like(b, dtype=LOW)
+    kept = kernels.threshold_step(b, target, support, 0.8, 0.3, change, threshold, segments)
+    check((target, support, change), [torch.cat(parts) for parts in zip(*expected, strict=True)])
+    assert kept.tolist() == [int(part.sum()) for part in support.split(rows)]
 
 
 @needs_cuda
@@ -202,13 +244,13 @@ def test_a_small_layer_keeps_about_its_count_in_every_iteration():
     b = torch.randn(576, 576, device="cuda", generator=generator)
     stride, wanted = tracker.stride(b), tracker.count(b.numel())
     kernels = kernels_for(b.device)
+    segments = kernels.Segments([b.numel()], [0.7], [stride], b.device)
     target, support, change = b.clone(), torch.ones_like(b, dtype=torch.bool), torch.empty_like(b, dtype=LOW)
     for _ in range(8):
-        drift, kept = tracker.memory(b.device, b.numel())
-        threshold = kernels.sampled_threshold(b, target, support, 1.0, stride, 0.7, drift, kept, wanted)
-        kernels.threshold_step(b, target, support, 1.0, 0.3, change, threshold, kept)
-        assert int(kept) == int(support.sum())
-        assert abs(int(kept) - wanted) < 0.02 * wanted
+        threshold = kernels.sampled_threshold(b, target, support, 1.0, segments)
+        kept = int(kernels.threshold_step(b, target, support, 1.0, 0.3, change, threshold, segments))
+        assert kept == int(support.sum())
+        assert abs(kept - wanted) < 0.02 * wanted
         b = b + 0.01 * torch.randn(576, 576, device="cuda", generator=generator)
 
 
