@@ -385,22 +385,35 @@ def _described(asked: object, chosen: object) -> dict:
     return {**dataclasses.asdict(chosen), "name": name}
 
 
-def load_packed(folder: str | Path):
-    """The dense `transformers` model of a folder that `save=packed` wrote, in its own dtype, in evaluation mode.
+def load_packed(folder: str | Path, resident: str = "dense", device: str | torch.device | None = None):
+    """The `transformers` model of a folder that `save=packed` wrote, in its own dtype, in evaluation mode.
 
     Args:
         folder: `results/runs/…/model`.
+        resident: what its pruned linear layers are in memory. "dense": dense weights. "packed": they stay packed, and
+            products are made from there; on CUDA as gap codes, on the CPU as compressed sparse rows. "semi-structured":
+            torch's tensors for 2:4 weights, on CUDA. Layers that the form would not make smaller are dense; gradients
+            through the others are refused. `generate` works with all, with a static cache, too.
+        device: where the model goes; by default, dense ones stay on the CPU, others go to CUDA if there is any.
 
     Raises:
-        UserError: not a packed folder, or one that is damaged.
+        UserError: not a packed folder, or one that is damaged; a form that no layer can have.
     """
     from .checkpoints.packed import FILE, is_packed
     from .model.loading import load_model, resolve
+    from .model.resident import FORMS, make_resident
 
+    one_of("resident", resident, FORMS)
     path = Path(folder).expanduser()
     if not is_packed(path):
         raise UserError(
             f"{folder} has no {FILE}: give a folder that save=packed wrote; a dense one is loaded by "
             "AutoModelForCausalLM.from_pretrained"
         )
-    return load_model(resolve({"name": "local", "path": str(path)}))
+    model = load_model(resolve({"name": "local", "path": str(path)}))
+    if device is None:
+        device = "cuda" if resident != "dense" and torch.cuda.is_available() else "cpu"
+    make_resident(model, resident, torch.device(device))
+    if resident != "dense":  # these are for inference alone
+        model.config.use_cache = True
+    return model

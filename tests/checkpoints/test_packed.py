@@ -283,6 +283,17 @@ def test_other_folders_are_refused(saved, tmp_path):
         packed.pack_folder(tmp_path)
 
 
+def test_a_folder_that_stays_packed_in_memory(saved):
+    dense, resident = alps_exp.load_packed(saved[0]), alps_exp.load_packed(saved[0], resident="packed", device="cpu")
+    ids = torch.arange(3, 15)[None]
+    assert torch.allclose(resident(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert resident.config.use_cache and not resident.training
+    with pytest.raises(UserError, match=r"resident='zip' is not allowed; known: dense, packed, semi-structured"):
+        alps_exp.load_packed(saved[0], resident="zip")
+    with pytest.raises(UserError, match="resident=semi-structured makes no layer of this model smaller on cpu"):
+        alps_exp.load_packed(saved[0], resident="semi-structured", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [

@@ -87,6 +87,7 @@ FILES = {
 }
 each = pytest.mark.parametrize("name", [*sorted(k for k, v in FILES.items() if "_target_" in v), "pace", "surprise"])
 SMALL = ["eval.seqlen=16", "eval.windows=3", "eval.sample_tokens=0"]
+THRIFT = {"speed": ["eval.repeats=1", "eval.steps=2", "eval.batches=[1,2]"]}
 
 
 def measured(record: dict) -> list[dict]:
@@ -106,7 +107,7 @@ def magnitude(tiny, tmp_path) -> list[str]:
 
 @each
 def test_the_figures_are_rows_of_the_record_and_columns_of_tables(magnitude, name, tmp_path):
-    record = execute([*magnitude, f"eval={name}", *SMALL], tmp_path)
+    record = execute([*magnitude, f"eval={name}", *SMALL, *THRIFT.get(name, [])], tmp_path)
     rows = measured(record)
     assert rows and RecordForm.model_validate(record)
     found = figures.measures(record)
@@ -130,7 +131,8 @@ def test_the_model_is_left_as_it_was(magnitude, name, tmp_path):
     saved = []
     for chosen, stream in (("none", False), (name, False), (name, True)):
         folder = tmp_path / f"{chosen}-{stream}"
-        record = execute([*magnitude, f"eval={chosen}", *SMALL, "save=true", f"stream={stream}"], folder)
+        words = [f"eval={chosen}", *SMALL, *THRIFT.get(chosen, []), "save=true", f"stream={stream}"]
+        record = execute([*magnitude, *words], folder)
         assert bool(measured(record)) == (chosen == name)
         saved.append(weights(folder))
     for again in saved[1:]:

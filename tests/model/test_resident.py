@@ -1,0 +1,100 @@
+"""Models whose linear layers stay packed: the same results, less memory, no gradients."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tiny import network, tokens
+from torch import nn
+
+from alps_exp.base.errors import UserError
+from alps_exp.model.resident import PackedLinear, RowsLinear, make_resident, nbytes, resident_as
+from alps_exp.numerics.gap_codes import encode
+
+CPU = torch.device("cpu")
+
+
+def pruned(family: str = "llama", dtype=torch.float32) -> nn.Module:
+    made = network(family).requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if "proj" in name and parameter.ndim == 2:
+            parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.2)
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_packed_model_gives_the_dense_ones_logits_from_less_memory(family):
+    dense = pruned(family)
+    packed = deepcopy(dense)
+    report = make_resident(packed, "packed", CPU)
+    assert report.layers == tuple(n for n, m in dense.named_modules() if type(m) is nn.Linear and "proj" in n)
+    assert report.bytes < 0.5 * report.dense_bytes
+    assert nbytes(packed) == nbytes(dense) - report.dense_bytes + report.bytes
+    ids = tokens(2)
+    assert torch.allclose(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    one, other = (m.generate(ids[:1, :5], max_new_tokens=6, do_sample=False) for m in (packed, dense))
+    assert torch.equal(one, other)
+    layer = packed.get_submodule(report.layers[0])
+    assert torch.equal(layer.weight, dense.get_submodule(report.layers[0]).weight)
+
+
+@pytest.mark.parametrize("kind", [RowsLinear, PackedLinear])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers(kind, bias):
+    linear = nn.Linear(40, 24, bias=bias).requires_grad_(False)
+    linear.weight[linear.weight.abs() < 0.1] = 0
+    made = kind(linear, linear.weight if kind is RowsLinear else encode(linear.weight))
+    x = torch.randn(2, 3, 40)
+    assert torch.allclose(made(x), linear(x), atol=1e-6)
+    assert torch.equal(made.weight, linear.weight)
+    assert "in_features=40" in repr(made)
+    with pytest.raises(UserError, match="packed weights give no gradients"):
+        made(x.requires_grad_())
+    with torch.no_grad():
+        made(x)
+
+
+def test_the_dense_layers_come_back():
+    model, ids = pruned(), tokens(1)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    logits = model(ids).logits
+    with resident_as(model, "packed", CPU) as became:
+        assert became.layers and all(isinstance(model.get_submodule(name), RowsLinear) for name in became.layers)
+    assert before == {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "message"),
+    [
+        ("packed", torch.bfloat16, "resident=packed makes no layer of this model smaller on cpu"),
+        ("semi-structured", torch.float32, "wants 2:4 weights in bfloat16 or float16 on CUDA"),
+        ("csr", torch.float32, "resident='csr' is not allowed|resident=csr"),
+    ],
+    ids=["bfloat16", "2:4", "unknown"],
+)
+def test_what_cannot_be_is_refused(form, dtype, message):
+    model = pruned(dtype=dtype)
+    with pytest.raises(UserError, match=message):
+        make_resident(model, form, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_cuda_with_a_static_cache_and_a_graph(dtype):
+    from alps_exp.evaluation.speed import _Graph
+
+    device = torch.device("cuda", 0)
+    dense = pruned(dtype=dtype).to(device)
+    packed = deepcopy(dense)
+    assert make_resident(packed, "packed", device).layers
+    ids = tokens(1).to(device)
+    one, other = (m(ids).logits.float() for m in (packed, dense))
+    assert (one - other).norm() < 8 * torch.finfo(dtype).eps * other.norm()
+    with torch.no_grad():
+        decoder = _Graph(packed, device, 2, 8, 4)
+        decoder.reset()
+        decoder.run()
+    assert decoder._cache.layers[0].cumulative_length == 12
+    generated = packed.generate(ids[:, :5], max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert generated.shape == (1, 11)
