@@ -191,16 +191,18 @@ def _unpacked(coded: GapCodes) -> Tensor:
 @cache
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on the device; a warning says why not where they should."""
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda":
         return False
     try:
+        if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError("they need an NVIDIA card of compute capability 8.0 or more")
         ones = torch.eye(8, dtype=torch.float16, device=device)
         _few(ones[:1], encode(ones), None)
         torch.cuda.synchronize(device)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(
-            f"kernels do not compile here, so packed weights are unpacked for each product ({reason})", stacklevel=2
+            f"packed weights are unpacked for each product, since kernels do not run ({reason})", stacklevel=2
         )
         return False
     return True

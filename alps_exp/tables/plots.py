@@ -6,6 +6,7 @@ the data, by which tables --check knows them: their bytes depend on matplotlib's
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,9 @@ _PHASES = {
 _COLUMNS = 3
 # Groups of choices beside the method that change what a run costs and brings.
 _BEYOND = ("target", "sensitivity", "allocation", "capture", "refit", "finish")
+# What eval=speed measures of each form, as far as it is drawn, and the forms beside the dense one.
+_COSTS = ("decode at batch 1, tokens/s", "resident, MiB", "on disk, MiB")
+_FORMS = ("packed", "semi-structured")
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
 
@@ -331,6 +335,55 @@ def _against_seconds(
     return panels
 
 
+def _costs(found: Aggregate, spec: Spec) -> list[dict]:
+    """Of runs that measured what the model costs to run, by eval=speed."""
+    panels, title = [], _titles(found)
+    for (model, groups), cost in itertools.product(_models(found).items(), _COSTS):
+        for metric in (name for name in shown_metrics(found.frame, None) if " perplexity (" in name):
+            series = []
+            for (look, members), form in itertools.product(_series(found, groups), _FORMS):
+                points = [
+                    (group.key[1], price, value)
+                    for group in members
+                    if (price := _statistic(group, f"{form} {cost}")) and (value := _statistic(group, metric))
+                ]
+                if points:
+                    line = sorted((price[0], value[0], name) for name, price, value in points)
+                    series.append(look | {"label": f"{look['label']}, {form}", "form": form, "points": line})
+            if series:
+                dense = [group for group in groups if written.is_dense(group.key[1]) and group.records]
+                point = [_statistic(dense[0], name) for name in (f"dense {cost}", metric)] if dense else [None]
+                panels.append(
+                    {
+                        "title": title(model, metric.partition(" (")[0]),
+                        "cost": cost,
+                        "dense": [mean for mean, _ in point] if all(point) else None,
+                        "series": series,
+                    }
+                )
+    return panels
+
+
+def _draw_costs(axis, panel: dict, handles: dict) -> None:
+    """Perplexity against a cost, a point for each sparsity; semi-structured ones with open marks."""
+    for item in panel["series"]:
+        colour, marker, style = _look(item)
+        prices, values, _ = zip(*item["points"], strict=True)
+        (handle,) = axis.plot(
+            prices, values, color=colour, marker=marker, linestyle=style, linewidth=1.2, markersize=5,
+            markerfacecolor="none" if item["form"] != "packed" else colour,
+        )  # fmt: skip
+        handles.setdefault(item["label"], handle)
+        for price, value, name in item["points"] if item is panel["series"][0] else ():
+            axis.annotate(name, (price, value), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    if panel["dense"]:
+        handles.setdefault("dense", axis.plot(*panel["dense"], "k*", markersize=9)[0])
+    axis.set(xlabel=panel["cost"], ylabel="perplexity", yscale="log")
+    low, high = axis.get_ylim()
+    if high < 100 * low:
+        _plain_ticks(axis.yaxis)
+
+
 def _drift(found: Aggregate, spec: Spec) -> list[dict]:
     panels, title = [], _titles(found)
     for (model, sparsity), groups in _cells(found).items():
@@ -536,4 +589,5 @@ KINDS = {
     "drift": (_drift, _draw_drift),
     "allocation": (_allocation, _draw_allocation),
     "finishing": (_finishing, _draw_finishing),
+    "costs": (_costs, _draw_costs),
 }
