@@ -1,10 +1,12 @@
 """A hub on this machine: the few requests that huggingface_hub makes for a repository and its files.
 
-It stands in for huggingface.co in the tests of everything that goes through the hub, errors included.
+It stands in for huggingface.co in the tests of everything that goes through the hub, errors included. What is pushed
+lies below `root` once its commit has come; large files wait in `root`/lfs until then.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Repositories are folders below `root` (models/OWNER/NAME, datasets/OWNER/NAME); a file GATED closes one."""
+    """Repositories are folders below `root` (models/OWNER/NAME, datasets/OWNER/NAME); a file GATED closes one.
+    USERS.json there holds what the hub says about each token, and a file CLOSED refuses every commit."""
 
     root: Path
     asked: list[str]
@@ -31,6 +34,85 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self._answer(body=True)
+
+    def do_PUT(self):
+        self.asked.append(f"PUT {self.path.strip('/')}")
+        (self.root / "lfs").mkdir(exist_ok=True)
+        (self.root / "lfs" / self.path.rpartition("/")[2]).write_bytes(self._body())
+        self._say({})
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.asked.append(f"POST {path}")
+        content = self._body()
+        asked = {} if path.partition("/commit/")[1] else json.loads(content)
+        if path == "api/validate-yaml":
+            self._say({"errors": [], "warnings": []})
+        elif self._user() is None:
+            self._refuse(401, "")
+        elif path == "api/repos/create":
+            name = f"{asked.get('organization') or self._user()['name']}/{asked['name']}"
+            folder = self.root / "models" / name
+            known = folder.exists()
+            if not known:
+                folder.mkdir(parents=True)
+                (folder / ".gitattributes").write_text(f"private={asked.get('visibility') or asked.get('private')}")
+            self._say({"url": f"{self._address()}/{name}"}, 409 if known else 200)
+        elif "/preupload/" in path:
+            modes = [("lfs" if file["path"].endswith(".safetensors") else "regular") for file in asked["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+                for file, mode in zip(asked["files"], modes, strict=True)
+            ]
+            self._say({"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            places = [
+                item | {"actions": {"upload": {"href": f"{self._address()}/lfs/{item['oid']}"}}}
+                for item in asked["objects"]
+            ]
+            self._say({"transfer": "basic", "objects": places})
+        else:
+            self._commit(path.partition("api/")[2].partition("/commit/")[0], content)
+
+    def _commit(self, repository: str, content: bytes):
+        if (self.root / "CLOSED").exists():
+            self._refuse(403, "")
+            return
+        folder = self.root / repository
+        for line in map(json.loads, content.splitlines()):
+            file = folder / line["value"].get("path", "")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "lfsFile":
+                (self.root / "lfs" / line["value"]["oid"]).rename(file)
+            elif line["key"] == "deletedFile":
+                file.unlink()
+        url = f"{self._address()}/{repository.partition('/')[2]}/commit/{COMMIT}"
+        self._say({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+    def _user(self) -> dict | None:
+        """What the hub knows of the token that came along."""
+        file = self.root / "USERS.json"
+        token = (self.headers.get("authorization") or "").removeprefix("Bearer ")
+        return json.loads(file.read_text()).get(token) if file.exists() else None
+
+    def _address(self) -> str:
+        return f"http://{self.headers['host']}"
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("transfer-encoding", ""):
+            return self.rfile.read(int(self.headers.get("content-length") or 0))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _say(self, value, status: int = 200):
+        content = json.dumps(value).encode()
+        self._send(content, size=len(content), tag="", status=status)
 
     def _answer(self, body: bool):
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -54,18 +136,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _information(self, path: str):
         repository, _, revision = path.partition("/revision/")
-        if "/tree/" in path:
+        if path == "whoami-v2":
+            self._say(user) if (user := self._user()) else self._refuse(401, "")
+        elif "/tree/" in path and self._user():
+            files = (self.root / path.partition("/tree/")[0]).iterdir()
+            self._say([{"type": "file", "path": file.name, "oid": "0", "size": file.stat().st_size} for file in files])
+        elif "/tree/" in path:
             self._refuse(404, "EntryNotFound")
         elif not (self.root / repository).is_dir():
             self._refuse(401, "RepoNotFound")
         elif revision not in ("", "main", "refs/convert/parquet"):
             self._refuse(404, "RevisionNotFound")
         else:
-            content = json.dumps({"id": repository.partition("/")[2], "sha": COMMIT, "siblings": []}).encode()
+            folder = self.root / repository
+            files = [{"rfilename": file.name} for file in sorted(folder.iterdir()) if file.is_file()]
+            found = {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": files}
+            content = json.dumps(found | self._card(folder)).encode()
             self._send(content, size=len(content), tag="")
 
-    def _send(self, content: bytes, size: int, tag: str):
-        self.send_response(200)
+    @staticmethod
+    def _card(folder: Path) -> dict:
+        """The head of a repository's README.md, of lines KEY: VALUE."""
+        file = folder / "README.md"
+        head = file.read_text().split("---")[1].strip().splitlines() if file.is_file() else []
+        return {"cardData": dict(line.split(": ", 1) for line in head if ": " in line)} if head else {}
+
+    def _send(self, content: bytes, size: int, tag: str, status: int = 200):
+        self.send_response(status)
         for header, value in (("X-Repo-Commit", COMMIT), ("ETag", f'"{tag}"'), ("Content-Length", str(size))):
             self.send_header(header, value)
         self.end_headers()
@@ -103,5 +200,6 @@ def use(address: str, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # pushing goes by LFS
     hub._probe.cache_clear()
     hub.holds.cache_clear()

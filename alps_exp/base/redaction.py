@@ -1,4 +1,4 @@
-"""Keys of online services stay out of configurations, records, logs and the terminal."""
+"""Keys of online services stay out of configurations, records, logs and the terminal; folders, of what is published."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def _without(keys: list[tuple[str, str]], text: str) -> str:
     for name, value in keys:
         text = text.replace(value, f"<{name}>")
     return _KEY.sub("<key>", text)
+
+
+# A slash that begins a word, and all folders up to the last name. Neither URLs nor relative paths begin so.
+_ABSOLUTE = re.compile(r"""(?<![\w.~:/\\-])/(?:[^/\s'"()\[\],;:]+/)+(?=[^/\s'"()\[\],;:])""")
+
+
+def without_paths(value):
+    """The value with absolute paths cut to their last name: folders of one machine mean nothing on another."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return _ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
 def refuse_keys(cfg: Mapping) -> None:

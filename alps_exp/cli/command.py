@@ -170,6 +170,11 @@ def _single(app: Any, name: str, words: list[str]) -> int:
 def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
     start = time.time()
     words, jobs = overrides.expand(words, name)
+    if pushing := [job for job in jobs if any(word.startswith("push=") for word in job)]:
+        raise UserError(
+            f"{next(word for word in pushing[0] if word.startswith('push='))} names one repository for all runs of a "
+            "sweep: leave out -m, and push runs one by one"
+        )
     runs = sweep.cells(jobs, name)
     if runs and all(cell.cfg.plan for cell in runs):
         _print_plans([cell.settings for cell in runs])

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 # Keys whose values are names that somebody has given, of files, folders, branches and the like. They are taken as they
 # are written, also where Hydra would read a number or a list, or nothing at all.
 NAMES = ("model.path", "model.name", "model.revision", "model.gguf_file", "data.path", "data.eval_path", "data.column")
-NAMES += ("eval.path", "eval.task_source", "resume", "logger.project", "logger.entity", "logger.group")
+NAMES += ("eval.path", "eval.task_source", "resume", "logger.project", "logger.entity", "logger.group", "push")
 NAMES += ("hydra.run.dir", "hydra.sweep.dir")
 
 

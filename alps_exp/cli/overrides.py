@@ -53,7 +53,7 @@ def prepare(words: Sequence[str], config_name: str = "config") -> list[str]:
         OverrideParseException: not in Hydra's syntax.
     """
     words = [_readable(_with_plain_keys(word)) for word in words]
-    words = _with_local_choices(_with_saving_by_format(words), config_name)
+    words = _with_local_choices(_with_pushing(_with_saving_by_format(words)), config_name)
     overrides = OverridesParser.create().parse_overrides(words)
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
@@ -374,6 +374,16 @@ def _with_saving_by_format(words: list[str]) -> list[str]:
         if (key == "save" and value not in (form, "true")) or (key == "save.format" and value != form):
             raise UserError(f"{word} and {first} are inconsistent: give one of them, as in save=packed")
     return [word for key, _, word in given if key not in ("save", "save.format")] + [f"save={form}"]
+
+
+def _with_pushing(words: list[str]) -> list[str]:
+    """save.push=NAME is push=NAME, and save=true where nothing is said of how to save."""
+    pushes = [word for word in words if word.lstrip("+").startswith("save.push=")]
+    if not pushes:
+        return words
+    rest = [word for word in words if word not in pushes]
+    saved = any(word.partition("=")[0].lstrip("+") == "save" for word in rest)
+    return [*rest, *([] if saved else ["save=true"]), f"push={pushes[-1].partition('=')[2]}"]
 
 
 def _with_local_choices(words: list[str], config_name: str) -> list[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
 # cache when, change neither weights nor evaluations.
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
-NOT_HASHED += ("statistics_cache", "table")
+NOT_HASHED += ("statistics_cache", "table", "push")
 
 # Choices that say "nothing": with them a configuration is the same as without their keys.
 NEUTRAL = {

@@ -41,6 +41,7 @@ class RunRecord:
         sample: prompt and what the dense and the pruned model make of it.
         saved: format of the saved weights, bytes dense and packed, and their ratio, with save=packed; bytes dense and
             shrunk with save=shrunk.
+        pushed: address of the commit on the hub (save.push).
         drift: of every block's output from the dense model's, by stream (target=stream).
         strength: what target.strength=auto was chosen by.
         finish: what finishing did: a training per block (`blocks`) and that of the model (`distil`), each with its loss
@@ -72,6 +73,7 @@ class RunRecord:
     evaluations: list[dict] = field(default_factory=list)
     sample: dict | None = None
     saved: dict | None = None
+    pushed: str | None = None
     drift: list[dict] = field(default_factory=list)
     strength: dict = field(default_factory=dict)
     finish: dict = field(default_factory=dict)

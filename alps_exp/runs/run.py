@@ -18,6 +18,7 @@ from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
 from ..calibration.sharing import NoPasses, NoSharing
+from ..checkpoints import upload
 from ..checkpoints.hub import first_line
 from ..evaluation import perplexity, protocol
 from ..model import loading
@@ -189,6 +190,10 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
         save(model, tokenizer, settings, record, directory, store)
         _tell(record.warnings[known:])
         watch.lap("save")
+        if settings.push is not None:
+            title = f"{record.model} pruned by {record.method}, sparsity {record.sparsity}"
+            record.pushed = upload.push(directory / "model", settings.push, title)
+            watch.lap("push")
         _book_phases(record, watch, device, peak)
     return store
 
@@ -298,6 +303,8 @@ def describe(record: RunRecord, directory: Path) -> str:
         form = "shrunk" if "shrunk_bytes" in record.saved else "packed"
         dense, small = record.saved["dense_bytes"], record.saved[f"{form}_bytes"]
         lines.append(f"  saved {form}: {small / 1e6:.4g} MB, {small / dense:.1%} of {dense / 1e6:.4g} MB dense")
+    if record.pushed:
+        lines.append(f"  pushed to {record.pushed}")
     seconds = {k.removesuffix("_seconds"): v for k, v in record.phases.items() if k.endswith("_seconds")}
     lines.append(f"  {sum(seconds.values()):.1f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     lines.append(f"  {directory / FILE}")

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from ..base.errors import UserError
 from ..base.files import replacing, write_json
 from ..base.memory import free_host
+from ..base.redaction import without_paths
 from ..checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, Entry, listed, match, tied_names
 from ..checkpoints.hub import first_line
 from ..checkpoints.packed import pack_folder, packed_entries, packed_size, read_tensors
@@ -32,7 +33,8 @@ from ..model import loading
 from ..model.blocks import BlockModel
 from ..pruning.rows import LayerRow
 from ..pruning.store import ProgressStore, write_tensors
-from .record import RunRecord
+from .card import base_of, card, command_of
+from .record import FILE, RunRecord
 from .settings import Settings
 from .shrinking import ShrunkModel
 
@@ -82,8 +84,19 @@ def save(
             record.saved = pack_folder(temporary)
         tokenizer.save_pretrained(temporary)
         record.warnings += _verify(model, store, temporary, packed, settings.model.source.trust_remote_code)
-        dataclasses.replace(record, status="complete").write(temporary)
+        complete = dataclasses.replace(record, status="complete")
+        if settings.push is None:
+            complete.write(temporary)
+        else:
+            _describe(complete.to_dict(), settings, temporary)
     return target
+
+
+def _describe(record: dict, settings: Settings, folder: Path) -> None:
+    """Record and model card of what others will read: without paths of this machine."""
+    base, licence = base_of(settings.configuration.content["model"], settings.model.source.path)
+    write_json(folder / FILE, without_paths(record))
+    (folder / "README.md").write_text(card(record, base, licence, command_of()), encoding="utf-8")
 
 
 def rehearse(config, tokenizer, what: str) -> None:

@@ -16,6 +16,7 @@ from ..base.checks import local_path, one_of, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, build_sensitivity
+from ..checkpoints import upload
 from ..data import texts
 from ..data.settings import CalibrationSettings, DataSettings, GeneratedSettings, check_bos
 from ..evaluation import perplexity, protocol
@@ -70,6 +71,7 @@ class Settings:
         finish: which gradients the kept weights follow after that.
         statistics_cache: GB, or "auto".
         save: False, True, "packed" or "shrunk".
+        push: repository of the hub that the saved model goes to.
         fresh: the windows of another data set to distil on beside the calibration's; None without such.
 
     The others are the configuration's keys of these names.
@@ -102,6 +104,7 @@ class Settings:
     resume: str | bool
     statistics_cache: float | str
     save: str | bool
+    push: str | None
     logger: LoggerSettings | None
     fresh: CalibrationSettings | None = None
 
@@ -216,12 +219,15 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         finish=finish,
         fresh=text and CalibrationSettings(text, 0, cfg["seqlen"], cfg["seed"], cfg["model"]["bos"], more),
         save=configuration.content["save"],
+        push=cfg.get("push"),
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
         **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache", "expert_shrinkage")},
     )
     if whole and settings.reads_text:
         _check_tokenizer(settings)
+    if whole and settings.push is not None:
+        upload.check(settings.push)
     return settings
 
 
@@ -243,6 +249,10 @@ def _check_values(cfg: Mapping) -> None:
     if cfg["minutes"] is not None:
         require("minutes", cfg["minutes"], float, 0, float("inf"), open_low=True)
     one_of("save", cfg["save"], SAVE)
+    if (repo := cfg.get("push")) is not None:
+        upload.check_name(str(repo))
+        if not cfg["save"]:
+            raise UserError(f"save.push={repo} pushes what is saved: give save=true, save=packed or save=shrunk")
     one_of("stream", cfg["stream"], ("auto", True, False))
     one_of("hidden_states", cfg["hidden_states"], PLACES)
     if (limit := cfg["statistics_cache"]) == "auto":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..base.errors import UserError
 from ..base.files import read_json, replacing
+from ..base.redaction import without_paths
 from ..runs import record
 from ..runs.record import FILE
 
@@ -151,19 +151,6 @@ def write_kept(records: Iterable[dict], path: Path, missing: Iterable[str] = ())
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
-
-
-# A slash that begins a word, and all folders up to the last name. Neither URLs nor relative paths begin so.
-_ABSOLUTE = re.compile(r"""(?<![\w.~:/\\-])/(?:[^/\s'"()\[\],;:]+/)+(?=[^/\s'"()\[\],;:])""")
-
-
-def without_paths(value):
-    """The value with absolute paths cut to their last name: folders of one machine mean nothing on another."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    return _ABSOLUTE.sub("", value) if isinstance(value, str) else value
 
 
 def _read(files: Iterable[Path]) -> tuple[list[dict], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from ..base.files import sha256
@@ -146,6 +147,7 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if found.frame.loc[found.frame["metric"].isin(metrics), "stderr"].notna().any():
         words.append("of a single seed, ± is the standard error over the examples")
     words += [text for name, text in _MEANINGS.items() if any(metric.startswith(name) for metric in metrics)]
+    words += _heads(found, metrics)
     records = [record for group in found.groups for record in group.records]
     sharing = sum(bool(record.get("cached_blocks") or record.get("cached_passes")) for record in records)
     if sharing and "seconds" in metrics:
@@ -168,6 +170,24 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     if zeros := _zeros(found):
         words.append(zeros)
     return _capital("; ".join(words)) + "." if words else ""
+
+
+def _heads(found: Aggregate, metrics: Sequence[str]) -> list[str]:
+    """What heads of columns say in short."""
+    words = []
+    if lengths := sorted({int(m[1]) for name in metrics if (m := re.search(r" perplexity \((\d+)", name))}):
+        numbers = ", ".join(map(str, lengths))
+        words.append(f"perplexity ({numbers}): in windows of that many tokens")
+    if any(re.search(r"\d+ of \d+\)", name) for name in metrics):
+        words.append("(… of …): on that many of the windows or examples")
+    if any(name.split(" (")[0].endswith(" acc") for name in metrics):
+        words.append("acc: accuracy, the share of right answers")
+    if any(name.split(" (")[0].endswith(" acc_norm") for name in metrics):
+        words.append("acc_norm: accuracy by log-probabilities divided by the answer's length")
+    choices = [key for key in found.settings if "." in key]
+    if choices:
+        words.append(f"{', '.join(choices)}: keys of the configuration")
+    return words
 
 
 def _finished(records: Sequence[Mapping], metrics: Sequence[str]) -> list[str]:

@@ -278,7 +278,7 @@ def _ours(row: Mapping | None, best: Mapping) -> Cell:
     text = number(row["mean"], row["metric"])
     error = row["std"] if row["n"] > 1 else row["stderr"]
     is_best = row["sparsity"] != "0" and best.get((row["model"], row["sparsity"], row["metric"])) == text
-    return Cell(text if not _known(error) else f"{text} ± {deviation(error, text)}", is_best)
+    return Cell(text if not _known(error) else with_deviation(row["mean"], error, text), is_best)
 
 
 def _published(row: Mapping | None, best: Mapping) -> Cell:
@@ -318,10 +318,21 @@ def number(value: float, metric: str) -> str:
     return f"{value:.{decimals}f}"
 
 
-def deviation(value: float, beside: str) -> str:
-    """A deviation with as many decimals as the figure that it stands beside, one digit where these show none of it."""
-    if "e" in beside or not math.isfinite(value):
-        return f"{value:.1e}"
-    _, _, decimals = beside.partition(".")
-    text = f"{value:.{len(decimals)}f}"
-    return text if float(text) or not value else f"{value:.1g}"
+def with_deviation(mean: float, deviation: float, text: str) -> str:
+    """Mean ± deviation to the same last digit: that of the mean as it is shown alone, or, where this shows nothing of
+    the deviation, the deviation's first.
+
+    Args:
+        mean, deviation: the figures.
+        text: what `number` makes of the mean.
+    """
+    if not math.isfinite(mean) or not math.isfinite(deviation):
+        return f"{text} ± {deviation}"
+    digits, exponent, power = text.partition("e")
+    size = 10.0 ** int(power or 0)
+    _, _, decimals = digits.partition(".")
+    places = len(decimals)
+    if deviation and not float(f"{deviation / size:.{places}f}"):
+        places = -math.floor(math.log10(deviation / size))
+    both = f"{mean / size:.{places}f} ± {deviation / size:.{places}f}"
+    return f"({both})e{power}" if exponent else both

@@ -27,14 +27,15 @@ FORMATS = ("svg", "png")
 _VARIANTS = "D<>P*d8"
 _PHASES = {
     "weigh": ("#DDDDDD", "xxx"),
-    "transfer": ("#FFFFFF", ""),
-    "calibrate": ("#FFFFFF", "///"),
+    "calibrate, transfer": ("#FFFFFF", "///"),
     "solve": ("#555555", ""),
     "propagate": ("#BBBBBB", ".."),
     "finish": ("#FFFFFF", "++"),
     "distil": ("#888888", "\\\\"),
     "train": ("#888888", "oo"),
 }
+# Moving a block to the device and back takes a hundredth of the rest: too little to see by itself.
+_MERGED = {"calibrate": "calibrate, transfer", "transfer": "calibrate, transfer"}
 _COLUMNS = 3
 # Groups of choices beside the method that change what a run costs and brings.
 _BEYOND = ("target", "sensitivity", "allocation", "capture", "refit", "finish")
@@ -102,6 +103,9 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
             handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
             columnspacing=1.2, ncols=entries,
         )  # fmt: skip
+        _share_scales(list(axes.flat[: len(panels)]), panels)
+        if len(models := {content["model"] for content in panels}) == 1:
+            figure.suptitle(*models, fontsize=10)
         figure.draw_without_rendering()  # places everything; once is enough for all formats
         figure.set_layout_engine("none")
         for file in files:
@@ -115,7 +119,8 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
     """What is drawn alike: a method, with its settings where these vary. Its label and look, and its groups; settings
     of one method have its colour and markers of their own."""
     variants: dict[str, dict[tuple, int]] = {}
-    for group in found.groups:
+    # What has least to say beside its method looks as the method does everywhere.
+    for group in sorted(found.groups, key=lambda group: len(list(_words(found, group.key[3:])))):
         method = variants.setdefault(group.key[2], {})
         method.setdefault(group.key[3:], len(method))
     members: dict[tuple, list[Group]] = {}
@@ -161,20 +166,25 @@ def _place(name: str) -> int:
     return _BEYOND.index(group) if group in _BEYOND else len(_BEYOND)
 
 
-def _statistic(group: Group, *metrics: str) -> tuple[float, float] | None:
-    """Mean and deviation (0 of a single seed) of what is finite and positive, as a logarithmic axis needs it; of a
-    metric, or of the sum of those that there are of several."""
+def _statistic(group: Group, *metrics: str) -> tuple[float, float, float] | None:
+    """Mean of what is finite and positive, as a logarithmic axis needs it, and one standard deviation of the logarithms
+    about their own mean, down and up (the mean itself of a single seed); of a metric, or of the sum of those that there
+    are of several."""
     rows = [[found[name].value for name in metrics if name in found] for found in map(measures, group.records)]
     values = [math.fsum(row) for row in rows if row]
-    mean, std = mean_and_std(values) if values else (math.nan, None)
-    return (mean, std or 0.0) if math.isfinite(mean) and mean > 0 else None
+    mean = mean_and_std(values)[0] if values else math.nan
+    if not math.isfinite(mean) or min(values) <= 0:
+        return None
+    middle, spread = mean_and_std([math.log(value) for value in values])
+    return (mean, math.exp(middle - spread), math.exp(middle + spread)) if spread else (mean, mean, mean)
 
 
-def _titles(found: Aggregate) -> Callable[[str, str], str]:
+def _titles(found: Aggregate) -> Callable[[str, str], dict]:
+    """A panel's title, which names the model where the figure shows several; else the model is its heading."""
     several = len({group.key[0] for group in found.groups}) > 1
 
-    def title(model: str, rest: str) -> str:
-        return f"{model}, {rest}" if several else rest
+    def title(model: str, rest: str) -> dict:
+        return {"model": model, "title": f"{model}, {rest}" if several else rest}
 
     return title
 
@@ -211,7 +221,7 @@ def _perplexity(found: Aggregate, spec: Spec) -> list[dict]:
             if len(patterns) > 1:
                 panels.append(
                     {
-                        "title": title(model, metric),
+                        **title(model, metric),
                         "patterns": sorted(patterns, key=written.order),
                         "dense": level and level[0],
                         "series": series,
@@ -227,32 +237,32 @@ def _level(name: str) -> float | None:
 
 
 def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
-    """Levels on a line, N:M apart on their right; the band and the bars are one standard deviation over seeds."""
+    """Levels on a line, N:M apart on their right; band and bars are one standard deviation of the logarithms."""
     levels = [level for name in panel["patterns"] if (level := _level(name)) is not None]
     apart = [name for name in panel["patterns"] if _level(name) is None]
     step = 0.1 if len(levels) < 2 else (levels[-1] - levels[0]) / 3.5
     places = {name: (levels[-1] if levels else 0) + step * (index + 1) for index, name in enumerate(apart)}
     for index, item in enumerate(panel["series"]):
         colour, marker, style = _look(item)
-        line = [(x, mean, std) for name, mean, std in item["points"] if (x := _level(name)) is not None]
+        line = [(x, *figures) for name, *figures in item["points"] if (x := _level(name)) is not None]
         (handle,) = axis.plot(
-            [x for x, _, _ in line],
-            [y for _, y, _ in line],
+            [x for x, *_ in line],
+            [y for _, y, *_ in line],
             color=colour, marker=marker, linestyle=style, linewidth=1.4, markersize=5,
         )  # fmt: skip
         handles.setdefault(item["label"], handle)
         axis.fill_between(
-            [x for x, _, _ in line],
-            [max(y - std, y / 100) for _, y, std in line],
-            [y + std for _, y, std in line],
+            [x for x, *_ in line],
+            [low for *_, low, _ in line],
+            [high for *_, high in line],
             color=colour, alpha=0.2, linewidth=0,
         )  # fmt: skip
         shift = step * 0.1 * (index - (len(panel["series"]) - 1) / 2)
-        marks = [(places[name] + shift, mean, std) for name, mean, std in item["points"] if _level(name) is None]
+        marks = [(places[name] + shift, *figures) for name, *figures in item["points"] if _level(name) is None]
         axis.errorbar(
-            [x for x, _, _ in marks],
-            [y for _, y, _ in marks],
-            yerr=[std for _, _, std in marks],
+            [x for x, *_ in marks],
+            [y for _, y, *_ in marks],
+            yerr=_bars([figures for _, *figures in marks]),
             color=colour, marker=marker, linestyle="none", markersize=5, capsize=2, elinewidth=1,
         )  # fmt: skip
     if panel["dense"]:
@@ -260,9 +270,6 @@ def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
     if levels and apart:
         axis.axvline(levels[-1] + step / 2, color="#999999", linewidth=0.8, linestyle=":")
     axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log")
-    low, high = axis.get_ylim()
-    if high < 100 * low:
-        _plain_ticks(axis.yaxis)
     axis.set_xticks([*levels, *places.values()], [f"{level:g}" for level in levels] + apart)
 
 
@@ -281,7 +288,7 @@ def _losses(found: Aggregate, spec: Spec) -> list[dict]:
                 if points:
                     series.append(look | {"kind": kind, "points": points})
         if any(len(item["points"]) > 1 for item in series):
-            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+            panels.append(title(model, f"sparsity {sparsity}") | {"series": series})
     return panels
 
 
@@ -301,7 +308,6 @@ def _draw_losses(axis, panel: dict, handles: dict) -> None:
         (handles["held out"],) = axis.plot([], [], color="#666666", linewidth=0.7, marker="x", markersize=4)
     axis.set(xlabel="block", ylabel="mean relative loss", yscale="log")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    _plain_ticks(axis.yaxis)
 
 
 def _seconds(found: Aggregate, spec: Spec) -> list[dict]:
@@ -331,8 +337,8 @@ def _against_seconds(
                     points.append(look | {"seconds": time, "loss": value})
             if len(points) > 1:
                 name = title(model, f"sparsity {sparsity}{suffix.format(metric.partition(' (')[0])}")
-                panels.append({"title": name, "loss": metric, "points": points})
-    return panels
+                panels.append(name | {"loss": metric, "points": points})
+    return sorted(panels, key=lambda panel: metrics.index(panel["loss"]))
 
 
 def _costs(found: Aggregate, spec: Spec) -> list[dict]:
@@ -399,7 +405,7 @@ def _drift(found: Aggregate, spec: Spec) -> list[dict]:
                 if points:
                     series.append(look | {"kind": kind, "points": points})
         if any(len(item["points"]) > 1 for item in series):
-            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+            panels.append(title(model, f"sparsity {sparsity}") | {"series": series})
     return panels
 
 
@@ -430,7 +436,7 @@ def _allocation(found: Aggregate, spec: Spec) -> list[dict]:
                 divided |= max(point[3] for point in points) - min(point[2] for point in points) > 1e-3
                 series.append(look | {"points": points})
         if divided:
-            panels.append({"title": title(model, f"sparsity {sparsity}"), "series": series})
+            panels.append(title(model, f"sparsity {sparsity}") | {"series": series})
     return panels
 
 
@@ -450,12 +456,12 @@ def _draw_allocation(axis, panel: dict, handles: dict) -> None:
 
 
 def _draw_seconds(axis, panel: dict, handles: dict) -> None:
-    """Loss against time, one standard deviation over seeds as bars; the front: what no other point beats in both."""
+    """Loss against time, bars are one standard deviation of the logarithms; the front: what no other beats in both."""
     for point in panel["points"]:
         colour, marker, _ = _look(point)
-        (time, time_std), (loss, loss_std) = point["seconds"], point["loss"]
+        time, loss = point["seconds"], point["loss"]
         handle = axis.errorbar(
-            [time], [loss], xerr=[min(time_std, 0.9 * time)], yerr=[min(loss_std, 0.9 * loss)],
+            time[:1], loss[:1], xerr=_bars([time]), yerr=_bars([loss]),
             color=colour, marker=marker, markersize=7, linestyle="none", capsize=2, elinewidth=1, zorder=3,
         )  # fmt: skip
         handles.setdefault(point["label"], handle)
@@ -467,8 +473,6 @@ def _draw_seconds(axis, panel: dict, handles: dict) -> None:
     (handles["Pareto front"],) = axis.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=2)
     name = "perplexity" if " perplexity (" in panel["loss"] else panel["loss"].partition(" of ")[0]
     axis.set(xlabel="seconds", ylabel=name, xscale="log", yscale="log")
-    _plain_ticks(axis.xaxis)
-    _plain_ticks(axis.yaxis)
 
 
 def _phases(found: Aggregate, spec: Spec) -> list[dict]:
@@ -481,13 +485,15 @@ def _phases(found: Aggregate, spec: Spec) -> list[dict]:
             phases = [record["phases"] for record in members[0].records]
             there = [phase for phase in PHASES if phase != "weigh" or any(item.get("weigh_seconds") for item in phases)]
             there += [phase for phase in (*FINISHING, *TRAINING) if any(f"{phase}_seconds" in item for item in phases)]
-            means = {
-                phase: mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0] for phase in there
-            }
+            means: dict[str, float] = {}
+            for phase in there:
+                mean = mean_and_std([item.get(f"{phase}_seconds") or 0.0 for item in phases])[0]
+                name = _MERGED.get(phase, phase)
+                means[name] = means.get(name, 0.0) + mean
             if any(means.values()):
                 bars.append(look | {"seconds": means})
         if bars:
-            panels.append({"title": title(model, f"sparsity {sparsity}"), "bars": bars})
+            panels.append(title(model, f"sparsity {sparsity}") | {"bars": bars})
     return panels
 
 
@@ -520,8 +526,8 @@ def _finishing(found: Aggregate, spec: Spec) -> list[dict]:
                     if points := _mean_curve(curves, kind):
                         series.append(look | {"kind": kind, "points": points})
             if series:
-                panels.append({"title": title(model, f"sparsity {sparsity}"), "what": what, "series": series})
-    return panels
+                panels.append(title(model, f"sparsity {sparsity}") | {"what": what, "series": series})
+    return sorted(panels, key=lambda panel: list(_STAGES.values()).index(panel["what"]))
 
 
 def _mean_curve(curves: Sequence[Sequence[Mapping]], kind: str) -> list[tuple[int, float]]:
@@ -551,23 +557,61 @@ def _draw_finishing(axis, panel: dict, handles: dict) -> None:
     if any(item["kind"] == "loss" for item in panel["series"]) and "trained on" not in handles:
         (handles["trained on"],) = axis.plot([], [], color="#666666", linewidth=0.7)
     axis.set(xlabel="step", ylabel=panel["what"], yscale="log")
-    _plain_ticks(axis.yaxis)
 
 
-def _plain_ticks(axis) -> None:
-    """Ticks written out, also where a logarithmic axis spans less than a decade."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+def _bars(figures: Sequence[tuple[float, float, float]]) -> list[list[float]]:
+    """Lengths of error bars, down and up, of (mean, low, high)."""
+    return [[max(0.0, mean - low) for mean, low, _ in figures], [max(0.0, high - mean) for mean, _, high in figures]]
 
-    low, high = axis.get_view_interval()
+
+def _share_scales(axes: Sequence, panels: Sequence[Mapping]) -> None:
+    """Give panels that show the same the same ends of their axes, where these are numbers, and logarithmic ones their
+    ticks."""
+    alike: dict[str, list] = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        alike.setdefault(panel.get("what", ""), []).append(axis)
+    for group in alike.values():
+        for name in ("xaxis", "yaxis"):
+            if any("bars" in panel for panel in panels) and name == "yaxis":
+                continue
+            ends = [getattr(axis, f"get_{name[0]}lim")() for axis in group]
+            low, high = min(low for low, _ in ends), max(high for _, high in ends)
+            if (
+                len(group) > 1 and getattr(group[0], name).get_scale() == "log"
+            ):  # room for markers, beyond a panel's own
+                low, high = low / (high / low) ** 0.04, high * (high / low) ** 0.04
+            for axis in group:
+                axis.set(**{f"{name[0]}lim": (low, high)})
+    for axis in axes:
+        for line in (axis.xaxis, axis.yaxis):
+            if line.get_scale() == "log":
+                _log_ticks(line)
+
+
+def _log_ticks(axis) -> None:
+    """A label at each power of ten that is in view; where there are few of them, at other round numbers, too."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6), (1, 2, 5), (1, 3), (1,)):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in steps]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 6:
             break
     axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(3))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _written(value)))
+    axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=50))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _written(value: float) -> str:
+    """A number of an axis: plain below 10 000, from there on by powers of ten."""
+    if value < 1e4:
+        return f"{value:g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    step = value / 10.0**power
+    return f"$10^{{{power}}}$" if round(step, 6) == 1 else f"${step:g}\\cdot 10^{{{power}}}$"
 
 
 def _look(item: Mapping) -> tuple:

@@ -156,6 +156,49 @@ class TestFiles:
         assert found == [("alps rho=0", 0, 2), ("alps rho=1", 1, 2)]
 
 
+class TestScales:
+    def drawn(self, monkeypatch, tmp_path, kind, records):
+        """Limits, labels and heading of a plot's panels."""
+        from matplotlib import pyplot
+
+        found = {}
+
+        def look(figure):
+            axes = [axis for axis in figure.axes if axis.get_visible()]
+            found["x"], found["y"] = ({getattr(axis, f"get_{name}lim")() for axis in axes} for name in "xy")
+            found["labels"] = [label.get_text() for label in axes[0].get_yticklabels() if label.get_text()]
+            found["titles"] = [axis.get_title() for axis in axes]
+            found["heading"] = figure.get_suptitle()
+
+        monkeypatch.setattr(pyplot, "close", look)
+        spec = layout.parse({"plots": [kind]}, "test")
+        assert plots.draw(figures.aggregate(records), spec, tmp_path, "a")
+        return found
+
+    def test_panels_share_scales_and_every_decade_has_a_label(self, tmp_path, monkeypatch):
+        grown = [
+            record(method, sparsity, perplexity=p, loss=loss)
+            for sparsity, p, loss in (("0.5", 20.0, 0.01), ("0.7", 4e6, 0.9))
+            for method in ("alps", "wanda")
+        ]
+        found = self.drawn(monkeypatch, tmp_path, "losses", grown)
+        assert len(found["x"]) == len(found["y"]) == 1 and found["heading"] == "tiny"
+        assert found["titles"] == ["sparsity 0.5", "sparsity 0.7"]
+        assert {"0.01", "0.1", "1"} <= set(found["labels"]) and len(found["labels"]) <= 6
+        found = self.drawn(monkeypatch, tmp_path, "perplexity", grown)
+        assert found["labels"] == ["100", "1000", *(f"$10^{{{power}}}$" for power in (4, 5, 6))]
+        two = self.drawn(monkeypatch, tmp_path, "losses", [*grown, *(item | {"model": "big"} for item in grown)])
+        assert two["heading"] == "" and two["titles"][0] == "big, sparsity 0.5"
+
+    def test_bands_are_of_the_logarithms(self):
+        seeds = [record(seed=seed, perplexity=p) for seed, p in enumerate((1.0, 10.0, 1000.0))]
+        (group,) = figures.aggregate(seeds).groups
+        mean, low, high = plots._statistic(group, METRIC)
+        logs = np.log([1.0, 10.0, 1000.0])
+        assert mean == pytest.approx(337.0)
+        assert np.log([low, high]) == pytest.approx([logs.mean() - logs.std(ddof=1), logs.mean() + logs.std(ddof=1)])
+
+
 class TestSweeps:
     @pytest.fixture
     def place(self, tmp_path, monkeypatch) -> Path:

@@ -219,14 +219,15 @@ class TestCells:
         [
             (0.0329812, 0.00043, "0.03298 ± 0.00043"),
             (137648.2, 11336.1, "137648 ± 11336"),
-            (18.2, 1e-5, "18.20 ± 1e-05"),
+            (18.2, 1.23e-5, "18.20000 ± 0.00001"),
+            (18.2, 0.0, "18.20 ± 0.00"),
+            (18.2, float("nan"), "18.20 ± nan"),
             (0.0, 0.0, "0.0000 ± 0.0000"),
-            (1234567890.0, 1000.0, "1.235e+09 ± 1.0e+03"),
+            (1234567890.0, 1000.0, "(1.234568 ± 0.000001)e+09"),
         ],
     )
     def test_digits(self, value, error, text):
-        shown = layout.number(value, METRIC)
-        assert f"{shown} ± {layout.deviation(error, shown)}" == text
+        assert layout.with_deviation(value, error, layout.number(value, METRIC)) == text
 
     def test_a_partial_evaluation_says_so(self):
         some = record()

@@ -1,0 +1,117 @@
+"""Folders to the Hugging Face hub: whether this user may write a repository, and one commit that holds the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..base.errors import UserError
+from .hub import first_line
+
+# What tells a repository that a run has written from others, which are not overwritten.
+MARK = "record.json"
+_HARMLESS = {".gitattributes", "README.md"}
+
+
+def check_name(repo: str) -> None:
+    """Raise UserError unless `repo` is the name of a repository, OWNER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError
+    except HFValidationError:
+        raise UserError(
+            f"save.push={repo} is no repository of the hub: give OWNER/NAME, of letters, digits and . _ -"
+        ) from None
+
+
+def check(repo: str) -> None:
+    """Whether the model can be pushed, as far as the hub says so beforehand.
+
+    Raises:
+        UserError: a wrong name, no token or one that may not write there, the hub is out of reach, or the repository
+            holds something else.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    check_name(repo)
+    owner = repo.partition("/")[0]
+    if constants.is_offline_mode():
+        raise UserError(
+            f"save.push={repo} needs the hub, and HF_HUB_OFFLINE switches it off: unset it, or leave it out"
+        )
+    token = get_token()
+    if not token:
+        raise UserError(f"save.push={repo} needs a token that may write: set HF_TOKEN, or run `hf auth login`")
+    api = HfApi(endpoint=constants.ENDPOINT, token=token)
+    try:
+        _check_rights(api.whoami(), owner, repo)
+        try:
+            files = {item.rfilename for item in api.model_info(repo).siblings or []}
+        except RepositoryNotFoundError:  # it will be made
+            return
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UserError(
+                f"save.push={repo}: the hub does not accept the token for that: set HF_TOKEN to one that may write to "
+                f"{owner}, or run `hf auth login`"
+            ) from None
+        raise UserError(
+            f"save.push={repo}: the hub refuses ({first_line(error)}): try later, or leave it out"
+        ) from None
+    except (httpx.HTTPError, OSError):
+        raise UserError(
+            f"save.push={repo}: the hub at {constants.ENDPOINT} cannot be reached: connect, or leave it out"
+        ) from None
+    if MARK not in files and files - _HARMLESS:
+        raise UserError(
+            f"save.push={repo}: that repository holds something else ({min(files - _HARMLESS)}): give another name"
+        )
+
+
+def _check_rights(user: Mapping, owner: str, repo: str) -> None:
+    """Refuse what the token says about itself; what it does not say, the hub decides when it is written to."""
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    may = {user.get("name"): True} | {org.get("name"): org.get("roleInOrg") != "read" for org in user.get("orgs") or []}
+    if owner not in may:
+        raise UserError(
+            f"save.push={repo}: the token is that of {user.get('name')}, who is not in {owner}: give "
+            f"{user.get('name')}/{repo.partition('/')[2]}, or a token of {owner}"
+        )
+    writes = may[owner] and token.get("role") != "read"
+    if token.get("role") == "fineGrained":
+        scopes = (token.get("fineGrained") or {}).get("scoped") or []
+        named = [scope for scope in scopes if (scope.get("entity") or {}).get("name") in (owner, repo)]
+        writes = writes and any("repo.write" in (scope.get("permissions") or []) for scope in named)
+    if not writes:
+        raise UserError(f"save.push={repo}: the token may read {owner} and not write there: give one that may")
+
+
+def push(folder: Path, repo: str, message: str) -> str:
+    """Make the repository hold what the folder holds, by one commit: all of it or nothing. A new one is private.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: the hub did not take it; the folder stays as it is.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants, get_token
+
+    api = HfApi(endpoint=constants.ENDPOINT, token=get_token())
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        info = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns="*", commit_message=message)
+    except (httpx.HTTPError, OSError, ValueError) as error:  # errors of the hub are among them
+        raise UserError(
+            f"the model was saved and not pushed to {repo} ({first_line(error)}): the same command goes on from there, "
+            f"or push it with `hf upload {repo} {os.fspath(folder)}`"
+        ) from error
+    return str(info.commit_url)
