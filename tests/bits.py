@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ import torch
 from safetensors.torch import load_file
 
 KEPT = Path(__file__).with_name("bits.json")
-ROOT = Path(__file__).parent.parent
 # Of a layer's row, all that is no time.
 ROW = ("name", "relative_loss", "held_out_loss", "sparsity", "iterations", "status", "tokens", "dead_inputs")
 
@@ -120,14 +118,22 @@ def _single(words: list[str], runs: Path) -> dict:
 
 def _killed(words: list[str], runs: Path) -> dict:
     """Killed as soon as its first block is on the disk, and run again."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "alps_exp", *_words(words, runs)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = os.fork()  # which has imported all that this process has
+    if child == 0:
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+            _single(words, runs)
+        finally:
+            os._exit(0)
     journal = runs / "run" / ".progress" / "block-00000.json"
-    while process.poll() is None and not journal.is_file():
+    while (ended := os.waitpid(child, os.WNOHANG)[0]) == 0 and not journal.is_file():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     return _single(words, runs)
 
 

@@ -8,6 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+if gc.isenabled():  # what is imported and collected stays, and would be looked through again and again meanwhile
+    gc.disable()
+
 import torch
 
 # Without a GPU the kernels run in Triton's interpreter; this must be set before transformers imports Triton.
@@ -15,6 +19,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import tiny_models
 from tiny import words_for
+
+from alps_exp.checkpoints.gguf_files import made_once
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -34,6 +40,11 @@ def _what_is_imported_is_no_garbage():
     gc.freeze()
 
 
+def pytest_collection_finish(session) -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.get_closest_marker("heavy"):
@@ -43,7 +54,9 @@ def pytest_collection_modifyitems(items) -> None:
 def _tiny(kind: str, steps: int):
     @pytest.fixture(scope="session", name=f"tiny_{kind}")
     def folder(tmp_path_factory) -> Path:
-        return tiny_models.build(kind, tmp_path_factory.mktemp("models") / f"tiny_{kind}", steps=steps)
+        base = tmp_path_factory.getbasetemp()
+        base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # which all workers have in common
+        return made_once(base / f"tiny_{kind}", lambda scratch: tiny_models.build(kind, scratch, steps=steps))
 
     return folder
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -23,6 +24,7 @@ from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.solver import Solver
 from alps_exp.patterns import NM, Pattern
+from alps_exp.runs import worker
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("0.29", "0.5", "0.7", "0.9", "2:4", "4:8", "1:4", "2:3")
@@ -133,3 +135,36 @@ def refused(call, *words: str) -> str:
     for word in words:
         assert word in message, f"{word!r} not in: {message}"
     return message
+
+
+class Forked:
+    """A process of a team that is forked from the tests' own, which has imported all that it needs.
+
+    It takes the place of `together._start` where a test is not about starting. Nothing in it may go backwards: torch
+    refuses gradients in a process that was forked behind others.
+    """
+
+    def __init__(self, request: Path, rank: int, size: int, port: int, held: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                worker.main(request)
+                os._exit(0)
+            finally:
+                os._exit(1)
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self) -> int | None:
+        return self.poll(0)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)

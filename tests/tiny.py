@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from functools import cache
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -41,9 +45,14 @@ def words_for(model: Path | str, text: Path | str, *more: str) -> list[str]:
     return [*where, "device=cpu", *more]
 
 
+@cache
+def _composed(words: tuple[str, ...], folder: str) -> DictConfig:
+    return compose(words)
+
+
 def execute(settings: list[str], folder: Path, *more: str, workspace: Workspace | None = None) -> dict:
-    """The record of a run in a folder, by the words of the command line."""
-    return run.run(compose([*settings, *more]), folder, workspace)
+    """The record of a run in a folder, by the words of the command line; the same words are composed once."""
+    return run.run(copy.deepcopy(_composed((*settings, *more), os.getcwd())), folder, workspace)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from .errors import UserError
 
@@ -27,7 +28,12 @@ _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
 
 def redacted(text: str) -> str:
     """The text with the values of the environment's keys replaced by the variables' names, and other keys left out."""
-    return _without(_keys(), text)
+    return redaction()(text)
+
+
+def redaction() -> Callable[[str], str]:
+    """`redacted` for many texts: the environment's keys are looked up once."""
+    return partial(_without, _keys())
 
 
 def _keys() -> list[tuple[str, str]]:

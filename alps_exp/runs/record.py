@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..base.errors import UserError
 from ..base.files import read_json, write_json
-from ..base.redaction import redacted
+from ..base.redaction import redaction
 from ..pruning.rows import LayerRow, PruneResult
 from ..pruning.structured import removed_weights
 
@@ -105,7 +105,7 @@ class RunRecord:
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(dataclasses.asdict(self), redaction())
 
     def write(self, directory: Path) -> Path:
         """Write `record.json` into the directory, whole or not at all."""
@@ -252,13 +252,13 @@ def set_aside(directory: Path) -> Path | None:
     return aside
 
 
-def _plain(value):
+def _plain(value, redacted: Callable[[str], str]):
     """JSON has no NaN or infinity: they become strings, so that a reader notices instead of failing to parse. Keys of
     online services are left out."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, redacted) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, redacted) for item in value]
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, float) and not math.isfinite(value):

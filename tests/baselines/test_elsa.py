@@ -126,9 +126,16 @@ def test_every_step_is_as_by_a_plain_loop(changes, family, sparsity):
     assert (training["steps"], training["tokens"], training["distinct_tokens"]) == (10, 40 * 24, 12 * 24)
 
 
-@pytest.mark.parametrize("sparsity", ["0.3", "0.9", "2:4", "4:8", "1:4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_counts_are_exact(sparsity, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "sparsity"),
+    [
+        *((torch.float32, sparsity) for sparsity in ("0.3", "4:8")),
+        *((torch.bfloat16, sparsity) for sparsity in ("0.9", "2:4")),
+        *((torch.float16, sparsity) for sparsity in ("0.3", "1:4")),
+    ],
+    ids=str,
+)
+def test_counts_are_exact(dtype, sparsity):
     model = network("llama").to(dtype)
     record = prune(model, dataclasses.replace(SHORT, rate=1e-4), sparsity, held_out=tokens(15)[12:])
     for row in record["layers"]:
@@ -212,6 +219,7 @@ def words(tiny_llama, text_file) -> list[str]:
     return [*found, "method=elsa", "method.steps=60", "method.batch=4", "method.rate=0.004", "method.interval=4"]
 
 
+@pytest.mark.slow
 def test_a_trained_model_beats_magnitude_at_80_percent(words, tmp_path, text_file):
     record = execute(words, tmp_path / "elsa", "data.holdout=4")
     plain = execute([word for word in words if not word.startswith("method")], tmp_path / "plain", "method=magnitude")
@@ -242,7 +250,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 5, 8, 9])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 5, 9])  # before the first checkpoint, after one, behind the last step
 def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypatch, at):
     inner, end = Trainer._step, elsa.Splitting.end
 
@@ -268,6 +277,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypat
     assert not (tmp_path / ".progress").exists()
 
 
+@pytest.mark.slow
 def test_the_next_run_of_a_sweep_begins_with_the_dense_model(words, tmp_path):
     workspace = Workspace(keep=True)
     more = [*SHORTER, "save=false"]
@@ -278,6 +288,7 @@ def test_the_next_run_of_a_sweep_begins_with_the_dense_model(words, tmp_path):
     assert kept["evaluations"][0]["value"] == fresh["evaluations"][0]["value"]
 
 
+@pytest.mark.slow
 def test_memory_that_ran_short_does_not_cost_the_progress(words, whole, tmp_path, monkeypatch):
     inner, gradients = Trainer._step, Trainer._gradients
 

@@ -128,8 +128,9 @@ def test_a_layer_with_an_adapter_is_its_merged_weight(family):
     assert layers(model) == plain and all(torch.equal(layer.weight, weights[name]) for name, layer in plain.items())
 
 
-@pytest.mark.parametrize("sparsity", ["0.5", "0.9", "2:4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "sparsity"), [(torch.float32, "0.9"), (torch.bfloat16, "2:4"), (torch.float16, "0.5")], ids=str
+)
 @pytest.mark.parametrize("method", [SHORT, pytest.param(LORA, marks=needs_peft)], ids=["full", "lora"])
 def test_zeros_stay_zeros(method, dtype, sparsity):
     model = pruned(sparsity=sparsity).to(dtype)
@@ -172,6 +173,7 @@ def words(checkpoint, text_file) -> list[str]:
     return [*found, "method.steps=40", "method.batch=4", "data.holdout=4", "method.saved=3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [["method=tune", "method.rate=0.002"], pytest.param(["method=tune-lora", "method.rate=0.01"], marks=needs_peft)],
@@ -195,8 +197,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["tune", pytest.param("tune-lora", marks=needs_peft)])
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "at"), [("tune", 7), *(pytest.param("tune-lora", at, marks=needs_peft) for at in (1, 4))]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(words, tmp_path, monkeypatch, name, at):
     words = [f"method={name}", *words, "method.steps=8", "method.rate=0.003", "method.tokens=1024", "eval=none"]
     execute(words, tmp_path / "whole")

@@ -38,6 +38,7 @@ def test_no_file_is_overlooked():
     assert len(CHOICES) >= 30
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("path", CHOICES, ids=label)
 def test_every_choice_opens_with_a_command_that_works_and_sets_its_keys(path):
     group, text = path.parent.name, path.read_text(encoding="utf-8")

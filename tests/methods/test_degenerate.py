@@ -64,7 +64,7 @@ def assert_valid(solution, problem: LayerProblem, written: str, selection: str) 
 
 @each_variant
 @each_pattern
-@bounded(8)
+@bounded(4)
 @given(data=st.data())
 def test_degenerate_layers_are_solved_at_any_scale(method, options, written, data):
     solver, layer = registry.solver(method, **options), data.draw(layers(written))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import planted, planted_inputs
+from helpers import Forked, planted, planted_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tiny import execute, words_for
@@ -43,7 +43,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 # Uneven shares (3 and 2 windows); DSnoT also sums means and variances.
 @pytest.mark.parametrize("more", [["stream=true", "data.holdout=3"], ["method=dsnot", "propagate=dense"]])
-def test_the_same_as_one_process(settings, tmp_path, more):
+def test_the_same_as_one_process(settings, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(together, "_start", Forked)
     one = execute(settings, tmp_path / "one", "save=true", *more)
     two = execute(settings, tmp_path / "two", "save=true", "devices=2", *more)
     assert (two["status"], two["attempts"]) == ("complete", 1)
@@ -61,7 +62,8 @@ def test_the_same_as_one_process(settings, tmp_path, more):
     assert two["evaluations"][0]["value"] == pytest.approx(one["evaluations"][0]["value"], rel=1e-4)
 
 
-def test_a_process_that_fails_fails_the_run_in_one_line(settings, tmp_path, tiny_llama):
+def test_a_process_that_fails_fails_the_run_in_one_line(settings, tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(together, "_start", Forked)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_llama.iterdir():

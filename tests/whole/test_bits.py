@@ -4,6 +4,9 @@ import json
 
 import bits
 import pytest
+from helpers import Forked
+
+from alps_exp.runs import together
 
 pytestmark = pytest.mark.slow
 KEPT = json.loads(bits.KEPT.read_text(encoding="utf-8"))
@@ -22,7 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_gives_what_it_gave(name, folder):
+def test_a_run_gives_what_it_gave(name, folder, monkeypatch):
+    monkeypatch.setattr(together, "_start", Forked)
     ((_, found),) = bits.measure(folder, [name])
     assert bits.differences(name, found, KEPT) == []
 

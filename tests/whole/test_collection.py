@@ -12,10 +12,11 @@ from helpers import ROOT
 
 
 @pytest.mark.slow  # collects all files once more
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="xdist compares what its workers have collected")
 def test_another_process_collects_the_same_tests(request):
     """Later, and with other hashes of texts: what this process has collected, in the same order (a choice by -k apart).
 
-    Alone it says nothing of the others; `make test` collects them all.
+    Alone it says nothing of the others; `.venv/bin/python -m pytest -k collects_the_same` collects them all.
     """
     here = [item.nodeid for item in request.session.items]
     files = list(dict.fromkeys(name.split("::")[0] for name in here))
