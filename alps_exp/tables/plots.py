@@ -361,9 +361,9 @@ def _costs(found: Aggregate, spec: Spec) -> list[dict]:
                 point = [_statistic(dense[0], name) for name in (f"dense {cost}", metric)] if dense else [None]
                 panels.append(
                     {
-                        "title": title(model, metric.partition(" (")[0]),
+                        **title(model, metric.partition(" (")[0]),
                         "cost": cost,
-                        "dense": [mean for mean, _ in point] if all(point) else None,
+                        "dense": [mean for mean, *_ in point] if all(point) else None,
                         "series": series,
                     }
                 )
@@ -385,9 +385,6 @@ def _draw_costs(axis, panel: dict, handles: dict) -> None:
     if panel["dense"]:
         handles.setdefault("dense", axis.plot(*panel["dense"], "k*", markersize=9)[0])
     axis.set(xlabel=panel["cost"], ylabel="perplexity", yscale="log")
-    low, high = axis.get_ylim()
-    if high < 100 * low:
-        _plain_ticks(axis.yaxis)
 
 
 def _drift(found: Aggregate, spec: Spec) -> list[dict]:
@@ -569,7 +566,7 @@ def _share_scales(axes: Sequence, panels: Sequence[Mapping]) -> None:
     ticks."""
     alike: dict[str, list] = {}
     for axis, panel in zip(axes, panels, strict=True):
-        alike.setdefault(panel.get("what", ""), []).append(axis)
+        alike.setdefault(panel.get("what") or panel.get("cost") or "", []).append(axis)
     for group in alike.values():
         for name in ("xaxis", "yaxis"):
             if any("bars" in panel for panel in panels) and name == "yaxis":

@@ -39,3 +39,9 @@ def test_runs_without_costs_have_no_such_plot():
     assert gathered([record("alps", level) for level in ("0.5", "0.7")]) == []
     (panel,) = gathered([priced("alps", "0.5", packed=120)])
     assert panel["dense"] is None
+
+
+def test_the_plot_is_written(tmp_path):
+    runs = [priced("alps", level, value, packed=120 + value) for level, value in (("0.5", 20.0), ("0.7", 30.0))]
+    found = figures.aggregate([priced("dense", dense=101), *runs])
+    assert [file.name for file in plots.draw(found, layout.parse({"plots": ["costs"]}, "t"), tmp_path, "t")]
