@@ -92,7 +92,7 @@ class AdmmGrad(Solver):
                 Solution(
                     weight=weight,
                     support=support,
-                    status="max_iterations",
+                    status="fixed",
                     iterations=self.iterations,
                     seconds={"factorisation": factorisation, "admm": watch.lap("admm")},
                     stats={"schedule": self.schedule} | (trace.stats() if trace is not None else {}),

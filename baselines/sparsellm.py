@@ -53,21 +53,16 @@ TOKENS, _ARRAYS = 2048, 12
 
 
 @dataclass(frozen=True)
-class SparseLLM(BlockMethod):
-    """SparseLLM with its hyperparameters.
+class Alternating:
+    """The hyperparameters of the alternation.
 
     Attributes:
-        rounds: of pruning; 1 is SparseGPT.
+        rounds: of pruning; 1 leaves the alternation out.
         alpha, beta, gamma: penalties; "auto" is the authors' 0.1 for plain parts (ReLU) and 5 for gated ones (SiLU).
         steps, rate: gradient steps by which a plain part's down layer is fitted, and their length.
         gate_sweeps, gate_rate: the same of a gate's outputs, in each round.
         ridge: of least squares, over the diagonal of the Gram matrix.
-        damping, block_size: SparseGPT's.
     """
-
-    statistics: ClassVar[Statistics] = Statistics.GRAM
-    kinds: ClassVar[frozenset[str] | None] = SparseGPT.kinds
-    shares: ClassVar[bool] = False
 
     rounds: int = 4
     alpha: float | str = "auto"
@@ -78,8 +73,6 @@ class SparseLLM(BlockMethod):
     gate_sweeps: int = 2
     gate_rate: float = 0.01
     ridge: float = 1e-3
-    damping: float = 0.01
-    block_size: int = 128
 
     def __post_init__(self) -> None:
         require("method.rounds", self.rounds, int, 1, 1000)
@@ -91,6 +84,40 @@ class SparseLLM(BlockMethod):
         require("method.gate_sweeps", self.gate_sweeps, int, 0, 1000)
         require("method.gate_rate", self.gate_rate, float, 0, 10)
         require("method.ridge", self.ridge, float, 0, 1)
+
+    def penalties(self, part: FeedForward, name: str) -> Penalties:
+        """What the alternation weighs in a block.
+
+        Raises:
+            UserError: an activation that it does not know.
+        """
+        plain = part.gate is None
+        if not part.computes(relu if plain else silu):
+            raise UserError(
+                f"SparseLLM knows feed-forward parts with ReLU, and gated ones with SiLU; that of {name} is "
+                f"{'plain' if plain else 'gated'} with {type(part.activation).__name__}: choose another method"
+            )
+        auto = 0.1 if plain else 5.0
+        weights = (auto if value == "auto" else float(value) for value in (self.alpha, self.beta, self.gamma))
+        return Penalties(*weights, self.steps, self.rate, self.gate_sweeps, self.gate_rate, self.ridge)
+
+
+@dataclass(frozen=True)
+class SparseLLM(Alternating, BlockMethod):
+    """SparseLLM with its hyperparameters: those of the alternation, and SparseGPT's `damping` and `block_size`.
+
+    With one round it is SparseGPT.
+    """
+
+    statistics: ClassVar[Statistics] = Statistics.GRAM
+    kinds: ClassVar[frozenset[str] | None] = SparseGPT.kinds
+    shares: ClassVar[bool] = False
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._sparsegpt()
 
     def _sparsegpt(self) -> SparseGPT:
@@ -132,22 +159,6 @@ class SparseLLM(BlockMethod):
                         "include or exclude all of its layers (layers.include, layers.exclude)"
                     )
         return self
-
-    def penalties(self, part: FeedForward, name: str) -> Penalties:
-        """What the alternation weighs in a block.
-
-        Raises:
-            UserError: an activation that it does not know.
-        """
-        plain = part.gate is None
-        if not part.computes(relu if plain else silu):
-            raise UserError(
-                f"SparseLLM knows feed-forward parts with ReLU, and gated ones with SiLU; that of {name} is "
-                f"{'plain' if plain else 'gated'} with {type(part.activation).__name__}: choose another method"
-            )
-        auto = 0.1 if plain else 5.0
-        weights = (auto if value == "auto" else float(value) for value in (self.alpha, self.beta, self.gamma))
-        return Penalties(*weights, self.steps, self.rate, self.gate_sweeps, self.gate_rate, self.ridge)
 
     def run(self, block: BlockProblem) -> None:
         if not block.layers:
@@ -204,7 +215,7 @@ class SparseLLM(BlockMethod):
         solved = []
         for path, solution in found.items():
             made = dataclasses.replace(
-                solution, status="max_iterations", iterations=self.rounds, seconds={"alternation": seconds}, stats=stats
+                solution, status="fixed", iterations=self.rounds, seconds={"alternation": seconds}, stats=stats
             )
             solved.append(block.solved(names[path], inputs[names[path]], made, seconds))
         return solved

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from alps_exp.base.checks import require
 from alps_exp.base.clock import Stopwatch
 from alps_exp.base.errors import UserError
-from alps_exp.baselines.sparsellm import SparseLLM, check_formula, dense_weights, part_inputs
+from alps_exp.baselines.sparsellm import Alternating, SparseLLM, check_formula, dense_weights, part_inputs
 from alps_exp.calibration.capture import Collector
 from alps_exp.calibration.ladder import CALIBRATION
 from alps_exp.calibration.streams import Streams
@@ -69,13 +69,11 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class StruPrune(ModelMethod):
-    """The reconstruction with its hyperparameters.
+class StruPrune(Alternating, ModelMethod):
+    """The reconstruction with its hyperparameters, beside those of the alternation; one round fits what stays once.
 
     Attributes:
         temperature: T over the mean of E_l.
-        rounds: of the alternation; 1 leaves it out, and fits what stays once.
-        alpha, beta, gamma, steps, rate, gate_sweeps, gate_rate, ridge: SparseLLM's.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
@@ -87,26 +85,14 @@ class StruPrune(ModelMethod):
     reconstruction: ClassVar[bool] = True
 
     temperature: float = 1.0
-    rounds: int = 4
-    alpha: float | str = "auto"
-    beta: float | str = "auto"
-    gamma: float | str = "auto"
-    steps: int = 10
-    rate: float = 0.01
-    gate_sweeps: int = 2
-    gate_rate: float = 0.01
-    ridge: float = 1e-3
 
     def __post_init__(self) -> None:
         require("method.temperature", self.temperature, float, 0, 1e6, open_low=True)
-        self._alternation()
-
-    def _alternation(self) -> SparseLLM:
-        names = {f.name for f in dataclasses.fields(self)} - {"temperature"}
-        return SparseLLM(**{name: getattr(self, name) for name in names})
+        super().__post_init__()
 
     def block_work(self, shapes: Mapping[str, tuple[int, int]], tokens: int) -> tuple[float, float]:
-        flops, size = self._alternation().block_work(shapes, tokens)
+        shared = {own.name: getattr(self, own.name) for own in dataclasses.fields(Alternating)}
+        flops, size = SparseLLM(**shared).block_work(shapes, tokens)
         return flops + 2 * tokens * sum(rows * width for rows, width in shapes.values()), size  # and the first pass
 
     def for_model(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> StruPrune:
@@ -114,7 +100,7 @@ class StruPrune(ModelMethod):
         for place, (name, asked) in enumerate(check_units(model, patterns).items()):
             if self.rounds > 1 and any(units.kind == "channels" for units, _ in asked):
                 try:
-                    self._alternation().penalties(feed_forward(blocks[place]), name)
+                    self.penalties(feed_forward(blocks[place]), name)
                 except UserError as error:
                     raise UserError(f"{error}, or give method.rounds=1, which leaves the alternation out") from None
         return self
@@ -252,7 +238,7 @@ class _Prune(Stage):
         penalties = None
         if method.rounds > 1:
             check_formula(block, part)
-            penalties = method._alternation().penalties(part, block.name)
+            penalties = method.penalties(part, block.name)
         gram, channels = (inputs[f"{block.name}.{path}"].gram.to(device) for path in (part.up, part.down))
         dense = dense_weights(block, part)
         found = alternate(dense, lambda: part_inputs(block, part), gram, channels, prune, penalties, method.rounds)
@@ -262,7 +248,7 @@ class _Prune(Stage):
 
     def _solution(self, weight: Tensor, columns: Tensor, rounds: int, watch: Stopwatch) -> Solution:
         support, stats = columns[None, :].expand(weight.shape), {"reconstruction": True}
-        return Solution(weight, support, "max_iterations", rounds, dict(watch.seconds), stats)
+        return Solution(weight, support, "fixed", rounds, dict(watch.seconds), stats)
 
 
 def fitted(weight: Tensor, gram: Tensor, stay: Tensor, ridge: float) -> Tensor:

@@ -77,6 +77,10 @@ class Parts:
 class Replay:
     """The outputs of parts that have not changed since, by the windows that they were computed for.
 
+    A part that is kept must be given what it was given before: nothing in front of it may change any more. It is so,
+    because groups of layers are captured and pruned in the order in which the block calls them
+    (`pruning.capture.order`), and a part is kept once all of its own layers are pruned: so are those called before it.
+
     Args:
         parts: what may be kept; nothing if not given.
         size: bytes of the hidden states of all windows, each kept output's size.

@@ -284,10 +284,19 @@ def _save(tokens: Tensor, folder: Path) -> None:
 
 
 def _read(folder: Path) -> Tensor | None:
-    """The windows in a folder; None where there are none, or others than were written."""
+    """The windows in a folder; None where there are none, or others than were written.
+
+    Raises:
+        OSError: they may be there, and cannot be read.
+    """
+    try:
+        with (folder / _FILE).open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     try:
         with safe_open(folder / _FILE, framework="pt") as opened:
             tokens, wanted = opened.get_tensor("tokens").clone(), (opened.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
+    except SafetensorError:
         return None
     return tokens if sha256(tokens.numpy().tobytes()) == wanted else None

@@ -21,7 +21,8 @@ class Solution:
     Attributes:
         weight: (out, in), zero outside the support.
         support: (out, in) bool, the kept positions; a kept weight may itself be zero.
-        status: "exact" (closed form), "converged" or "max_iterations".
+        status: "exact" (closed form), "converged", "max_iterations" (it ended before it converged), or "fixed" (the
+            method always makes the iterations that it is given).
         iterations: iterations of the method's main loop, 0 for closed forms.
         seconds: wall time by phase of the method.
         stats: what else the method reports (ρ, swaps, the mode that ran), JSON values only.

@@ -50,8 +50,8 @@ class Segments:
 
 def sampled_threshold(b: Tensor, target: Tensor, support: Tensor, scale: float, segments: Segments) -> Tensor:
     """The thresholds of the next `threshold_step`, from every `stride`-th entry of each segment: the entry of the
-    sample whose rank is the sparsity's, corrected by what the former thresholds have kept too many
-    (`ThresholdTracker`).
+    sample whose rank is the sparsity's, rounded down, so that less than one entry of the sample is kept too many. It is
+    corrected by what the former thresholds have kept too many (`ThresholdTracker`).
 
     Args:
         b: as in `threshold_step`, and so are `target`, `support` and `scale`.

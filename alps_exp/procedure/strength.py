@@ -15,7 +15,6 @@ from ..base.errors import UserError
 from ..base.progress import Progress
 from ..methods.target import StreamTarget
 from ..model.blocks import BlockModel
-from ..model.layers import find_layer
 from ..model.loss import next_token_loss
 from ..pruning.job import PruneJob
 from ..pruning.method import ModelMethod
@@ -70,8 +69,8 @@ def chosen(model: BlockModel, job: PruneJob, tools: Tools, method: ModelMethod) 
 
 
 def _tried(model: BlockModel, job: PruneJob, method: ModelMethod) -> dict:
-    layers = [find_layer(model.model, name) for name in job.patterns]
-    dense = [layer.weight.cpu().clone() for layer in layers]
+    # All of the blocks, since a method may change more than the layers' weights.
+    dense = {name: tensor.to("cpu", copy=True) for name, tensor in model.blocks.state_dict().items()}
     tokens, losses = job.tokens[:WINDOWS], {}
     trial = replace(job, tokens=tokens, held_out=None, fresh=None, finish=Finish(), losses=False, quiet=True)
     for strength in Progress(STRENGTHS, "choosing target.strength", quiet=job.quiet):
@@ -79,8 +78,7 @@ def _tried(model: BlockModel, job: PruneJob, method: ModelMethod) -> dict:
             method.run(model, replace(trial, target=replace(job.target, strength=strength)), Tools())
             loss = next_token_loss(model, job.held_out, job.batch_size, "", quiet=True)
         finally:
-            for layer, weight in zip(layers, dense, strict=True):
-                layer.write(weight)
+            model.blocks.load_state_dict(dense)
         losses[strength] = loss if math.isfinite(loss) else math.inf
     best = min(losses, key=losses.get)
     if losses[best] == math.inf:

@@ -241,6 +241,6 @@ def accounted(model: BlockModel, job: PruneJob, method: ModelMethod, done: dict,
     for name, pattern in job.patterns.items():
         weight = find_layer(model.model, name).weight
         row = LayerRow.plain(name, block_of(name), weight, pattern, pattern.selected(method.selection))
-        row = dataclasses.replace(row, status="max_iterations", iterations=done["steps"], stats=dict(stats[name]))
+        row = dataclasses.replace(row, status="fixed", iterations=done["steps"], stats=dict(stats[name]))
         result.layers.append(row)
     return result

@@ -25,7 +25,7 @@ class LayerRow:
         sparsity: fraction of zeros in the written weight.
         relative_loss: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² of the written weight, None when not measured.
         held_out_loss: the same on tokens that were not calibrated on (data.holdout).
-        status: the solver's, "exact", "converged" or "max_iterations".
+        status: the solver's, as in `Solution`.
         iterations: of the solver.
         seconds: wall time of the solver; layers solved together share their time equally.
         seconds_by_phase: the same by the solver's phases, as far as it reports them.

@@ -207,3 +207,20 @@ def test_from_python(tiny_llama):
         alps_exp.generate_tokens(model, tokenizer, 3, 24, temperature=-1)
     with pytest.raises(UserError, match="context"):
         alps_exp.generate_tokens(model, tokenizer, 3, 4096)
+
+
+def test_kept_text_that_cannot_be_read_is_refused_and_stays(tiny_llama, assets, monkeypatch):
+    written(tiny_llama, asked())
+    (file,) = assets.rglob("*.safetensors")
+    kept, opened = file.read_bytes(), type(file).open
+
+    def closed(path, *args, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(file), "open", closed)
+        with pytest.raises(UserError, match=r"cannot keep generated text \(.*Permission denied"):
+            written(tiny_llama, asked())
+    assert file.read_bytes() == kept

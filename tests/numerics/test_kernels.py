@@ -229,6 +229,8 @@ def test_layers_of_one_state_have_thresholds_of_their_own(kernels):
         score = reference(*parts, 0.8, 0.3, lambda score: score)[0].abs()
         sample = score.reshape(-1)[:: strides[layer]].sort().values
         assert float(threshold[layer]) == pytest.approx(float(sample[int(sparsities[layer] * len(sample))]))
+        above = int((sample >= float(threshold[layer])).sum())
+        assert 0 <= above - (1 - sparsities[layer]) * len(sample) < 1, "the quantile, and never an entry too few"
         expected.append(reference(*parts, 0.8, 0.3, lambda score, at=float(threshold[layer]): score >= at))
     change = torch.empty_like(b, dtype=LOW)
     kept = kernels.threshold_step(b, target, support, 0.8, 0.3, change, threshold, segments)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import execute, load, weights
+from tiny import execute, load, network, tokens, weights
 
+from alps_exp.allocation.prunable import linear_shapes
+from alps_exp.allocation.selection import Selection
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.layer.registry import solver
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model.blocks import BlockModel
+from alps_exp.patterns import parse_sparsity
 from alps_exp.procedure import strength
+from alps_exp.pruning.block import BlockProblem
+from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.loop import BlockLoop
+from alps_exp.pruning.stages import Solve, Stage
 from alps_exp.runs.settings import resolve
 
 
@@ -102,6 +111,29 @@ def failing_after_the_choice(patch):
 def test_what_cannot_be_chosen_is_refused(settings, words, message):
     with pytest.raises(UserError, match=message):
         resolve(compose([*settings, "target.strength=auto", "method=wanda", *words]))
+
+
+@dataclass(frozen=True)
+class Spoiling(Stage):
+    """Changes all that a block has."""
+
+    def run(self, block: BlockProblem) -> None:
+        with torch.no_grad():
+            for parameter in block.module.parameters():
+                parameter.mul_(0.9)
+
+
+def test_the_model_is_put_back_whole():
+    """Biases and norms too, which a method may change beside the layers' weights."""
+    model, dense = network("opt"), network("opt")
+    selection = Selection()
+    patterns = selection.patterns_for(linear_shapes(model, selection), parse_sparsity("0.5"))
+    target = StreamTarget("auto")
+    job = PruneJob(solver("wanda"), patterns, selection, tokens(), 4, held_out=tokens(2), quiet=True, target=target)
+    lost = strength._tried(BlockModel(model, torch.device("cpu")), job, BlockLoop((Solve(), Spoiling())))
+    assert set(lost["held_out_loss"]) == {"0.35", "0.5", "0.7"}
+    for (name, parameter), wanted in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, wanted), name
 
 
 def test_from_python_it_is_refused_without_held_out_windows(tiny_llama):
