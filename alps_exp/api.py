@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -399,7 +400,7 @@ def load_packed(folder: str | Path, resident: str = "dense", device: str | torch
     Raises:
         UserError: not a packed folder, or one that is damaged; a form that no layer can have.
     """
-    from .checkpoints.packed import FILE, is_packed
+    from .checkpoints.packed import FILE, is_packed, pruned_names
     from .model.loading import load_model, resolve
     from .model.resident import FORMS, make_resident
 
@@ -413,7 +414,14 @@ def load_packed(folder: str | Path, resident: str = "dense", device: str | torch
     model = load_model(resolve({"name": "local", "path": str(path)}))
     if device is None:
         device = "cuda" if resident != "dense" and torch.cuda.is_available() else "cpu"
-    make_resident(model, resident, torch.device(device))
-    if resident != "dense":  # these are for inference alone
-        model.config.use_cache = True
+    report = make_resident(model, resident, torch.device(device))
+    if resident != "dense":
+        model.config.use_cache = True  # for inference alone
+        left = sorted({name.removesuffix(".weight") for name in pruned_names(path)} - set(report.layers))
+        if left:
+            warnings.warn(
+                f"{len(left)} tensors that are packed in the file are dense in memory, {left[0]} for one: "
+                f"resident={resident} would not make them smaller here, or they are no linear layers",
+                stacklevel=2,
+            )
     return model

@@ -200,6 +200,15 @@ def is_packed(folder: Path) -> bool:
     return (folder / FILE).is_file() and not has_weights(folder)
 
 
+def pruned_names(folder: Path) -> list[str]:
+    """Names of the tensors that a packed folder does not hold dense.
+
+    Raises:
+        UserError: packed.json is damaged or of another version.
+    """
+    return list(_description(folder)[1])
+
+
 def packed_entries(folder: Path) -> dict[str, Entry]:
     """The tensors of a packed folder by name, of which nothing but names, shapes and dtypes is read.
 

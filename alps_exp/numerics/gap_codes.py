@@ -131,11 +131,17 @@ def product(x: Tensor, coded: GapCodes, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (n, cols) in the matrix' dtype and on its device.
         coded: W, (rows, cols).
-        bias: (rows,) or None.
+        bias: (rows,) in the same dtype, or None.
 
     Returns:
         (n, rows).
+
+    Raises:
+        TypeError: another dtype: the kernels read bits as they are.
     """
+    given = [item.dtype for item in (x, bias) if item is not None]
+    if any(dtype != coded.values.dtype for dtype in given):
+        raise TypeError(f"a product with {coded.values.dtype} weights wants the same of its inputs, not {given}")
     if torch.compiler.is_compiling():
         return _product(x, coded.values, coded.codes, coded.starts, coded.bits, bias)
     return _multiplied(x, coded, bias)  # without the dispatcher, which takes longer than the kernel

@@ -284,7 +284,9 @@ def test_other_folders_are_refused(saved, tmp_path):
 
 
 def test_a_folder_that_stays_packed_in_memory(saved):
-    dense, resident = alps_exp.load_packed(saved[0]), alps_exp.load_packed(saved[0], resident="packed", device="cpu")
+    dense = alps_exp.load_packed(saved[0])
+    with pytest.warns(UserWarning, match=r"2 tensors .* dense in memory, model\.layers\.0\.self_attn\.q_proj for one"):
+        resident = alps_exp.load_packed(saved[0], resident="packed", device="cpu")  # rows of 2:4 are no smaller there
     ids = torch.arange(3, 15)[None]
     assert torch.allclose(resident(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert resident.config.use_cache and not resident.training

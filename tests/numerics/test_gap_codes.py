@@ -66,6 +66,14 @@ def test_products_without_kernels_are_the_dense_ones():
     assert torch.equal(product(x, encode(matrix), bias), linear(x, matrix, bias))
 
 
+def test_inputs_of_another_dtype_are_refused():
+    coded = encode(sparse((9, 600), 0.7, torch.float16))
+    with pytest.raises(TypeError, match="float16 weights wants the same of its inputs"):
+        product(torch.randn(3, 600), coded)
+    with pytest.raises(TypeError, match="wants the same"):
+        product(torch.randn(3, 600).half(), coded, torch.randn(9))
+
+
 @cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(300, 504), (64, 11008), (8, 28672), (5, 8)])
