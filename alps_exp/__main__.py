@@ -2,21 +2,32 @@
 
 import sys
 
+from .base import threads
 from .base.terminal import settle
 
 
 def main() -> None:
-    """Entry point of `alps-exp` and `python -m alps_exp`: list, show and diff look at runs, report makes one page of
-    them, all else is `cli.main`."""
+    """Entry point of `alps-exp` and `python -m alps_exp`: the words below are commands of their own, and all else is
+    `cli.command`."""
     settle()
-    if sys.argv[1:2] == ["report"]:
+    threads.begin()
+    word, words = next(iter(sys.argv[1:]), ""), sys.argv[1:]
+    if word == "report":
         from .report.make import main as report
 
-        sys.exit(report(sys.argv[2:]))
-    if sys.argv[1:2] and sys.argv[1] in ("list", "show", "diff"):
+        sys.exit(report(words[1:]))
+    if word in ("list", "show", "diff"):
         from .tables.looking import main as look
 
-        sys.exit(look(sys.argv[1:]))
+        sys.exit(look(words))
+    if word == "quick":
+        from .cli.quick import main as quick
+
+        sys.exit(quick(words[1:]))
+    if word in ("help", "--help", "-h") or (word and {"--help", "-h"} & set(words)):
+        from .cli.helping import main as help
+
+        sys.exit(help([word for word in words if word not in ("help", "--help", "-h")]))
     from .cli.command import main as command_line
 
     command_line()

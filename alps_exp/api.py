@@ -159,6 +159,7 @@ def prune_model(
     from .allocation.allocations import build_allocation
     from .allocation.prunable import linear_shapes, other_names
     from .allocation.selection import Selection
+    from .base.choices import CAPTURE, PROPAGATE
     from .base.resources import choice_file
     from .calibration.sensitivity import build_sensitivity
     from .model.blocks import BlockModel, refuse_scattered
@@ -166,7 +167,7 @@ def prune_model(
     from .procedure.mixtures import check_experts
     from .procedure.prune import prune_blocks
     from .procedure.weighing import check_weighing
-    from .pruning.job import CAPTURE, PROPAGATE, PruneJob
+    from .pruning.job import PruneJob
     from .pruning.method import ModelMethod
     from .runs.provenance import environment, peak_memory
     from .runs.record import RunRecord

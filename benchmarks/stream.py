@@ -26,11 +26,11 @@ from end_to_end import SHAPES, _opt
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
+from alps_exp.base.choices import PLACES
 from alps_exp.checkpoints.checkpoint import INDEX
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.layer.registry import solver
 from alps_exp.model.blocks import BlockModel
-from alps_exp.model.hidden import PLACES
 from alps_exp.model.loading import load_streamed, resolve, skeleton
 from alps_exp.model.structure import find_blocks
 from alps_exp.patterns import parse_sparsity

@@ -22,7 +22,8 @@ from tiny import words_for
 
 from alps_exp.checkpoints.gguf_files import made_once
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # else runs would look for cores that are free
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

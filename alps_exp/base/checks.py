@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from . import gpus
 from .errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 LARGEST = 2**63 - 1  # of the integers that torch and the tables take
 
@@ -64,6 +65,10 @@ def parse_device(name: str) -> torch.device:
     Raises:
         UserError: no such name, or no such device here.
     """
+    import torch  # takes seconds, and the checks above are for values that are refused at once
+
+    from . import gpus
+
     text = str(name)
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"

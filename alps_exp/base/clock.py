@@ -1,10 +1,19 @@
-"""Wall time by phase."""
+"""Wall time by phase, and how it is told."""
 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Stopwatch:
@@ -17,6 +26,8 @@ class Stopwatch:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 

@@ -1,15 +1,17 @@
 """GGUF checkpoints as ordinary transformers folders, converted once and kept in the hub's cache of assets.
 
-transformers reads a GGUF file by parsing it anew for the configuration, the tokenizer and the weights (25 s in all for
-SmolLM2-135M on one core); the model it returns refuses `save_pretrained`, and its tokenizer can miss a pre-tokenizer.
-The folder written here is dequantised to float32 (exact), loads in a second, and is like any other checkpoint.
+transformers reads a GGUF file by parsing it anew for the configuration, the tokenizer and the weights; here it is
+parsed once. The model that it returns refuses `save_pretrained`, and its tokenizer can miss a pre-tokenizer. The folder
+written here is dequantised to float32 (exact), loads in a second, and is like any other checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
+from unittest import mock
 
 from safetensors import SafetensorError
 
@@ -72,9 +74,11 @@ def _convert(file: Path, folder: Path) -> None:
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(**where)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        loaded = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32)
+        with _parsed_once():
+            config = AutoConfig.from_pretrained(**where)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32)
+            pre_tokenizer = _pre_tokenizer(file)
     except ImportError as error:
         raise UserError(f"reading {file.name} needs the package gguf: pip install gguf ({first_line(error)})") from None
     except MemoryError:
@@ -84,23 +88,37 @@ def _convert(file: Path, folder: Path) -> None:
             f"{file.name} is not a GGUF checkpoint that transformers can read ({first_line(error)}); "
             f"give a folder with config.json and safetensors files"
         ) from None
-    _mend_tokenizer(file, tokenizer, config)
+    _mend_tokenizer(pre_tokenizer, tokenizer, config)
     tokenizer.save_pretrained(folder)
     # `loaded` is marked as quantised and refuses to be saved: move its tensors into a model that is not.
     config.__dict__.pop("quantization_config", None)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):  # its random weights would take seconds, and are not used
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
     plain.save_pretrained(folder)
 
 
-def _mend_tokenizer(file: Path, tokenizer, config) -> None:
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """While transformers reads a GGUF file: keep what the package gguf has parsed and the names that it has listed."""
+    import gguf
+
+    with (
+        mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
+def _mend_tokenizer(pre_tokenizer: str | None, tokenizer, config) -> None:
     """Put back what transformers' conversion of GGUF tokenizers loses: SmolLM2's digit splitting, the special tokens.
 
     The file names its pre-tokenizer in `tokenizer.ggml.pre`; llama.cpp splits digits one by one for `smollm`.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    if _pre_tokenizer(file) == "smollm":
+    if pre_tokenizer == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from ..base.clock import duration
 from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..base.terminal import settle
@@ -26,8 +27,8 @@ from ..runs import naming
 if TYPE_CHECKING:
     from ..runs.settings import Settings
 
-# Seconds of the longest run that this process has made for a sweep, by the sweep's start.
-_longest: dict[float, float] = {}
+# What this process has run for a sweep, by the sweep's start: name → seconds.
+_took: dict[float, dict[str, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class SweepJob:
         start: of the sweep, seconds since the epoch.
         process: id of the process that the sweep was started as.
         before: run's name → `mark` of its record when the sweep was started.
+        expected: name of each run that is to be made → its work, in any unit: the time left goes by it.
     """
 
     start: float
     process: int
     before: Mapping[str, tuple | None]
+    expected: Mapping[str, float]
 
     def __call__(self, cfg: DictConfig) -> Outcome:
         from ..base import gpus
@@ -90,12 +93,14 @@ class SweepJob:
         from ..runs.workspace import shared
 
         settle()  # the process may be a worker's
-        begin, longest = time.time(), _longest.get(self.start, 0.0)
-        if cfg.minutes is not None and begin + longest > self.start + 60 * cfg.minutes:
+        took = _took.setdefault(self.start, {})
+        begin = time.time()
+        if cfg.minutes is not None and begin + max(took.values(), default=0.0) > self.start + 60 * cfg.minutes:
             return Outcome(_directory().name, "left")
         if os.getpid() != self.process and cfg.devices == 1 and cfg.device in ("auto", "cuda"):
             gpus.claim()
         digest, found = naming.config_hash(cfg), []
+        print(self._announcement(_directory().name, took), flush=True)
 
         def finished(directory: Path) -> dict | None:
             record = complete_record(directory, digest)
@@ -106,16 +111,28 @@ class SweepJob:
         def attempt(directory: Path) -> None:
             record = run.run(cfg, directory, shared(), finished)
             if not found[-1]:
-                print(f"{directory.name}: complete in {time.time() - begin:.1f} s{_figures(record)}", flush=True)
+                print(f"complete in {time.time() - begin:.1f} s: {directory.name}{_figures(record)}", flush=True)
 
         outcome = _guarded(attempt)
         gc.collect()  # the network of a run refers to itself
         if outcome.status == "completed" and found[-1]:
             return Outcome(outcome.name, "completed", new=False)
         if outcome.status in ("refused", "failed"):
-            print(redacted(f"{outcome.name}: {outcome.status}: {outcome.message.splitlines()[0]}"), flush=True)
-        _longest[self.start] = max(longest, time.time() - begin)
+            print(redacted(f"{outcome.status}: {outcome.name}: {outcome.message.splitlines()[0]}"), flush=True)
+        took[outcome.name] = time.time() - begin
         return outcome
+
+    def _announcement(self, name: str, took: Mapping[str, float]) -> str:
+        """Which run of how many begins, and the time left, where one process makes all of them."""
+        place = list(self.expected).index(name) + 1 if name in self.expected else 1
+        line = f"run {place} of {len(self.expected)}: {name}"
+        done = {other: seconds for other, seconds in took.items() if other in self.expected}
+        work = {other: max(amount, 1.0) for other, amount in self.expected.items()}
+        if os.getpid() != self.process or not done or name not in work:
+            return line
+        rate = sum(done.values()) / sum(work[other] for other in done)
+        left = rate * sum(amount for other, amount in work.items() if other not in done)
+        return f"{line}, about {duration(rate * work[name])}; {duration(left)} left of the sweep"
 
 
 def complete_record(directory: Path, digest: str) -> dict | None:

@@ -28,7 +28,8 @@ from .. import __version__
 from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..base.terminal import INTERRUPTED, interrupted, settle
-from . import overrides, sweep
+from ..runs.values import check_root
+from . import completion, overrides, sweep
 from .cell import Outcome, describe_error, full_error, single
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ def command(words: list[str]) -> int:
     if args.version:
         print(f"alps_exp {__version__}")
         return 0
+    if args.help:
+        from .helping import main as explain
+
+        return explain(words)
     name, given = args.config_name or "config", args.overrides
     try:
         here = os.getcwd()
@@ -73,9 +78,14 @@ def command(words: list[str]) -> int:
         raise UserError("the current folder has been removed: change to another one") from None
     if "${" in here:
         raise UserError(f"the current folder is {here}, and Hydra reads a reference in its ${{: start in another one")
+    asked = " ".join(args.overrides) if args.shell_completion else ""
+    if asked.startswith("query=") and (own := completion.arguments(_line(), Path("results/runs"))) is not None:
+        print(" ".join(own))
+        return 0
     with overrides.initialized(_config_dir(args.config_dir)):
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
+            print(completion.ZSH if asked == "install=zsh" else " ".join(completion.commands(_line())))
             _prepare_completion()
             try:
                 app.shell_completion(config_name=name, overrides=args.overrides)
@@ -88,9 +98,12 @@ def command(words: list[str]) -> int:
         if args.hydra_help:
             app.hydra_help(config_name=name, args_parser=parser, args=args)
             return 0
-        if args.help or args.cfg or args.info:
+        if args.cfg or args.info:
             overrides.compose_prepared(args.overrides, name, complete=False)
-            _answer(app, name, args, parser)
+            if args.cfg:
+                app.show_cfg(name, args.overrides, args.cfg, args.package, args.resolve)
+            else:
+                app.show_info(args.info, config_name=name, overrides=args.overrides)
             return 0
         return _single(app, name, args.overrides)
 
@@ -112,8 +125,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParse
     asked = [args.cfg is not None, args.info is not None, args.shell_completion, args.multirun, args.run]
     if sum(asked) > 1:
         raise UserError("give one of --run, --multirun, --cfg, --info and --shell-completion")
-    if args.resolve and not (args.cfg or args.help):
-        raise UserError("--resolve goes with --cfg or --help")
+    if args.resolve and not args.cfg:
+        raise UserError("--resolve goes with --cfg")
     return args, parser
 
 
@@ -131,25 +144,18 @@ def _config_dir(given: str | None) -> Path | None:
     return folder
 
 
+def _line() -> str:
+    return os.environ.get("COMP_LINE", "")
+
+
 def _prepare_completion() -> None:
     """Put the line to complete into the form that Hydra composes; the last word is still being typed."""
-    *words, last = os.environ.get("COMP_LINE", "").split(" ")
+    *words, last = _line().split(" ")
     try:
         settled = [word for word in words[1:] if word and not word.startswith("-")]
         os.environ["COMP_LINE"] = " ".join([*words[:1], *overrides.prepared(settled), last])
     except UserError:
         pass  # nothing to suggest after a mistake, and no place to say so
-
-
-def _answer(app: Any, name: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.help:
-        app.app_help(config_name=name, args_parser=parser, args=args)
-    elif args.cfg:
-        app.show_cfg(
-            config_name=name, overrides=args.overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve
-        )
-    else:
-        app.show_info(args.info, config_name=name, overrides=args.overrides)
 
 
 def _single(app: Any, name: str, words: list[str]) -> int:
@@ -158,7 +164,9 @@ def _single(app: Any, name: str, words: list[str]) -> int:
         raise UserError("this is a grid of runs: add -m, as in python -m alps_exp -m +sweeps=demo")
     settings = _resolved(cfg)
     if cfg.plan:
-        _print_plans([settings])
+        from .plan import plan
+
+        print(plan(settings))
         return 0
     _refuse_other(cfg, settings)
     with _making_directories():
@@ -177,7 +185,7 @@ def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
         )
     runs = sweep.cells(jobs, name)
     if runs and all(cell.cfg.plan for cell in runs):
-        _print_plans([cell.settings for cell in runs])
+        print(sweep.planned(runs))
         return 0
     with _making_directories():
         if runs:
@@ -186,6 +194,30 @@ def _sweep(app: Any, name: str, given: list[str], words: list[str]) -> int:
             batches = app.multirun(config_name=name, task_function=single, overrides=words)
             outcomes = [result.return_value for batch in batches or [] for result in batch]
     return _exit_status(outcomes, sweep=True)
+
+
+def several(lines: Sequence[list[str]], table: bool = True) -> tuple[int, list[sweep.Cell]]:
+    """The runs of several command lines as one sweep, in this order.
+
+    Args:
+        lines: words of each, without -m.
+        table: print the table at the end, and how the runs ended.
+
+    Returns:
+        The exit status, and the runs.
+
+    Raises:
+        UserError: a mistake in the words, before anything was loaded.
+    """
+    start = time.time()
+    with overrides.initialized():
+        prepared = [overrides.prepared(words) for words in lines]
+        jobs = [job for words in prepared for job in overrides.expand(words)[1]]
+        runs = sweep.cells(jobs)
+        with _making_directories():
+            app = GlobalHydra.instance().hydra
+            outcomes = sweep.run(app, "config", [], prepared[0], runs, start, table)
+    return _exit_status(outcomes, sweep=True), runs
 
 
 @contextmanager
@@ -203,6 +235,7 @@ def _making_directories() -> Iterator[None]:
 
 
 def _resolved(cfg: DictConfig) -> Settings:
+    check_root(cfg)  # before what imports torch
     from ..runs.settings import resolve
 
     settings = resolve(cfg)
@@ -215,12 +248,6 @@ def _refuse_other(cfg: DictConfig, settings: Settings) -> None:
     from ..runs.resume import refuse_other
 
     refuse_other(Path(str(cfg.hydra.run.dir)), settings.configuration)
-
-
-def _print_plans(runs: list[Settings]) -> None:
-    from .plan import plan
-
-    print("\n\n".join(map(plan, runs)))
 
 
 def _exit_status(outcomes: list[Outcome], sweep: bool = False) -> int:

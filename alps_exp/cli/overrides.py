@@ -42,7 +42,7 @@ _BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") els
 
 # Parts of Hydra's own configuration that this project chooses otherwise. They replace Hydra's defaults instead of being
 # named by conf/config.yaml, so that a root file of one's own can begin with `- config`.
-_HYDRA = {"help": "alps_exp", "job_logging": "file", "hydra_logging": "quiet"}
+_HYDRA = {"job_logging": "file", "hydra_logging": "quiet"}
 
 
 def prepare(words: Sequence[str], config_name: str = "config") -> list[str]:

@@ -1,17 +1,21 @@
-"""plan=true: what a run would do and need, without running it."""
+"""plan=true: what a run would do and need, or the runs of a sweep, without running them."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..allocation.prunable import linear_shapes
+from ..base.clock import duration
 from ..checkpoints.packed import packed_size
 from ..data.settings import GeneratedSettings
 from ..layer.inputs import Statistics
@@ -33,7 +37,6 @@ def plan(settings: Settings) -> str:
     Everything is derived from the model's configuration; the time is the work in floating-point operations over the
     rate of a matrix product measured on the device just now, and good to a factor of about two.
     """
-    needed = settings.solver.statistics | (Statistics.GRAM if settings.losses and settings.prunes else Statistics.NONE)
     patterns, skeleton = settings.patterns, settings.model.skeleton
     shapes = settings.shapes or linear_shapes(skeleton, settings.selection)
 
@@ -54,13 +57,65 @@ def plan(settings: Settings) -> str:
         f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
         for (suffix, shape, pattern), count in kinds.items()
     ]
-    lines += _time_lines(settings, shapes, needed)
-    lines += _memory_lines(settings, shapes, needed)
+    lines += _time_lines(settings)
+    lines += _memory_lines(settings)
     return "\n".join(lines)
 
 
-def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list[str]:
-    skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
+def plan_of_all(names: Sequence[str], runs: Sequence[Settings], complete: Sequence[bool], place: Path) -> str:
+    """A table of the runs of a sweep with the time and the disk that each takes, their sums, and whether they fit.
+
+    Args:
+        names: of the runs.
+        runs: what they are asked to do.
+        complete: which of them have a complete record and would not be run.
+        place: the folder that they write to, which need not exist.
+    """
+    rows, seconds, kept, passing, unknown = [["run", "state", "time", "disk"]], 0.0, 0, 0, set()
+    for name, settings, done in zip(names, runs, complete, strict=True):
+        if done:
+            rows.append([name, "complete", "", ""])
+            continue
+        own, disk = estimated_work(settings) / _measured_rate(settings.device), _disk(settings)
+        keeps = sum(part.size for part in disk if part.stays)
+        seconds, kept = seconds + own, kept + keeps
+        passing = max(passing, sum(part.size for part in disk if not part.stays))
+        unknown.update(_not_estimated(settings))
+        rows.append([name, "to run", duration(own), _bytes(keeps) if keeps else "record only"])
+    pending = len(runs) - sum(complete)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    lines.append(f"{len(runs)} runs: {sum(complete)} complete, {pending} to run")
+    if pending:
+        missing = f"; {' and '.join(sorted(unknown))} not in it" if unknown else ""
+        lines.append(f"time: about {duration(seconds)}, one after the other, without loading{missing}")
+        free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+        lines.append(
+            f"disk: {_bytes(kept) if kept else 'records only'} in the end, {_bytes(kept + passing)} at most, "
+            f"{_bytes(free)} free in {place}"
+        )
+        if kept + passing > free:
+            lines.append(
+                f"warning: the disk will not hold it: make {_bytes(kept + passing - free)} of space, or give "
+                "hydra.sweep.dir=DIR on another disk, save=packed, or resumable=false"
+            )
+    return "\n".join(lines)
+
+
+def estimated_work(settings: Settings) -> float:
+    """Floating-point operations of a run, as far as its configuration tells: good to a factor of about two."""
+    return sum(_work(settings).values())
+
+
+def _needed(settings: Settings) -> Statistics:
+    return settings.solver.statistics | (Statistics.GRAM if settings.losses and settings.prunes else Statistics.NONE)
+
+
+def _work(settings: Settings) -> dict[str, float]:
+    """Floating-point operations of a run, by what they are for."""
+    skeleton, patterns = settings.model.skeleton, settings.patterns
+    shapes, needed = settings.shapes, _needed(settings)
     windows, asked = settings.calibration, settings.evaluation
     prefix, blocks = find_blocks(skeleton)
     end = max(blocks_of(patterns, prefix), default=-1) + 1
@@ -79,30 +134,41 @@ def _time_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list
     everything = sum(p.numel() for p in skeleton.parameters())
     texts = len(asked.texts)
     evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
-    rate = _measured_rate(device)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
     parts |= {"finishing": training} if training else {}
     if seen := settings.solver.trained_windows():
         parts["training"] = 6 * everything * seen * windows.seqlen
-    text = ", ".join(f"{name} {_seconds(flops / rate)}" for name, flops in parts.items())
-    missing = ["evaluation on whole texts (eval.windows)"] if texts and not asked.windows else []
+    return parts
+
+
+def _not_estimated(settings: Settings) -> list[str]:
+    """What takes time that `_work` does not know."""
+    asked = settings.evaluation
+    missing = ["evaluation on whole texts (eval.windows)"] if asked.texts and not asked.windows else []
     missing += ["tasks"] if asked.tasks.names else []
-    written = isinstance(windows.data, GeneratedSettings)
-    missing += ["writing the calibration text"] if written else []
+    missing += ["writing the calibration text"] if isinstance(settings.calibration.data, GeneratedSettings) else []
     missing += ["choosing target.strength"] if getattr(settings.target, "strength", 0) == "auto" else []
-    missing += [f"eval={asked.protocol}"] if asked.own is not None else []
+    return missing + ([f"eval={asked.protocol}"] if asked.own is not None else [])
+
+
+def _time_lines(settings: Settings) -> list[str]:
+    windows, device, parts = settings.calibration, settings.device, _work(settings)
+    rate = _measured_rate(device)
+    text = ", ".join(f"{name} {duration(flops / rate)}" for name, flops in parts.items())
+    missing = _not_estimated(settings)
+    written = isinstance(windows.data, GeneratedSettings)
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
     lines = []
     if more := _fresh(settings):
         whose, count = (settings.fresh or windows).data.name, more * windows.seqlen
         lines = [f"           {more} windows of fresh text to distil on (data={whose}), {count:,} tokens"]
-    if seen:
+    if seen := settings.solver.trained_windows():
         distinct = settings.solver.training_windows(windows.seqlen) * windows.seqlen
         lines = [f"           training on {seen * windows.seqlen:,} tokens ({distinct:,} of them distinct)"]
     return [
         f"tokens     {windows.nsamples} windows of {windows.seqlen}{', written by the model' if written else ''}",
         *lines,
-        f"time       about {_seconds(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
+        f"time       about {duration(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
 
@@ -163,16 +229,30 @@ def _passes(settings: Settings, needed: Statistics) -> float:
     return 1 if settings.propagate == "dense" else 2
 
 
-def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> list[str]:
-    skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
+def _hidden(settings: Settings) -> tuple[int, str | None]:
+    """Bytes of the calibration windows' hidden states, and where they lie; None where there are none."""
+    windows, beside = settings.calibration, settings.target.beside or settings.finish.block is not None
+    width = getattr(settings.model.config, "hidden_size", 0)
+    size = windows.nsamples * windows.seqlen * width * settings.itemsize * (1 + beside)
+    if not _needed(settings):
+        return size, None
+    return size, choose_place(settings.device, size) if settings.hidden_states == "auto" else settings.hidden_states
+
+
+def _sizes(settings: Settings) -> tuple[int, int, int]:
+    """Bytes of the model, of its largest block, and of what lies outside the blocks."""
+    skeleton, size = settings.model.skeleton, settings.itemsize
     _, blocks = find_blocks(skeleton)
-    size, windows = settings.itemsize, settings.calibration
     weights = sum(p.numel() for p in skeleton.parameters())
     block = max(sum(p.numel() for p in module.parameters()) for module in blocks)
-    outside = weights - sum(p.numel() for p in blocks.parameters())
-    hidden = windows.nsamples * windows.seqlen * getattr(settings.model.config, "hidden_size", 0) * size
-    beside = settings.target.beside or settings.finish.block is not None
-    hidden *= 1 + beside
+    return weights * size, block * size, (weights - sum(p.numel() for p in blocks.parameters())) * size
+
+
+def _memory_lines(settings: Settings) -> list[str]:
+    skeleton, patterns, device = settings.model.skeleton, settings.patterns, settings.device
+    shapes, needed, windows = settings.shapes, _needed(settings), settings.calibration
+    model_bytes, block_bytes, outside_bytes = _sizes(settings)
+    block, (hidden, place), streamed = block_bytes // settings.itemsize, _hidden(settings), streams(settings)
     statistics = workspace = 0
     if patterns:
         first = [name for name in patterns if _block_of(name) == _block_of(next(iter(patterns)))]
@@ -182,10 +262,6 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
         workspace = max(4 * (copies[0] * math.prod(shapes[n]) + copies[1] * shapes[n][1] ** 2) for n in first)
         tokens = windows.nsamples * windows.seqlen
         workspace += max(settings.solver.block_work(own, tokens)[1] for own in _by_block(patterns, shapes))
-    model_bytes, block_bytes, outside_bytes = weights * size, block * size, outside * size
-    streamed, place = streams(settings), None
-    if needed:
-        place = choose_place(device, hidden) if settings.hidden_states == "auto" else settings.hidden_states
     step = statistics + workspace
     if settings.finish.block is not None:  # the block, its kept weights' state, and gradients of the widest layer
         state = 20 if settings.finish.block.state == "float32" else 14
@@ -213,36 +289,54 @@ def _memory_lines(settings: Settings, shapes: Mapping, needed: Statistics) -> li
             f"           at least {_bytes(distilling)} on the {place_of} for the distillation of the whole model"
         )
         read = windows.nsamples + _fresh(settings) + windows.data.holdout
-        states = hidden // (1 + beside) * read // windows.nsamples
+        width = getattr(settings.model.config, "hidden_size", 0)
+        states = read * windows.seqlen * width * settings.itemsize
         lines.append(f"           {_bytes(states)} for the dense model's hidden states (hidden_states says where)")
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")
+    parts = ", ".join(f"{_bytes(part.size)} for {part.what}" for part in _disk(settings))
+    lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Bytes that a run takes on disk, for what, and whether they stay when it is complete."""
+
+    what: str
+    size: int
+    stays: bool = False
+
+
+def _disk(settings: Settings) -> list[_Part]:
+    skeleton, patterns, shapes, size = settings.model.skeleton, settings.patterns, settings.shapes, settings.itemsize
+    (model_bytes, _, outside_bytes), streamed = _sizes(settings), streams(settings)
+    hidden, place = _hidden(settings)
     dense, disk = outside_bytes if streamed and patterns else model_bytes, []
     if settings.save == "packed":
         less = sum(
             math.prod(shapes[name]) * size - packed_size(shapes[name], pattern.sparsity, size)
             for name, pattern in patterns.items()
         )
-        disk = [("the saved model", model_bytes - less), ("its dense form while it is packed", dense)]
+        disk = [_Part("the saved model", model_bytes - less, True), _Part("its dense form while it is packed", dense)]
     elif settings.save == "shrunk":
         removed = sum(math.prod(shapes[name]) * pattern.sparsity for name, pattern in patterns.items())
-        disk = [("the saved model", model_bytes - removed * size)]
+        disk = [_Part("the saved model", int(model_bytes - removed * size), True)]
     elif settings.save:
-        disk = [("the saved model", dense)]
-    disk += [] if Path(settings.model.source.path).exists() else [("the download", model_bytes)]
+        disk = [_Part("the saved model", dense, True)]
+    disk += [] if Path(settings.model.source.path).exists() else [_Part("the download", model_bytes)]
     if settings.solver.trains and settings.resumable:
         state = settings.solver.state_bytes(skeleton, patterns, _computing_bytes(settings))
-        disk.append(("the training's checkpoint while it runs, at most", state))
+        disk.append(_Part("the training's checkpoint while it runs, at most", state))
     elif patterns and settings.resumable:
-        kept = " (they become the saved model)" if settings.save is True and streamed else " while it runs"
-        disk.append((f"finished blocks{kept}", model_bytes - outside_bytes))
-    disk += [("hidden states while it runs", hidden)] if place == "disk" else []
+        stay = settings.save is True and streamed
+        what = f"finished blocks{' (they become the saved model)' if stay else ' while it runs'}"
+        disk.append(_Part(what, model_bytes - outside_bytes, stay))
+    disk += [_Part("hidden states while it runs", hidden)] if place == "disk" else []
     if settings.finish.distil is not None and settings.resumable:
         kept = sum((1 - pattern.sparsity) * math.prod(shapes[name]) for name, pattern in patterns.items())
-        disk.append(("the distillation's checkpoint while it runs", int(16 * kept)))
-    parts = ", ".join(f"{_bytes(value)} for {what}" for what, value in disk)
-    lines.append(f"disk       {parts or 'less than 1 MB for the record'}")
-    return lines
+        disk.append(_Part("the distillation's checkpoint while it runs", int(16 * kept)))
+    return disk
 
 
 def _distilling_bytes(settings: Settings, shapes: Mapping) -> int:
@@ -288,8 +382,9 @@ def _block_of(name: str) -> str:
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
 
 
+@cache
 def _measured_rate(device: torch.device) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
+    """Floating-point operations per second of a float32 matrix product, measured once."""
     size = 4096 if device.type == "cuda" else 1024
     matrix = torch.ones(size, size, device=device)
     matrix @ matrix
@@ -298,12 +393,6 @@ def _measured_rate(device: torch.device) -> float:
         product = matrix @ matrix
     float(product[0, 0])
     return repeats * 2 * size**3 / (time.perf_counter() - start)
-
-
-def _seconds(value: float) -> str:
-    if value < 90:
-        return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
 def _bytes(value: float) -> str:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..base.errors import UserError
 from ..base.redaction import redacted
+from ..runs.values import check_root
 from . import overrides
 from .cell import Outcome, SweepJob, changes, complete_record, is_done, mark
 
@@ -53,14 +54,15 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     Raises:
         UserError: the first mistake found, naming its run.
     """
-    from ..runs.settings import resolve
-
     found, settings = [], []
     # All are composed before the first is validated: names are wrong more often than values, and cost no import.
     for number, line in enumerate(jobs):
         with _naming_the_run(jobs, number):
             found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
+            check_root(found[-1])
             _refuse_other_places(found[-1])
+    from ..runs.settings import resolve  # imports torch, for which only what is composed need wait
+
     for number, cfg in enumerate(found):
         with _naming_the_run(jobs, number):
             settings.append(resolve(cfg))
@@ -91,7 +93,13 @@ def _refuse_other_places(cfg: DictConfig) -> None:
 
 
 def run(
-    app: Any, config_name: str, given: Sequence[str], words: list[str], runs: Sequence[Cell], start: float
+    app: Any,
+    config_name: str,
+    given: Sequence[str],
+    words: list[str],
+    runs: Sequence[Cell],
+    start: float,
+    table: bool = True,
 ) -> list[Outcome]:
     """Run what is not complete, by the launcher that the words choose.
 
@@ -102,6 +110,7 @@ def run(
         words: the same, prepared.
         runs: from `cells`.
         start: of the sweep, seconds since the epoch.
+        table: print the table at the end, and how the runs ended.
 
     Returns:
         The outcome of every run.
@@ -126,15 +135,36 @@ def run(
     outcomes = {cell.directory: Outcome(cell.directory.name, "completed", new=False) for cell in runs}
     try:
         if pending:
-            ended = launch(app, config_name, words, SweepJob(start, os.getpid(), before), pending, deadline)
+            job = SweepJob(start, os.getpid(), before, _expected(pending))
+            ended = launch(app, config_name, words, job, pending, deadline)
             outcomes |= {cell.directory: outcome for cell, outcome in zip(pending, ended, strict=True)}
     except KeyboardInterrupt:
         done = sum(_complete(cell) is not None for cell in runs)
         raise KeyboardInterrupt(
             f"interrupted: {done} of {len(runs)} runs are complete, and the same command goes on"
         ) from None
-    _conclude(name, runs, list(outcomes.values()), time.time() - start)
+    if table:
+        _conclude(name, runs, list(outcomes.values()), time.time() - start)
     return list(outcomes.values())
+
+
+def _expected(pending: Sequence[Cell]) -> dict[str, float]:
+    """The work of each run by name, in the order of the runs."""
+    from .plan import estimated_work
+
+    return {cell.directory.name: estimated_work(cell.settings) for cell in pending}
+
+
+def planned(runs: Sequence[Cell]) -> str:
+    """What plan=true tells of a sweep."""
+    from .plan import plan_of_all
+
+    complete = [
+        (record := _complete(cell)) is not None and is_done(record, cell.cfg, new=False, settings=cell.settings)
+        for cell in runs
+    ]
+    names = [cell.directory.name for cell in runs]
+    return plan_of_all(names, [cell.settings for cell in runs], complete, runs[0].directory.parent)
 
 
 def _check_table(name: str | None, runs: Sequence[Cell]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.checks import one_of
+from ..base.choices import REFITS
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..layer.inputs import Inputs
@@ -34,8 +35,6 @@ from ..numerics.precision import Multiplier
 from ..patterns import Pattern
 from .admm import DAMPING, ITERATIONS, PlainAdmm
 from .alps import Alps
-
-REFITS = ("none", "pcg", "exact", "admm")
 
 _DAMPING = 1e-6
 # Numbers in the matrices that are factorised at once, 0.5 GB; a factorisation takes about three times that.

@@ -62,7 +62,7 @@ class BlockModel:
         offload: keep the blocks where they are and bring one at a time to `device`; by default so unless the model is
             small beside the device's free memory.
         source: reads the blocks from files, for a model of which only the rest is in memory (`open_streamed`).
-        hidden_states: where hidden states lie between blocks, one of `hidden.PLACES`.
+        hidden_states: where hidden states lie between blocks, one of `base.choices.PLACES`.
         scratch: folder for those on disk; the system's for temporary files by default.
 
     Raises:

@@ -17,8 +17,6 @@ from ..base.memory import free_device, free_host
 from . import faithful
 from .blocks import BlockModel
 
-PLACES = ("auto", "device", "host", "disk")
-
 
 class HiddenStates:
     """Hidden states (windows, seqlen, width), in the order of the windows, forwarded block by block.

@@ -16,9 +16,6 @@ from ..methods.target import LayerTarget, Target
 from ..patterns import Pattern
 from ..training.finish import Finish
 
-PROPAGATE = ("pruned", "dense")
-CAPTURE = ("auto", "block", "groups")
-
 
 @dataclass(frozen=True)
 class PruneJob:

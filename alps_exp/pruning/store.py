@@ -82,6 +82,11 @@ class ProgressStore:
         """How many blocks an interrupted run has left here, whatever it was a run of."""
         return len(list(self.folder.glob("block-*.json")))
 
+    def earlier_threads(self) -> int | None:
+        """With how many threads all finished blocks were made; None if with different numbers."""
+        counts = (_read(self.folder / "run.json") or {}).get("threads", [])
+        return counts[0] if len(counts) == 1 else None
+
     def open(self) -> None:
         """Take over what is finished, and remove what was cut short."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from ..layer.method import Method
     from ..patterns import Pattern
 
-# Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, and what is in memory or a
-# cache when, change neither weights nor evaluations.
+# Where the run is logged, whether it is only planned or resumed, when a sweep leaves it out, what is in memory or a
+# cache when, and the number of threads, but for last digits, change neither weights nor evaluations.
 NOT_HASHED = ("hydra", "logger", "plan", "stream", "hidden_states", "resumable", "resume", "complete", "minutes")
-NOT_HASHED += ("statistics_cache", "table", "push")
+NOT_HASHED += ("statistics_cache", "threads", "table", "push")
 
 # Choices that say "nothing": with them a configuration is the same as without their keys.
 NEUTRAL = {

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from ..base.errors import UserError
 from ..base.files import leftovers, remove
 from ..pruning.store import FOLDER, HeldError, ProgressStore, locked
@@ -119,12 +121,13 @@ def tidy(directory: Path) -> None:
                 shutil.rmtree(directory / FOLDER, ignore_errors=True)
 
 
-def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:
+def open_store(directory: Path, same: Mapping[str, str], keep_threads: bool = False) -> ProgressStore:
     """The finished blocks of a run in its directory.
 
     Args:
         directory: the run's.
         same: what `provenance.identity` gives.
+        keep_threads: go on with as many threads as the finished blocks had, on which last digits depend.
 
     Raises:
         UserError: an earlier attempt has finished blocks there, and something that decides the weights has changed.
@@ -137,5 +140,7 @@ def open_store(directory: Path, same: Mapping[str, str]) -> ProgressStore:
         )
     if different:
         store.clear()
+    elif keep_threads and store.unfinished() and (count := store.earlier_threads()):
+        torch.set_num_threads(count)
     store.open()
     return store

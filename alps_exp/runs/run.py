@@ -8,12 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from ..base import threads
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
@@ -88,10 +90,12 @@ def run(
             return earlier
         together.outlast(directory)
         resume.prepare(directory, content["resume"])
+        chosen = threads.settle(content["threads"])
+        _announce(chosen.line)
         record.write(directory)
         try:
             settings = asked if isinstance(asked, Settings) else resolve(content)
-            store = _execute(settings, record, directory, workspace)
+            store = _execute(settings, record, directory, workspace, chosen)
             record.status = "complete"
             record.write(directory)
         except BaseException as error:
@@ -110,7 +114,9 @@ def run(
     return record.to_dict()
 
 
-def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: Workspace) -> ProgressStore | None:
+def _execute(
+    settings: Settings, record: RunRecord, directory: Path, workspace: Workspace, chosen: threads.Choice
+) -> ProgressStore | None:
     """All of a run but its record's last word; hands back the finished blocks, for which there is no use any more."""
     device, asked = settings.device, settings.evaluation
     if settings.finish.distil is not None:
@@ -122,7 +128,7 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
         refuse_untrainable(record.method, streams(settings, 2 if workspace.keep else 1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    record.environment = environment(device)
+    record.environment = environment(device) | {"cores_free": chosen.free}
     torch.manual_seed(settings.calibration.seed)
     watch = Stopwatch(device)
 
@@ -153,7 +159,10 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
         job = job_of(settings, tokens, fresh)
         same = identity(settings, device, model.model.dtype, tokens, fresh)
         if settings.resumable:
-            store = resume.open_store(directory, same)
+            store = resume.open_store(
+                directory, same, keep_threads=threads.automatic(settings.configuration.content["threads"])
+            )
+            record.environment["threads"] = torch.get_num_threads()
             record.attempts = store.attempts - in_team
             if store.finished and not in_team:
                 print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
@@ -196,6 +205,13 @@ def _execute(settings: Settings, record: RunRecord, directory: Path, workspace: 
             watch.lap("push")
         _book_phases(record, watch, device, peak)
     return store
+
+
+@cache
+def _announce(line: str | None) -> None:
+    """Say once per process what holds for all of its runs."""
+    if line is not None:
+        print(f"alps_exp: {line}", file=sys.stderr)
 
 
 def _tell(warnings: Sequence[str]) -> None:

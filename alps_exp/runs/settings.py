@@ -12,7 +12,7 @@ import torch
 from ..allocation.allocations import Allocation, build_allocation
 from ..allocation.prunable import linear_shapes, other_names
 from ..allocation.selection import Selection
-from ..base.checks import local_path, one_of, parse_device, require
+from ..base.checks import local_path, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
 from ..calibration.sensitivity import Sensitivity, SensitivityChoice, build_sensitivity
@@ -24,10 +24,9 @@ from ..evaluation.settings import EvaluationSettings
 from ..layer.method import Method
 from ..layer.registry import build
 from ..layer.solver import Solver
-from ..methods.refit import REFITS, refitted
+from ..methods.refit import refitted
 from ..methods.target import Target, build_target
 from ..model import loading
-from ..model.hidden import PLACES
 from ..model.loading import ModelSettings
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
@@ -36,17 +35,13 @@ from ..procedure.mixtures import check_experts
 from ..procedure.strength import check_strength
 from ..procedure.trained import refuse_streamed as refuse_untrainable
 from ..procedure.weighing import check_weighing
-from ..pruning.job import CAPTURE, PROPAGATE
 from ..pruning.method import ModelMethod
 from ..training.finish import Finish, build_finish
 from . import loggers, resume, together
 from .loggers import LoggerSettings
 from .naming import Configuration, plain
 from .shrinking import shrunk_config
-
-SAVE = (False, True, "dense", "packed", "shrunk")
-COMPLETE = ("auto", "skip", "renew", "again")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .values import check_root
 
 
 @dataclass(frozen=True)
@@ -232,40 +227,22 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
 
 
 def _check_values(cfg: Mapping) -> None:
-    for key, low in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("devices", 1), ("seed", 0)):
-        require(key, cfg[key], int, low, float("inf"))
+    check_root(cfg)
     together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
-    require("expert_shrinkage", cfg["expert_shrinkage"], float, 0, 1e6)
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
     used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
     if cfg["data"]["holdout"] and not used:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
-    one_of("propagate", cfg["propagate"], PROPAGATE)
-    one_of("dtype", cfg["dtype"], ("auto", *DTYPES))
-    one_of("refit", cfg["refit"], REFITS)
-    for key in ("losses", "plan", "resumable"):
-        one_of(key, cfg[key], (True, False))
-    one_of("complete", cfg["complete"], COMPLETE)
-    if cfg["minutes"] is not None:
-        require("minutes", cfg["minutes"], float, 0, float("inf"), open_low=True)
-    one_of("save", cfg["save"], SAVE)
     if (repo := cfg.get("push")) is not None:
         upload.check_name(str(repo))
         if not cfg["save"]:
             raise UserError(f"save.push={repo} pushes what is saved: give save=true, save=packed or save=shrunk")
-    one_of("stream", cfg["stream"], ("auto", True, False))
-    one_of("hidden_states", cfg["hidden_states"], PLACES)
-    if (limit := cfg["statistics_cache"]) == "auto":
-        return
-    if isinstance(limit, str):
-        raise UserError(f"statistics_cache={limit} is not allowed: give auto, or a number of GB (0: none)")
-    require("statistics_cache", limit, float, 0, float("inf"))
-    if limit and cfg["devices"] > 1:
+    limit = cfg["statistics_cache"]
+    if limit != "auto" and limit and cfg["devices"] > 1:
         raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
 
 
 def _check_target(cfg: Mapping, target: Target) -> None:
-    one_of("capture", cfg["capture"], CAPTURE)
     if target.beside and cfg["propagate"] == "dense":
         raise UserError(
             "target=stream makes up for what pruned blocks have lost, and propagate=dense feeds every block what the "
@@ -384,5 +361,5 @@ def _check_paths(cfg: Mapping) -> None:
 
 def _dtype(asked: str, device: torch.device) -> torch.dtype | str:
     if asked != "auto":
-        return DTYPES[asked]
+        return getattr(torch, asked)
     return torch.float32 if device.type == "cpu" else "auto"

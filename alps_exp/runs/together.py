@@ -114,6 +114,7 @@ def _team_lock(directory: Path) -> Iterator[int]:
 
 def _start(request: Path, rank: int, size: int, port: int, held: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["OMP_NUM_THREADS"] = torch.get_num_threads()
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     # The processes find this package where this process has found it.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

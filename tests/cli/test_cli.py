@@ -293,7 +293,7 @@ def test_mistakes_are_answered_without_importing_torch(tmp_path):
         "try: cli.main(sys.argv[1:])\n"
         "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    for words in (["method=alsp", "sparsity=0.7"], ["--help"], ["--version"]):
+    for words in (["method=alsp", "sparsity=0.7"], ["nsamples=0"], ["-m", "refit=pgc", "seed=0,1"], ["--version"]):
         end = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert end.stdout.splitlines()[-1] == "False False", end
 
@@ -308,10 +308,6 @@ def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_questions_about_the_configuration(here, capsys):
-    assert call("--help") == 0
-    text = capsys.readouterr().out
-    for part in ("Groups", "magnitude", "opt-13b", "Examples", 'eval "$(alps-exp -sc install=bash)"', "seqlen:"):
-        assert part in text
     assert call("--version") == 0
     assert capsys.readouterr().out == "alps_exp 0.1.0\n"
     assert call("--cfg", "job", "sparsity=4:8", "model=opt-13b") == 0

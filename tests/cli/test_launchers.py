@@ -102,7 +102,7 @@ def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
     found = results()
     (dead,) = found.keys() - expected.keys()
     assert found.pop(dead)[0] == "failed" and found == expected
-    assert sum(": complete in " in line for line in out.splitlines()) == 2
+    assert sum(line.startswith("complete in ") for line in out.splitlines()) == 2
     assert "0 complete before, 2 run now, 1 failed" in out
     first, last = error.splitlines()[-2:]
     assert first == "alps_exp: 1 of 3 runs did not complete:"

@@ -1,9 +1,11 @@
 import re
+import shutil
 
 import pytest
 from tiny import words_for
 
 from alps_exp.base.errors import UserError
+from alps_exp.cli import command
 from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.runs.settings import resolve
@@ -75,3 +77,24 @@ def test_a_plan_tells_what_finishing_takes(settings):
     assert "finishing" in block and "distillation" not in block
     assert re.search(r"at least \d+ MB on the host for the distillation of the whole model", distil)
     assert "the distillation's checkpoint while it runs" in distil
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_sweep_is_one_table(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    done = [*settings, "method=magnitude", "sparsity=0.5", "hydra.run.dir=${hydra.sweep.dir}/${run_name:}"]
+    assert command.guarded(lambda: command.command([*done, "save=true"])) == 0
+    capsys.readouterr()
+    words = ["-m", *settings, "method=magnitude,wanda", "sparsity=0.5", "save=true", "plan=true"]
+    assert command.guarded(lambda: command.command(words)) == 0
+    head, first, second, _, *rest = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "time", "disk"]
+    assert first.startswith("tiny_llama-magnitude-u0.5-s0-") and first.endswith("  complete")
+    assert second.startswith("tiny_llama-wanda-u0.5-s0-") and "  to run  " in second and second.endswith(" MB")
+    assert rest[0] == "2 runs: 1 complete, 1 to run"
+    assert rest[1].startswith("time: about ") and rest[2].startswith("disk: ") and " free in " in rest[2]
+    assert len(rest) == 3
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: nearly_full)
+    assert command.guarded(lambda: command.command(words)) == 0
+    assert "\nwarning: the disk will not hold it: make " in capsys.readouterr().out

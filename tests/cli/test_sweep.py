@@ -92,7 +92,7 @@ def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, 
     first = capsys.readouterr().out
     assert len(rows(first)) == 3 and rows(first)[2][0] == "2:4" and len(loaded) == 1
     assert "3 runs: 0 complete, 3 to run" in first and ": 0 complete before, 3 run now" in first
-    assert sum(": complete in " in line for line in first.splitlines()) == 3
+    assert sum(line.startswith("complete in ") for line in first.splitlines()) == 3
     assert len(ran) == 3 and ran[0].startswith("tiny_llama-dense-") and len(ran[0].split("-")) == 3
     cut = folders()["tiny_llama-magnitude-2of4-s0"]
     (cut / "record.json").write_text(json.dumps({**record(cut), "status": "running"}))

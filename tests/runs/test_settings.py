@@ -18,7 +18,7 @@ from alps_exp.runs.settings import resolve
 
 PACKAGE = Path(alps_exp.__file__).parent
 # Where words become settings; and the one function that they pass on the way.
-READERS = ("cli/", "runs/naming.py", "runs/settings.py", "base/redaction.py")
+READERS = ("cli/", "runs/naming.py", "runs/settings.py", "runs/values.py", "base/redaction.py")
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_two_sweeps_of_one_grid_divide_it(sweeps):
     processes = [sweeps.start(place), sweeps.start(place)]
     assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0], sweeps.output(place)
     text = sweeps.output(place)
-    made = re.findall(r"(\S+): complete in ", text)
+    made = re.findall(r"^complete in \S+ s: ([^\s,]+)", text, re.MULTILINE)
     assert sorted([*made, "table"]) == sorted(sweeps.outcome), text
     assert sum(map(int, re.findall(r"before, (\d) run now", text))) == 5
     assert sweeps.read(place) == sweeps.outcome
