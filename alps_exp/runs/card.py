@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -115,15 +114,6 @@ def _plain(value) -> str:
     """Text that Markdown shows as it is."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return "".join(f"\\{sign}" if sign in r"\`*_|<>[]" else sign for sign in text).replace("\n", " ")
-
-
-def command_of() -> str | None:
-    """What this run was started with, where Hydra knows."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return None
-    return shlex.join(["python", "-m", "alps_exp", *map(str, HydraConfig.get().overrides.task)])
 
 
 def base_of(node: Mapping, folder: str) -> tuple[str | None, str | None]:

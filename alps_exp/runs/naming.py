@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +235,15 @@ def _model_name(node: Mapping) -> str:
         path = Path(str(node["path"])).expanduser().resolve()
         return path.parent.name if path.name == "model" else path.name
     return str(node["name"])
+
+
+def command_of() -> str | None:
+    """The command that this run was started with; None where it was not started from the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    return shlex.join(["python", "-m", "alps_exp", *map(str, HydraConfig.get().overrides.task)])
 
 
 def register() -> None:

@@ -33,7 +33,8 @@ from ..model import loading
 from ..model.blocks import BlockModel
 from ..pruning.rows import LayerRow
 from ..pruning.store import ProgressStore, write_tensors
-from .card import base_of, card, command_of
+from .card import base_of, card
+from .naming import command_of
 from .record import FILE, RunRecord
 from .settings import Settings
 from .shrinking import ShrunkModel
