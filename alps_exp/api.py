@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base.checks import one_of, parse_device, require
 from .base.errors import UserError
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .allocation.allocations import Allocation
+    from .allocation.selection import Selection
     from .calibration.sensitivity import SensitivityChoice
     from .methods.target import Target
+    from .pruning.job import PruneJob
+    from .runs.record import RunRecord
     from .training.finish import Finish
 
 
@@ -156,27 +159,63 @@ def prune_model(
             What shows while a block is solved (NaN or infinite activations, too little memory, a matrix that cannot be
             factorised) leaves the blocks before it pruned: load the model again.
     """
-    from .allocation.allocations import build_allocation
-    from .allocation.prunable import linear_shapes, other_names
     from .allocation.selection import Selection
     from .base.choices import CAPTURE, PROPAGATE
-    from .base.resources import choice_file
-    from .calibration.sensitivity import build_sensitivity
     from .model.blocks import BlockModel, refuse_scattered
-    from .model.loading import context_length
-    from .procedure.mixtures import check_experts
     from .procedure.prune import prune_blocks
-    from .procedure.weighing import check_weighing
     from .pruning.job import PruneJob
-    from .pruning.method import ModelMethod
-    from .runs.provenance import environment, peak_memory
-    from .runs.record import RunRecord
+    from .runs.provenance import peak_memory
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     require("prune_model.expert_shrinkage", expert_shrinkage, float, 0, 1e6)
     one_of("propagate", propagate, PROPAGATE)
     one_of("capture", capture, CAPTURE)
     model = getattr(model, "_orig_mod", model)
+    _check_windows(model, tokens, held_out, fresh)
+
+    chosen = named_solver(method, **hyperparameters)
+    fitting = refitted(chosen, refit)
+    pattern = parse_sparsity(sparsity)
+    home = next(model.parameters()).device
+    place = parse_device(str(device)) if device is not None else home
+    refuse_scattered(model, place)
+    selection = Selection.parse(include, exclude, layer_sparsity)
+    fitting, patterns = _for_the_model(fitting, model, selection, pattern)
+    job = PruneJob(
+        fitting,
+        patterns,
+        selection,
+        tokens,
+        batch_size,
+        propagate,
+        losses,
+        held_out,
+        not progress,
+        capture=capture,
+        fresh=fresh,
+        shrinkage=expert_shrinkage,
+        **_built(target, sensitivity, allocation, finish),
+    )
+    _check_job(model, job)
+    named = {"target": target, "sensitivity": sensitivity, "allocation": allocation}
+    record = _record_of_the_call(model, job, place, chosen, method, pattern, refit, named)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see that blocks' forwards are replaced
+            record.book(prune_blocks(BlockModel(model, place), job))
+    finally:
+        for module in training:
+            module.training = True
+        if any(parameter.device != home for parameter in model.parameters()):
+            model.to(home)
+    record.phases |= peak_memory(place)
+    return record.to_dict()
+
+
+def _check_windows(model: nn.Module, tokens: Tensor, held_out: Tensor | None, fresh: Tensor | None) -> None:
+    from .model.loading import context_length
+
     if not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -192,97 +231,101 @@ def prune_model(
     if context is not None and tokens.shape[1] > context:
         raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
 
-    chosen = named_solver(method, **hyperparameters)
-    fitting = refitted(chosen, refit)
-    pattern = parse_sparsity(sparsity)
-    method_name = method if isinstance(method, str) else type(method).__name__.lower()
-    home = next(model.parameters()).device
-    place = parse_device(str(device)) if device is not None else home
-    refuse_scattered(model, place)
-    selection = Selection.parse(include, exclude, layer_sparsity)
-    patterns = {}
-    if chosen.prunes:
-        shapes = linear_shapes(model, selection)
-        patterns = selection.patterns_for(shapes, pattern, other_names(model))
-        fitting = fitting.for_layers(patterns, shapes).for_model(model, patterns)
-    fitted_to = build_target(choice_file("target", target)) if isinstance(target, str) else target
-    if fitted_to.beside and propagate == "dense":
+
+def _for_the_model(
+    fitting: Method, model: nn.Module, selection: Selection, pattern: Pattern
+) -> tuple[Method, dict[str, Pattern]]:
+    """The method as it treats this model, and the pattern of each layer to prune by name."""
+    from .allocation.prunable import linear_shapes, other_names
+
+    if not fitting.prunes:
+        return fitting, {}
+    shapes = linear_shapes(model, selection)
+    patterns = selection.patterns_for(shapes, pattern, other_names(model))
+    return fitting.for_layers(patterns, shapes).for_model(model, patterns), patterns
+
+
+def _built(
+    target: str | Target, sensitivity: str | SensitivityChoice, allocation: str | Allocation, finish: str | Finish
+) -> dict:
+    """The job's parts of these names, those that are given by name as their files have them."""
+    from .allocation.allocations import build_allocation
+    from .base.resources import choice_file
+    from .calibration.sensitivity import build_sensitivity
+
+    builders = {"target": build_target, "sensitivity": build_sensitivity, "allocation": build_allocation}
+    given = {"target": target, "sensitivity": sensitivity, "allocation": allocation}
+    found = {
+        group: builders[group](choice_file(group, choice)) if isinstance(choice, str) else choice
+        for group, choice in given.items()
+    }
+    return {**found, "finish": _finish(finish)}
+
+
+def _check_job(model: nn.Module, job: PruneJob) -> None:
+    """Raise UserError for what does not go together."""
+    from .procedure.mixtures import check_experts
+    from .procedure.weighing import check_weighing
+    from .pruning.method import ModelMethod
+
+    if job.target.beside and job.propagate == "dense":
         raise UserError("target stream makes up for what pruned blocks have lost: give propagate='pruned'")
-    if getattr(fitted_to, "strength", 0) == "auto" and held_out is None:
+    if getattr(job.target, "strength", 0) == "auto" and job.held_out is None:
         raise UserError(
             "target strength 'auto' is chosen by the loss on held-out windows: give held_out=TOKENS, or a number"
         )
-    weighing = sensitivity
-    if isinstance(sensitivity, str):
-        weighing = build_sensitivity(choice_file("sensitivity", sensitivity))
-    divided = build_allocation(choice_file("allocation", allocation)) if isinstance(allocation, str) else allocation
-    finishing = _finish(finish)
-    if patterns:
-        check_weighing(divided, weighing, len(tokens), fitting)
-        check_experts(model, patterns, fitting, fitted_to, weighing, divided, finishing)
-        finishing.check(propagate, len(held_out) if held_out is not None else 0, len(tokens))
-        _check_fresh(finishing, fresh, held_out)
-        if finishing.block is not None and isinstance(fitting, ModelMethod):
-            raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
-    job = PruneJob(
-        fitting,
-        patterns,
-        selection,
-        tokens,
-        batch_size,
-        propagate,
-        losses,
-        quiet=not progress,
-        target=fitted_to,
-        capture=capture,
-        sensitivity=weighing,
-        allocation=divided,
-        finish=finishing,
-        held_out=held_out,
-        fresh=fresh,
-        shrinkage=expert_shrinkage,
-    )
-    record = RunRecord(
+    if not job.patterns:
+        return
+    check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver)
+    check_experts(model, job.patterns, job.solver, job.target, job.sensitivity, job.allocation, job.finish)
+    job.finish.check(job.propagate, len(job.held_out) if job.held_out is not None else 0, len(job.tokens))
+    _check_fresh(job.finish, job.fresh, job.held_out)
+    if job.finish.block is not None and isinstance(job.solver, ModelMethod):
+        raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
+
+
+def _record_of_the_call(
+    model: nn.Module,
+    job: PruneJob,
+    place: torch.device,
+    chosen: Method,
+    method: str | Method,
+    pattern: Pattern,
+    refit: str,
+    named: Mapping[str, object],
+) -> RunRecord:
+    """A record that says what was asked; `named` are the choices as the caller gave them."""
+    from .runs.provenance import environment
+    from .runs.record import RunRecord
+
+    name = method if isinstance(method, str) else type(method).__name__.lower()
+    return RunRecord(
         status="complete",
         config={
-            "method": {"name": method_name, **dataclasses.asdict(chosen)},
+            "method": {"name": name, **dataclasses.asdict(chosen)},
             "sparsity": str(pattern),
-            "batch_size": batch_size,
-            "propagate": propagate,
-            "losses": losses,
+            "batch_size": job.batch_size,
+            "propagate": job.propagate,
+            "losses": job.losses,
             "refit": refit,
-            "target": _described(target, fitted_to),
-            "capture": capture,
-            "expert_shrinkage": expert_shrinkage,
-            "sensitivity": _described(sensitivity, weighing),
-            "allocation": _described(allocation, divided),
-            "finish": {"name": finishing.name} | {k: v for k, v in dataclasses.asdict(finishing).items() if v},
+            "capture": job.capture,
+            "expert_shrinkage": job.shrinkage,
+            **{group: _described(choice, getattr(job, group)) for group, choice in named.items()},
+            "finish": {"name": job.finish.name} | {k: v for k, v in dataclasses.asdict(job.finish).items() if v},
             "layers": {
-                "include": list(selection.include),
-                "exclude": list(selection.exclude),
-                "sparsity": {glob: str(own) for glob, own in selection.sparsity.items()},
+                "include": list(job.selection.include),
+                "exclude": list(job.selection.exclude),
+                "sparsity": {glob: str(own) for glob, own in job.selection.sparsity.items()},
             },
         },
         config_hash="",
         model=getattr(model.config, "name_or_path", "") or type(model).__name__,
-        method=method_name,
+        method=name,
         sparsity=str(pattern) if chosen.prunes else "0",
         seed=0,
-        calibration={"windows": tokens.shape[0], "seqlen": tokens.shape[1]},
+        calibration={"windows": job.tokens.shape[0], "seqlen": job.tokens.shape[1]},
         environment={**environment(place), "dtype": str(model.dtype).removeprefix("torch.")},
     )
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not see that blocks' forwards are replaced
-            record.book(prune_blocks(BlockModel(model, place), job))
-    finally:
-        for module in training:
-            module.training = True
-        if any(parameter.device != home for parameter in model.parameters()):
-            model.to(home)
-    record.phases |= peak_memory(place)
-    return record.to_dict()
 
 
 def generate_tokens(
