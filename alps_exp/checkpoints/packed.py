@@ -3,7 +3,7 @@
 A packed folder is a `transformers` folder (config.json, tokenizer) whose weights lie in `packed-….safetensors` instead
 of `model….safetensors`, described by `packed.json`:
 
-    {"format": "alps_exp.checkpoints.packed", "version": 1, "files": ["packed-00001-of-00001.safetensors"],
+    {"format": "alps_exp.checkpoints.packed", "version": 2, "files": ["packed-00001-of-00001.safetensors"],
      "tensors": {NAME: {"shape": [out, in], "dtype": "bfloat16", "scheme": "bitmask"}}}
 
 A tensor NAME is stored by its scheme. Entries are counted in row-major order of the tensor as the checkpoint holds it.
@@ -12,11 +12,17 @@ A tensor NAME is stored by its scheme. Entries are counted in row-major order of
               NAME.values (kept,): the kept entries in order
     2:4       NAME.values (size / 2,): two entries of every four consecutive ones, in order;
               NAME.indices (⌈size / 8⌉,) uint8: four places of 2 bits a byte, from the lowest, for two groups of four
+    blocks    NAME.groups, uint8: which tiles of `rows` × `columns` hold something (`grouping.py`); what is stored of
+              these, (tiles, rows · columns), by the scheme `inner`: dense (NAME.values as they are), bitmask or 2:4.
+              Whole outputs and inputs are tiles; so are the outer groups of hierarchical patterns
+    shared    NAME.groups, uint8: which four of `columns` inputs are used by `rows` outputs; what is stored of these,
+              (out, 4 · in / columns), by the scheme `inner`: V:N:M
     (none)    tensors that are not listed (embeddings, norms, biases, weights with few zeros) are stored as they are
 
 Kept is whatever is not +0: -0 and NaN come back bit for bit. In "2:4", a group with fewer than two such entries is
-filled up with zeros. Both schemes take one bit per weight beside the values; "2:4" has the regular values that sparse
-matrix units want. A general N:M layer is stored as a bitmask.
+filled up with zeros. Both take one bit per weight beside the values; "2:4" has the regular values that sparse
+matrix units want. A general N:M layer is stored as a bitmask. Of all schemes the smallest is taken. Without tensors in
+"blocks" or "shared", the version is 1.
 """
 
 from __future__ import annotations
@@ -35,8 +41,10 @@ from ..base.errors import UserError
 from ..base.files import read_json, write_json
 from .checkpoint import PACKED as FILE
 from .checkpoint import Entry, has_bin, has_weights, weight_files
+from .grouping import LAYOUTS, layout_of
 
-_FORMAT, _VERSION = "alps_exp.checkpoints.packed", 1
+_FORMAT, _VERSIONS = "alps_exp.checkpoints.packed", (1, 2)
+_PARTS = ("values", "mask", "indices", "groups")
 _DTYPES = {"float64": torch.int64, "float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # More weights kept than this share of a 2:4 layer's: below it (1:4 is also 2:4) filled groups would cost too much.
@@ -83,21 +91,35 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, di
         if mask is None or kept * tensor.itemsize + len(mask) / 8 >= tensor.nbytes:
             stored[name] = tensor
             continue
-        scheme, bits = "bitmask", np.packbits(mask, bitorder="little")
-        if tensor.shape[-1] % 4 == 0 and kept > _FULL_GROUPS * len(mask) / 2 and _FITS[bits].all():
-            scheme, bits = "2:4", _FILLED[bits]
-            mask = _unpacked_bits(bits, len(mask))
-        stored[f"{name}.values"] = flat[torch.from_numpy(mask)]
-        if scheme == "2:4":
-            stored[f"{name}.indices"] = torch.from_numpy(_INDICES[bits])
+        entry = {"shape": list(tensor.shape), "dtype": dtype}
+        layout = layout_of(mask.reshape(-1, tensor.shape[-1]), tensor.itemsize)
+        if layout is None:
+            entry["scheme"], parts = _pack_flat(flat, mask, tensor.shape[-1])
         else:
-            stored[f"{name}.mask"] = torch.from_numpy(bits)
-        entries[name] = {"shape": list(tensor.shape), "dtype": dtype, "scheme": scheme}
+            core = layout.core(flat.view(-1, tensor.shape[-1]))
+            inner, parts = "dense", {"values": core.reshape(-1)}
+            if kept * tensor.itemsize + core.numel() / 8 < core.nbytes:
+                held = (parts["values"].view(_DTYPES[dtype]) != 0).numpy()
+                inner, parts = _pack_flat(parts["values"], held, core.shape[1])
+            parts["groups"] = torch.from_numpy(layout.stated)
+            entry |= {"scheme": layout.scheme, "inner": inner, **layout.fields}
+        stored |= {f"{name}.{part}": content for part, content in parts.items()}
+        entries[name] = entry
     return stored, entries
 
 
+def _pack_flat(flat: Tensor, mask: np.ndarray, width: int) -> tuple[str, dict[str, Tensor]]:
+    """Scheme and parts of a matrix of this width, given row by row, with what is kept of it."""
+    bits, kept = np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask))
+    if width % 4 == 0 and kept > _FULL_GROUPS * len(mask) / 2 and _FITS[bits].all():
+        bits = _FILLED[bits]
+        values = flat[torch.from_numpy(_unpacked_bits(bits, len(mask)))]
+        return "2:4", {"values": values, "indices": torch.from_numpy(_INDICES[bits])}
+    return "bitmask", {"values": flat[torch.from_numpy(mask)], "mask": torch.from_numpy(bits)}
+
+
 def packed_size(shape: Sequence[int], sparsity: float, itemsize: int) -> float:
-    """Bytes that `pack` makes of a weight with this fraction of zeros, names and header left out."""
+    """Bytes that `pack` makes at most of a weight with this fraction of zeros, names and header left out."""
     entries = math.prod(shape)
     return min(entries * itemsize, entries * ((1 - sparsity) * itemsize + 1 / 8))
 
@@ -112,7 +134,7 @@ def unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> dict
 
 
 def _unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> Iterator[tuple[str, Tensor]]:
-    parts = {f"{name}.{part}" for name in entries for part in ("values", "mask", "indices")}
+    parts = {f"{name}.{part}" for name in entries for part in _PARTS}
     for name in stored:
         if name not in parts:
             yield name, stored[name]
@@ -140,8 +162,24 @@ class _Stored(Mapping):
 
 
 def _unpacked(name: str, entry: Mapping, stored: Mapping[str, Tensor]) -> Tensor:
+    shape, scheme = entry["shape"], entry["scheme"]
+    if scheme in LAYOUTS and min(shape) > 0:
+        whole, groups = (math.prod(shape[:-1]), shape[-1]), stored.get(f"{name}.groups")
+        fits = groups is not None and groups.dtype == torch.uint8 and entry["inner"] in ("dense", "bitmask", "2:4")
+        layout = LAYOUTS[scheme].read(whole, entry, groups.numpy()) if fits else None
+        if layout is not None:
+            inner = {"shape": layout.size(whole), "dtype": entry["dtype"], "scheme": entry["inner"]}
+            tensor = torch.zeros(whole, dtype=getattr(torch, entry["dtype"]))
+            layout.restore(_unpacked_flat(name, inner, stored), tensor)
+            return tensor.view(shape)
+    return _unpacked_flat(name, entry, stored)
+
+
+def _unpacked_flat(name: str, entry: Mapping, stored: Mapping[str, Tensor]) -> Tensor:
     values, shape, scheme = stored[f"{name}.values"], entry["shape"], entry["scheme"]
     size = math.prod(shape)
+    if scheme == "dense" and values.shape == (size,) and str(values.dtype) == f"torch.{entry['dtype']}":
+        return values.view(shape)
     bits = stored.get(f"{name}.{'indices' if scheme == '2:4' else 'mask'}")
     fits = scheme in ("2:4", "bitmask") and bits is not None and bits.dtype == torch.uint8 and min(shape) > 0
     fits = fits and bits.shape == (-(-size // 8),) and str(values.dtype) == f"torch.{entry['dtype']}"
@@ -189,7 +227,8 @@ def pack_folder(folder: Path) -> dict:
         save_file(stored, folder / files[-1], metadata={"format": "pt"})
         entries |= described
     before, after = (sum(path.stat().st_size for path in paths) for paths in (dense, [folder / f for f in files]))
-    write_json(folder / FILE, {"format": _FORMAT, "version": _VERSION, "files": files, "tensors": entries})
+    version = 2 if any(entry["scheme"] in LAYOUTS for entry in entries.values()) else 1
+    write_json(folder / FILE, {"format": _FORMAT, "version": version, "files": files, "tensors": entries})
     for path in [*dense, *folder.glob("model*.safetensors.index.json")]:
         path.unlink()
     return {"format": "packed", "dense_bytes": before, "packed_bytes": after, "ratio": after / before}
@@ -218,7 +257,7 @@ def packed_entries(folder: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
     files, entries = _description(folder)
-    parts = {f"{name}.{part}": name for name in entries for part in ("values", "mask", "indices")}
+    parts = {f"{name}.{part}": name for name in entries for part in _PARTS}
     found = {}
     for file in (folder / name for name in files):
         try:
@@ -285,10 +324,10 @@ def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
     """Files and entries that packed.json names."""
     try:
         content = read_json(folder / FILE)
-        if (found := (content["format"], content["version"])) != (_FORMAT, _VERSION):
+        if (found := (content["format"], content["version"]))[0] != _FORMAT or found[1] not in _VERSIONS:
             raise UserError(
                 f"{folder / FILE} has format {found[0]!r}, version {found[1]!r}; this alps_exp reads {_FORMAT!r}, "
-                f"version {_VERSION}: update it, or save the model again"
+                f"versions {_VERSIONS[0]} and {_VERSIONS[1]}: update it, or save the model again"
             )
         if strange := {str(entry["dtype"]) for entry in content["tensors"].values()} - set(_DTYPES):
             raise ValueError(f"dtype {min(strange)}")
@@ -298,6 +337,8 @@ def _description(folder: Path) -> tuple[list[str], dict[str, dict]]:
                 "shape": [int(n) for n in entry["shape"]],
                 "dtype": str(entry["dtype"]),
                 "scheme": str(entry["scheme"]),
+                **({key: int(entry[key]) for key in ("rows", "columns")} if entry["scheme"] in LAYOUTS else {}),
+                **({"inner": str(entry["inner"])} if entry["scheme"] in LAYOUTS else {}),
             }
             for name, entry in content["tensors"].items()
         }

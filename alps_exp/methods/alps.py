@@ -281,7 +281,7 @@ class _Layer:
 
     def stats(self) -> dict:
         """What the record says of how supports were selected: nothing of the patterns that have a fast way."""
-        return {} if self._fast else {"projection": "plain"}
+        return {"projection": "plain"} if not self._fast or self._stack.unfused else {}
 
 
 class _Stack:
@@ -339,6 +339,11 @@ class _Stack:
     def _measure(self, name: str, weights: Sequence[Tensor]) -> None:
         for layer, largest in zip(self.layers, torch.stack([w.abs().max() for w in weights]).tolist(), strict=True):
             setattr(layer, name, power_of_two(largest))
+
+    @property
+    def unfused(self) -> bool:
+        """Whether there are kernels, but none for these layers together."""
+        return self._kernels is not None and self._step is None
 
     @property
     def active(self) -> list[_Layer]:
@@ -409,7 +414,9 @@ class _Stack:
         layers = sorted(self.layers, key=lambda layer: layer.part(self.w).storage_offset())
         trackers = [layer.tracker for layer in layers]
         if (group := trackers[0].group) and all(tracker.group == group for tracker in trackers):
-            return partial(self._kernels.group_step, group=group) if group[1] in (2, 4, 8, 16) else None
+            return partial(self._kernels.group_step, group=group) if trackers[0].fast else None
+        if (step := trackers[0].step(self.w.device)) is not None:
+            return step if all(layer.pattern == layers[0].pattern for layer in layers) else None
         sizes = [layer.part(self.w).numel() for layer in layers]
         strides = [tracker.stride(layer.part(self.w)) for tracker, layer in zip(trackers, layers, strict=True)]
         if None in strides:

@@ -24,6 +24,8 @@ from .tiles import fitting
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .tracker import Tracker
+
 # Inputs that V outputs share of every M: as many as the matrix units that this is made for take N of.
 _SHARED = 4
 # Above this many inputs there are too many choices of four (1820 of 16) to try all.
@@ -87,6 +89,11 @@ class Hierarchical(Pattern):
         outer = keep_per_row(energy.view(-1, self.outer_width), self.outer_kept)
         return (inner & outer.view(-1, 1)).view(score.shape)
 
+    def tracker(self) -> Tracker:
+        from .nesting import HierarchicalTracker
+
+        return HierarchicalTracker(self)
+
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % self.group:
             inputs = f"its {shape[1]} inputs are not a multiple of {self.outer_width} groups of {self.width}"
@@ -133,6 +140,11 @@ class VNM(Pattern):
         return self.width
 
     @property
+    def choices(self) -> list[tuple[int, ...]]:
+        """All choices of the inputs that are shared, those with earlier inputs first."""
+        return list(itertools.combinations(range(self.width), _SHARED))
+
+    @property
     def swaps(self) -> int | None:
         return None  # the inputs that may be exchanged are not consecutive
 
@@ -158,7 +170,7 @@ class VNM(Pattern):
         tiles = score.reshape(down, self.rows, across, self.width).transpose(1, 2)
         values = tiles.double()
         columns = (values * values.abs()).unbind(3)
-        choices = list(itertools.combinations(range(self.width), _SHARED))
+        choices = self.choices
         best, which = None, torch.zeros(down, across, dtype=torch.long, device=score.device)
         for number, choice in enumerate(choices):
             energy = self._largest(*(columns[place] for place in choice)).sum(2)
@@ -186,6 +198,11 @@ class VNM(Pattern):
         if self.kept == 1:
             return first
         return first + torch.maximum(torch.minimum(high, other_high), torch.maximum(low, other_low))
+
+    def tracker(self) -> Tracker:
+        from .nesting import VNMTracker
+
+        return VNMTracker(self)
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         what = f"its weight {shape[0]} × {shape[1]} does not divide into tiles of {self.rows} × {self.width}"

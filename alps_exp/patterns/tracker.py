@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,23 +18,32 @@ class Keeps(Protocol):
     def keep(self, score: Tensor) -> Tensor: ...
 
 
+# b, target, support, scale, rho, change
+Step = Callable[[Tensor, Tensor, Tensor, float, float, Tensor], None]
+
+
 class Tracker:
     """Selects the supports of a layer's successive iterates.
 
     Attributes:
         group: (N, M) where the rule is no more than the N largest of every M consecutive entries, the first among
             equals, so that a caller may apply it in a pass of its own.
-        fast: whether the rule is such a one, or a threshold from a sample; otherwise it is the pattern's own.
+        fast: whether there is a kernel for the rule; otherwise the pattern selects by itself.
     """
 
     def __init__(self, pattern: Keeps, group: tuple[int, int] | None = None) -> None:
         self._pattern = pattern
         self.group = group
-        self.fast = group is not None
+        self.fast = group is not None and group[1] in (2, 4, 8, 16)
 
     def __call__(self, score: Tensor) -> Tensor:
         """Mask of the entries to keep, of the pattern's count or nearly so."""
         return self._pattern.keep(score)
+
+    def step(self, device: torch.device) -> Step | None:
+        """Where the rule has a kernel of its own: the pass that selects and updates (`triton_kernels.threshold_step`)
+        for layers of this pattern that lie one below the other."""
+        return None
 
     def stride(self, score: Tensor) -> int | None:
         """Where the rule may be a threshold from a sample: every how many entries one is taken; otherwise None."""

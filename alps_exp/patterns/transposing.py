@@ -5,27 +5,29 @@ The energy of a mask is the sum of the squared scores that it keeps; negative sc
 M up to 4: all masks are tried, 90 of them for 2:4. Of masks of equal energy, the one is taken whose first row has the
 earlier entries, then whose second row has, and so on.
 
-Larger M: a local search. From a band of N diagonals on, two rows of a tile choose anew, as well as two rows can: of the
-columns that one of both keeps, each takes those where it is ahead of the other. All pairs of rows take their turn, then
-all pairs of columns, until nothing improves. The best of four starts is taken, the first among equals; in a choice
-between equal columns, the first goes to the first row. On random scores all tiles together come within 0.3 % of the
-optimum.
+Larger M: a local search. From a band of N diagonals on, two rows of a tile exchange two columns, of which each has
+kept one: those that raise the energy the most, if any do. All pairs of rows take their turn, then all pairs of columns,
+until nothing improves. The best of four starts is taken, the first among equals; of equal columns the first is
+exchanged. On random scores all tiles together come within 0.3 % of the optimum.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .tracker import Keeps, Tracker
+from ..numerics.kernels import kernels_for
+from .tracker import Keeps, Step, Tracker
 
 # Tiles' entries that are looked at together, and energies nearer than this are equal: sums in another order.
 _BATCH, _EQUAL = 1 << 22, 1e-12
 _STARTS, _SWEEPS = 4, 20
+# Larger M that a kernel knows.
+_IN_KERNEL = (8, 16)
 
 
 def best_masks(score: Tensor, kept: int, width: int) -> Tensor:
@@ -37,7 +39,8 @@ def best_masks(score: Tensor, kept: int, width: int) -> Tensor:
         width: M.
     """
     tiles = _tiles(score.double(), width)
-    parts = max(_BATCH // (90 * 16 if width <= 4 else width**2), 1)
+    batch = _BATCH << 4 if score.is_cuda else _BATCH
+    parts = max(batch // (90 * 16 if width <= 4 else width**2), 1)
     if width <= 4:
         found = [_enumerated(part, kept) for part in tiles.split(parts)]
     else:
@@ -47,12 +50,13 @@ def best_masks(score: Tensor, kept: int, width: int) -> Tensor:
 
 class TransposableTracker(Tracker):
     """Masks of a layer's successive iterates. Up to M = 4 all masks are tried, in the scores' own precision; above, one
-    round of the search goes on from the last iterate's mask."""
+    round of exchanges goes on from the last iterate's mask."""
 
     def __init__(self, pattern: Keeps, kept: int, width: int) -> None:
         super().__init__(pattern)
         self._kept, self._width = kept, width
         self._last: Tensor | None = None
+        self.fast = width in (4, *_IN_KERNEL)
 
     def __call__(self, score: Tensor) -> Tensor:
         energy = _tiles(score.square(), self._width)
@@ -65,8 +69,28 @@ class TransposableTracker(Tracker):
             self._last = _start(self._width, self._kept, 0).to(energy.device).expand_as(energy).clone()
         parts = max(_BATCH // self._width**2, 1)
         for part, mask in zip(energy.split(parts), self._last.split(parts), strict=True):
-            _sweep(part, mask)
+            exchange(part, mask)
         return _untiled(self._last, score.shape)
+
+    def step(self, device: torch.device) -> Step | None:
+        if not self.fast:
+            return None
+        from ..numerics import tile_kernels
+
+        if self._width == 4:
+            return partial(tile_kernels.masks_step, masks=_bits(4, self._kept).to(device))
+        return partial(_exchange_step, width=self._width, pairs=_pairs(self._width).to(device))
+
+
+def _exchange_step(
+    b: Tensor, target: Tensor, support: Tensor, scale: float, rho: float, change: Tensor, width: int, pairs: Tensor
+) -> None:
+    from ..numerics import tile_kernels
+
+    former = target * support
+    target.sub_(former).mul_(scale).add_(b)
+    tile_kernels.exchange(target.square(), support, width, pairs)
+    change.copy_((target * support).mul_(2).sub_(b).sub_(former).mul_(rho))
 
 
 @cache
@@ -117,7 +141,7 @@ def _best_of_starts(energy: Tensor, kept: int) -> Tensor:
         value = (energy * mask).sum((1, 2))
         for _ in range(_SWEEPS):
             before = value
-            _sweep(energy, mask)
+            exchange(energy, mask)
             value = (energy * mask).sum((1, 2))
             if bool((value <= before + _EQUAL * before.abs()).all()):
                 break
@@ -129,19 +153,49 @@ def _best_of_starts(energy: Tensor, kept: int) -> Tensor:
     return best
 
 
-def _sweep(energy: Tensor, mask: Tensor) -> None:
-    """All pairs of rows choose anew, then all pairs of columns; `mask` (tiles, M, M) is changed in place."""
+def exchange(energy: Tensor, mask: Tensor) -> None:
+    """All pairs of rows exchange what raises the energy the most, then all pairs of columns.
+
+    Args:
+        energy: (tiles, M, M).
+        mask: (tiles, M, M) bool, contiguous; changed in place.
+    """
+    width = energy.shape[1]
+    if width in _IN_KERNEL and kernels_for(energy.device) is not None:
+        from ..numerics import tile_kernels
+
+        pairs = _pairs(width).to(energy.device)
+        tile_kernels.exchange(energy.contiguous().view(-1, width), mask.view(-1, width), width, pairs)
+    else:
+        _exchange(energy, mask)
+
+
+def _exchange(energy: Tensor, mask: Tensor) -> None:
+    width = energy.shape[1]
     for values, chosen in ((energy, mask), (energy.mT, mask.mT)):
-        for first, second in _rounds(energy.shape[1]):
+        for first, second in _rounds(width):
             one, other = chosen[:, first], chosen[:, second]
-            open_ = one ^ other
-            ahead = (values[:, first] - values[:, second]).masked_fill_(~open_, -torch.inf)
-            order = ahead.sort(dim=2, descending=True, stable=True).indices
-            count = (one & ~other).sum(2, keepdim=True)
-            taken = torch.arange(order.shape[2], device=order.device) < count
-            won = torch.zeros_like(open_).scatter_(2, order, taken.expand_as(order))
-            both = one & other
-            chosen[:, first], chosen[:, second] = both | won, both | (open_ & ~won)
+            ahead = values[:, first] - values[:, second]
+            least, give = ahead.masked_fill(~(one & ~other), torch.inf).min(2, keepdim=True)
+            greatest, take = ahead.masked_fill(~(other & ~one), -torch.inf).max(2, keepdim=True)
+            better = greatest > least
+            flip = torch.zeros_like(one).scatter_(2, give, better).scatter_(2, take, better)
+            chosen[:, first], chosen[:, second] = one ^ flip, other ^ flip
+
+
+@cache
+def _pairs(width: int) -> Tensor:
+    """(pairs, 2) int32: the pairs of all rounds, in order."""
+    return torch.tensor(
+        [pair for first, second in _rounds(width) for pair in zip(first, second, strict=True)], dtype=torch.int32
+    )
+
+
+@cache
+def _bits(width: int, kept: int) -> Tensor:
+    """(masks,) int32: bit iM + j says whether a mask keeps entry (i, j)."""
+    places = 1 << torch.arange(width * width, dtype=torch.int32)
+    return (all_masks(width, kept).flatten(1).int() * places).sum(1, dtype=torch.int32)
 
 
 @cache

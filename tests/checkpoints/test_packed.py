@@ -250,7 +250,7 @@ def drop(ending: str):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damage(lambda content: content.update(version=2)), "version 2"),
+        (damage(lambda content: content.update(version=3)), "version 3"),
         (damage(lambda content: content.pop("files")), r"packed\.json is damaged"),
         (damage(lambda content: content.update(tensors=[])), r"packed\.json is damaged"),
         (lambda folder: (folder / "packed.json").write_text("{"), r"packed\.json is damaged"),

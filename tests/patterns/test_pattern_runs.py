@@ -43,7 +43,8 @@ def test_a_streamed_run_saves_layers_of_the_pattern(pattern, tiny_opt, text_file
             continue
         assert (row["pattern"], row["selection"]) == (pattern.written, pattern.selected("layer"))
         assert pattern.holds(tensors[f"{row['name']}.weight"] != 0)
-        assert abs(row["sparsity"] - pattern.sparsity) < 0.02 and row["stats"]["projection"] == "plain"
+        assert abs(row["sparsity"] - pattern.sparsity) < 0.02
+        assert row["stats"].get("projection") == (None if pattern.tracker().fast else "plain")
 
     mask = [*words, "method=given", f"method.mask={tmp_path / 'streamed' / 'model'}", "refit=pcg"]
     fitted = execute([*mask, f"sparsity={pattern.written}"], tmp_path / "given")

@@ -1,0 +1,96 @@
+"""The Triton kernels of tiles and nested groups against the patterns' own rules: on CUDA, or interpreted."""
+
+import os
+
+import pytest
+import torch
+
+from alps_exp.patterns import parse_sparsity, transposing
+
+pytest.importorskip("triton", reason="Triton is not installed")
+cuda = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not cuda and os.environ.get("TRITON_INTERPRET") != "1", reason="neither CUDA nor TRITON_INTERPRET=1"
+)
+DEVICE = torch.device("cuda" if cuda else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("2:4T", (24, 44)),
+        ("1:4T", (4, 8)),
+        ("3:4T", (8, 4)),
+        ("4:8>2:4", (7, 64)),
+        ("1:2>5:8", (3, 32)),
+        ("2:4>1:2", (40, 24)),
+        ("64:2:8", (64, 16)),
+        ("5:1:6", (10, 12)),
+        pytest.param("4:3:10", (4, 20), marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_equals_its_equations(text, shape):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    b, target, coin = (torch.randn(shape, generator=generator, device=DEVICE) for _ in range(3))
+    b[:4, :4] = target[:4, :4] = 1.0  # ties: the first choice wins
+    support, change = coin > 0, torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+    former = target * support
+    new = b + (target - former) * 0.8
+    pattern = parse_sparsity(text)
+    expected = pattern.keep(new.abs())
+    assert pattern.tracker().fast
+    pattern.tracker().step(DEVICE)(b, target, support, 0.8, 0.3, change)
+    assert torch.equal(support, expected)
+    torch.testing.assert_close(target, new)
+    torch.testing.assert_close(change.float(), 0.3 * (2 * new * expected - b - former), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kept", "width", "down", "across"), [(2, 8, 2, 3), pytest.param(5, 16, 1, 2, marks=pytest.mark.slow)]
+)
+def test_exchanges_equal_those_of_torch(kept, width, down, across):
+    from alps_exp.numerics import tile_kernels
+
+    shape = down * width, across * width
+    energy = torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).square()
+    tiles = transposing._tiles(energy, width)
+    mask = transposing._start(width, kept, 1).to(DEVICE).expand_as(tiles).clone()
+    found = transposing._untiled(mask, shape).contiguous()
+    transposing._exchange(tiles, mask)
+    tile_kernels.exchange(energy, found, width, transposing._pairs(width).to(DEVICE))
+    assert torch.equal(transposing._tiles(found, width), mask)
+    assert (mask.sum(1) == kept).all() and (mask.sum(2) == kept).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["4:8T"])
+def test_steps_of_larger_tiles_go_on_from_the_last_support(text):
+    pattern, generator = parse_sparsity(text), torch.Generator(DEVICE).manual_seed(2)
+    b = torch.randn(16, 24, generator=generator, device=DEVICE)
+    target, support = b.clone(), pattern.keep(torch.rand(16, 24, generator=generator, device=DEVICE))
+    change, former = torch.empty_like(b, dtype=torch.bfloat16), target * support
+    best = pattern.keep(b.abs())
+    for _ in range(3):  # with a scale of 0, what is selected from is B
+        held = target * support
+        pattern.tracker().step(DEVICE)(b, target, support, 0.0, 0.3, change)
+        assert pattern.holds(support) and int(support.sum()) == int(best.sum())
+        torch.testing.assert_close(change.float(), 0.3 * (2 * b * support - b - held), rtol=1e-2, atol=1e-2)
+    assert (b * support).square().sum() > 0.98 * (b * best).square().sum() > former.square().sum()
+    assert torch.equal(target, b)
+
+
+def test_layers_in_a_stack_are_selected_in_one_pass():
+    """Groups of two layers of 8 and 4 outputs each, as ALPS stacks layers that share an input."""
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    b, target = (torch.randn(2, 12, 16, generator=generator, device=DEVICE) for _ in range(2))
+    support, change = torch.zeros_like(b, dtype=torch.bool), torch.empty_like(b, dtype=torch.bfloat16)
+    pattern = parse_sparsity("2:4T")
+    pattern.tracker().step(DEVICE)(b, target, support, 0.0, 0.3, change)
+    for group, rows in ((0, slice(0, 8)), (0, slice(8, 12)), (1, slice(0, 8)), (1, slice(8, 12))):
+        assert torch.equal(support[group, rows], pattern.keep(b[group, rows].abs()))
+
+
+def test_what_has_no_pass_says_so():
+    for text in ("2:3T", "5:10T", "2:3>2:4", "512:2:16", "3:5"):
+        tracker = parse_sparsity(text).tracker()
+        assert not tracker.fast and tracker.step(DEVICE) is None
