@@ -55,6 +55,10 @@ class NM(Pattern):
         return self.width
 
     @property
+    def note(self) -> str:
+        return "N:M: N of M consecutive inputs kept"
+
+    @property
     def order(self) -> tuple:
         return self.rank, self.width, -self.kept
 

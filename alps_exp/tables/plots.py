@@ -42,6 +42,11 @@ _BEYOND = ("target", "sensitivity", "allocation", "capture", "refit", "finish")
 # What eval=speed measures of each form, as far as it is drawn, and the forms beside the dense one.
 _COSTS = ("decode at batch 1, tokens/s", "resident, MiB", "on disk, MiB")
 _FORMS = ("packed", "semi-structured")
+# Colour and marker of the kinds of patterns, in their order.
+_KINDS = [
+    ("#000000", "o"), ("#0072B2", "s"), ("#E69F00", "^"), ("#009E73", "v"), ("#CC79A7", "D"), ("#56B4E9", "P"),
+    ("#D55E00", "X"), ("#999999", "*"),
+]  # fmt: skip
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
 
@@ -561,6 +566,44 @@ def _bars(figures: Sequence[tuple[float, float, float]]) -> list[list[float]]:
     return [[max(0.0, mean - low) for mean, low, _ in figures], [max(0.0, high - mean) for mean, _, high in figures]]
 
 
+def _structure(found: Aggregate, spec: Spec) -> list[dict]:
+    """Of tables with patterns of more kinds than anywhere and N:M: a panel for each model and method, of what each
+    pattern loses and how many zeros it asks for."""
+    panels, title = [], _titles(found)
+    metrics = [name for name in shown_metrics(found.frame, None) if name.startswith("relative loss")][:1]
+    for model, groups in _models(found).items() if metrics else ():
+        for look, members in _series(found, groups):
+            points = []
+            for group in members:
+                pattern, figures = written.read(group.key[1]), _statistic(group, metrics[0])
+                if pattern is not None and figures:
+                    points.append((pattern.kind, group.key[1], pattern.sparsity, *figures))
+            if {point[0] for point in points} - {"unstructured", "nm"}:
+                points.sort(key=lambda point: (written.order(point[1]), point[1]))
+                panels.append({"title": title(model, look["label"]), "loss": metrics[0], "points": points})
+    return panels
+
+
+def _draw_structure(axis, panel: dict, handles: dict) -> None:
+    """A colour and a marker for each kind of pattern, every point under its pattern's name."""
+    kinds = list(written.kinds())
+    for kind in dict.fromkeys(point[0] for point in panel["points"]):
+        place = kinds.index(kind) if kind in kinds else len(kinds)
+        found = [point for point in panel["points"] if point[0] == kind]
+        handle = axis.errorbar(
+            [point[2] for point in found],
+            [point[3] for point in found],
+            yerr=_bars([point[3:] for point in found]),
+            color=_KINDS[place % len(_KINDS)][0], marker=_KINDS[place % len(_KINDS)][1], linestyle="none",
+            markersize=5, capsize=2, elinewidth=1,
+        )  # fmt: skip
+        handles.setdefault(kind, handle)
+        for _, text, zeros, loss, *_ in found:
+            axis.annotate(text, (zeros, loss), (0, -4), textcoords="offset points", ha="center", va="top", fontsize=6)
+    axis.margins(0.12)
+    axis.set(xlabel="zeros", ylabel=panel["loss"].partition(" (")[0], yscale="log")
+
+
 def _share_scales(axes: Sequence, panels: Sequence[Mapping]) -> None:
     """Give panels that show the same the same ends of their axes, where these are numbers, and logarithmic ones their
     ticks."""
@@ -631,4 +674,5 @@ KINDS = {
     "allocation": (_allocation, _draw_allocation),
     "finishing": (_finishing, _draw_finishing),
     "costs": (_costs, _draw_costs),
+    "structure": (_structure, _draw_structure),
 }
