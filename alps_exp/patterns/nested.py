@@ -92,7 +92,7 @@ class Hierarchical(Pattern):
     def tracker(self) -> Tracker:
         from .nesting import HierarchicalTracker
 
-        return HierarchicalTracker(self)
+        return HierarchicalTracker(self, (self.outer_kept, self.outer_width), (self.kept, self.width))
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % self.group:
@@ -202,7 +202,7 @@ class VNM(Pattern):
     def tracker(self) -> Tracker:
         from .nesting import VNMTracker
 
-        return VNMTracker(self)
+        return VNMTracker(self, self.rows, self.kept, self.width, self.choices)
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         what = f"its weight {shape[0]} × {shape[1]} does not divide into tiles of {self.rows} × {self.width}"

@@ -116,6 +116,7 @@ def test_footnotes_of_tables_tell_what_is_kept():
         "5:4",
     ]
     assert written.notes(texts) == [
+        "N:M: N of M consecutive inputs kept",
         "2:4T: 2 of 4 kept along the inputs, and along the outputs",
         "4:8>2:4: 4 of 8 groups of 4 inputs kept, with 2 of 4 each",
         "64:2:8: 64 outputs share 4 of 8 inputs, and 2 of 4 are kept",
