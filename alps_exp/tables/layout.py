@@ -20,7 +20,18 @@ from . import looks
 from .figures import AXES, Aggregate, finish_of, is_trained, natural, sees_gradients
 from .footnotes import footnotes
 
-PLOTS = ("perplexity", "losses", "seconds", "phases", "frontier", "drift", "allocation", "finishing", "costs", "structure")
+PLOTS = (
+    "perplexity",
+    "losses",
+    "seconds",
+    "phases",
+    "frontier",
+    "drift",
+    "allocation",
+    "finishing",
+    "costs",
+    "structure",
+)
 NONE = "–"
 
 

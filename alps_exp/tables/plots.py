@@ -580,7 +580,7 @@ def _structure(found: Aggregate, spec: Spec) -> list[dict]:
                     points.append((pattern.kind, group.key[1], pattern.sparsity, *figures))
             if {point[0] for point in points} - {"unstructured", "nm"}:
                 points.sort(key=lambda point: (written.order(point[1]), point[1]))
-                panels.append({"title": title(model, look["label"]), "loss": metrics[0], "points": points})
+                panels.append(title(model, look["label"]) | {"loss": metrics[0], "points": points})
     return panels
 
 
