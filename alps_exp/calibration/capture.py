@@ -91,7 +91,7 @@ class Accumulator:
         """Account for all that another one of the same width was given."""
         self.tokens += other.tokens
         self.sequences += other.sequences
-        for own, value in zip(self.tensors(), other.tensors(), strict=True):
+        for own, value in zip(self.tensors(), other.tensors(), strict=False):  # not what a target wants of the other
             own += value
 
     def correct(self, wanted: Tensor, inputs: Tensor) -> None:
@@ -102,9 +102,13 @@ class Accumulator:
             inputs: (…, in) of the same tokens, which `add` was given too.
         """
         r, x = wanted.reshape(-1, wanted.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-        if self._correction is None:
-            self._correction = torch.zeros(r.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        self.expect(r.shape[1])
         _add_products(self._correction, r, x)
+
+    def expect(self, rows: int) -> None:
+        """There will be something to `correct`: (…, rows)."""
+        if self._correction is None:
+            self._correction = torch.zeros(rows, len(self._sum), dtype=torch.float32, device=self._sum.device)
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, for adding those of other processes in place."""
@@ -261,6 +265,16 @@ class Collector:
         place = {name: number for number, name in enumerate(self._layers)}
         return [sorted(names, key=place.__getitem__) for names in groups.values()]
 
+    def correct_experts(self, module: nn.Module, args: tuple, kwargs: dict, wanted: Tensor) -> None:
+        """Account for what a target wants of a module of experts beyond what it gives.
+
+        Args:
+            module: it.
+            args, kwargs: of a call that was collected.
+            wanted: (tokens, out).
+        """
+        self._mixtures[module].correct(args, kwargs, wanted)
+
     def of(self, name: str) -> Accumulator:
         """The sums of the input of a layer that was called."""
         return self._accumulators[self._leader[name]]
@@ -340,6 +354,24 @@ class _Mixture:
             for reads_hidden in self._rest:
                 sums = self._by_place.get((part.expert, reads_hidden), self._rest[reads_hidden])
                 sums.add_uneven(part.inputs if reads_hidden else self._experts.inner(part.expert, part.inputs), lengths)
+
+    @torch.no_grad()
+    def correct(self, args: tuple, kwargs: dict, wanted: Tensor) -> None:
+        """Divide among a token's experts what is wanted of their sum: to the output of each is added w r / Σ w², with w
+        the weight of the expert, the least change of the outputs that gives r."""
+        arguments = self._experts.arguments(args, kwargs)
+        parts = [part for part in self._experts.routed(arguments) if (part.expert, False) in self._by_place]
+        squares = torch.zeros(len(wanted), device=wanted.device)
+        for part in parts:
+            squares.index_add_(0, part.tokens, part.weights.float().square())
+        for (_, reads_hidden), sums in self._by_place.items():
+            if not reads_hidden:
+                sums.expect(wanted.shape[-1])
+        for part in parts:
+            share = part.weights.float() / squares[part.tokens].clamp(min=torch.finfo(torch.float32).tiny)
+            own = (wanted[part.tokens] * share[:, None]).to(wanted.dtype)
+            inner = self._experts.inner(part.expert, part.inputs)
+            self._by_place[part.expert, False].correct(own, inner)
 
     def _lengths(self, part: Routed, shape: tuple[int, int]) -> list[int]:
         if Statistics.MOMENTS not in self._needed and shape[0] == 1:

@@ -55,9 +55,11 @@ class Experts(ABC):
         module: it.
         count: how many experts there are.
         projections: names of the matrices of each.
+        sums: whether the module gives the weighted sum over a token's experts, rather than the output of each.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
+    sums: ClassVar[bool] = True
     count: int
 
     def __init__(self, module: nn.Module) -> None:
@@ -206,6 +208,8 @@ class _Flagged(Experts):
 
 class _Scored(Experts):
     """Llama 4's."""
+
+    sums = False
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

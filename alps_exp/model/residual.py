@@ -6,6 +6,10 @@ additions themselves are watched. The output of a layer is followed through view
 between the layer and its addition; what it is added to is the stream, which is followed from the block's input on,
 through norms too, since in some models (OPT-350m) they stand in it. Where two writers are added to each other first
 (attention and MLP in parallel), both write to what their sum is added to.
+
+The experts of a mixture write together: what their module gives is followed like the output of a layer, under the name
+of the first of their layers that write. What else is added to it on its way (a shared expert behind a gate of its own)
+counts as part of the stream.
 """
 
 from __future__ import annotations
@@ -44,6 +48,24 @@ class _Term:
     tensor: Tensor  # keeps the memory, by whose address the term is known, from being used again
     parts: Mapping[str, Tensor]  # the summands by layer
     factor: Tensor | float
+    beside: Tensor | None = None  # what was added that no layer has written
+
+
+def writers_of(layers: Mapping[str, Layer]) -> dict[str, str]:
+    """The layers that may write to the stream, and the name by which what they write is known: their own, or that of
+    the first of the experts that write together.
+
+    Args:
+        layers: of a block, by name.
+    """
+    first: dict[nn.Module, str] = {}
+    found = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, ExpertLayer):
+            found[name] = name
+        elif not layer.reads_hidden:
+            found[name] = first.setdefault(layer.module, name)
+    return found
 
 
 class Additions(TorchDispatchMode):
@@ -51,12 +73,15 @@ class Additions(TorchDispatchMode):
 
     Args:
         block: the block.
-        layers: in it, by name; of those that share a sum, the earlier ones come first. Outputs of experts are not
-            followed.
+        layers: in it, by name; of those that share a sum, the earlier ones come first.
         hidden: what the block is called with.
         wanted: names of layers.
         full: called once every layer of `wanted` was added to the stream, such as to end the forward.
         instead: modules that give the output of a layer without calling it, and the layer's name.
+
+    Attributes:
+        found: what the layers write, by the names of `writers_of`.
+        outputs: (tokens, out) what modules of experts have given, by the same.
     """
 
     def __init__(
@@ -70,6 +95,7 @@ class Additions(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.found: dict[str, Addition] = {}
+        self.outputs: dict[str, Tensor] = {}
         self._block, self._layers = block, layers
         self._stream = {_address(hidden): hidden}
         self._wanted, self._full, self._instead = set(wanted), full, dict(instead or {})
@@ -77,7 +103,10 @@ class Additions(TorchDispatchMode):
         self._handles: list = []
 
     def __enter__(self):
-        own = {layer.module: name for name, layer in self._layers.items() if not isinstance(layer, ExpertLayer)}
+        self._experts = {
+            key for name, key in writers_of(self._layers).items() if isinstance(self._layers[name], ExpertLayer)
+        }
+        own = {self._layers[key].module: key for key in writers_of(self._layers).values()}
         linears = own | self._instead
         for module in self._block.modules():
             if module in linears:
@@ -97,6 +126,8 @@ class Additions(TorchDispatchMode):
         def hook(module: nn.Module, args: tuple, output) -> None:
             output = output if isinstance(output, Tensor) else output[0]
             self._remember(_Term(output, {name: output}, 1.0))
+            if name in self._experts and name in self._wanted:  # something may be added to it in place
+                self.outputs[name] = output.clone()
 
         return hook
 
@@ -110,12 +141,14 @@ class Additions(TorchDispatchMode):
             return
         if len(term.parts) == 1 and output.shape == args[0].shape:
             factor = output.float() / args[0].float()
-            self._remember(_Term(output, dict.fromkeys(term.parts, output), _times(term.factor, factor)))
+            beside = None if term.beside is None else term.beside * factor
+            self._remember(_Term(output, dict.fromkeys(term.parts, output), _times(term.factor, factor), beside))
 
     def whole(self, value: Tensor) -> frozenset[str]:
         """The layer whose output this is, as it is; none or several where it is something else."""
         term = self._term(value)
-        return frozenset(term.parts) if term is not None and term.factor == 1.0 else frozenset()
+        plain = term is not None and term.beside is None and term.factor == 1.0
+        return frozenset(term.parts) if plain else frozenset()
 
     def _remember(self, term: _Term) -> None:
         self._terms[_address(term.tensor)] = term
@@ -132,7 +165,7 @@ class Additions(TorchDispatchMode):
             return self._added(function, args, kwargs)
         output = function(*args, **kwargs)
         if function in _COPIES and (term := self._term(args[0])) is not None:
-            self._remember(_Term(output, term.parts, term.factor))
+            self._remember(_Term(output, term.parts, term.factor, term.beside))
         elif function in _COPIES and self._in_stream(args[0]):
             self._stream[_address(output)] = output
         elif function in _FACTORS:
@@ -145,7 +178,8 @@ class Additions(TorchDispatchMode):
             if constant and (term := self._term(one)) is not None and len(term.parts) == 1:
                 factor = float(other)
                 parts = {name: output for name in term.parts}
-                self._remember(_Term(output, parts, _times(term.factor, factor)))
+                beside = None if term.beside is None else term.beside * factor
+                self._remember(_Term(output, parts, _times(term.factor, factor), beside))
 
     def _added(self, function, args: tuple, kwargs: dict) -> Tensor:
         one, other = args[:2]
@@ -158,11 +192,17 @@ class Additions(TorchDispatchMode):
             parts = {name: value.clone() for term in terms for name, value in term.parts.items()}
             output = function(*args, **kwargs)
             if terms[0].factor == terms[1].factor == 1.0:
-                self._remember(_Term(output, parts, 1.0))
+                besides = [term.beside for term in terms if term.beside is not None]
+                self._remember(_Term(output, parts, 1.0, sum(besides) if besides else None))
             return output
         term, stream = (terms[0], other) if terms[0] is not None else (terms[1], one)
         if not self._in_stream(stream):
-            return function(*args, **kwargs)
+            if self._experts.isdisjoint(term.parts) or term.factor != 1.0:
+                return function(*args, **kwargs)
+            beside = stream.clone() if term.beside is None else term.beside + stream
+            output = function(*args, **kwargs)
+            self._remember(_Term(output, term.parts, 1.0, beside))
+            return output
         self._close(term, stream.clone() if inplace and stream is one else stream)
         output = function(*args, **kwargs)
         self._terms.pop(_address(output), None)
@@ -172,6 +212,7 @@ class Additions(TorchDispatchMode):
         return output
 
     def _close(self, term: _Term, stream: Tensor) -> None:
+        stream = stream if term.beside is None else stream + term.beside.to(stream.dtype).reshape(stream.shape)
         for name in self._layers:
             if name in term.parts and name not in self.found:
                 self.found[name] = Addition(stream, term.factor)

@@ -32,11 +32,13 @@ def check_experts(
         names: of the layers to prune.
         method, target, sensitivity, allocation, finish: the job's.
     """
-    expert = next((name for name in names if isinstance(find_layer(model, name), ExpertLayer)), None)
-    if expert is None:
+    found = ((name, find_layer(model, name)) for name in names)
+    expert, layer = next(((name, layer) for name, layer in found if isinstance(layer, ExpertLayer)), (None, None))
+    if layer is None:
         return
     asked = {
-        "target=stream follows the output of single layers into the residual stream": target.beside,
+        "target=stream follows the sum over a token's experts into the residual stream, which is made outside of their "
+        "module here": target.beside and not layer.experts.sums,
         "sensitivity=outputs takes gradients at the outputs of single layers": sensitivity.used,
         "this allocation reads the inputs and gradients of single layers": allocation.needs in ("inputs", "gradients"),
         f"finish={finish.name} trains the kept weights of single layers": finish.name != "none",

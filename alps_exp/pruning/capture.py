@@ -16,7 +16,8 @@ from ..calibration.streams import DENSE
 from ..layer.inputs import Inputs, Statistics
 from ..layer.problem import LayerProblem
 from ..layer.solver import Solver
-from ..model.residual import Addition, Additions
+from ..model.layers import ExpertLayer
+from ..model.residual import Addition, Additions, writers_of
 from ..numerics.precision import full_precision
 from .block import BlockProblem
 
@@ -47,13 +48,21 @@ def order(block: BlockProblem) -> list[list[str]]:
                 f"{block.name}: no layer is seen to add its output to the hidden states, which target=stream needs: "
                 "give target=layer"
             )
-        block.writers = frozenset(additions.found)
+        keys = writers_of(block.every)
+        for name in block.layers:
+            if isinstance(block.layers[name], ExpertLayer) and keys.get(name, name) not in {name, *additions.found}:
+                raise UserError(
+                    f"{name}: its experts are not seen to add their sum to the hidden states, which target=stream "
+                    "needs: give target=layer, or leave them dense (layers.exclude=['*experts*'])"
+                )
+        block.writers = frozenset(name for name, key in keys.items() if key in additions.found)
     if not block.watched:
         block.replay = Replay(parts, block.streams.calibration.nbytes, block.model.device)
     collector.finish()
     groups = collector.order()
     for names in groups:
-        if len(names) > 1 and (writers := block.writers.intersection(names)):
+        apart = [name for name in names if not isinstance(block.layers[name], ExpertLayer)]
+        if len(apart) > 1 and (writers := block.writers.intersection(apart)):
             raise UserError(
                 f"{min(writers)} writes to the hidden states and shares its input with {len(names) - 1} other layers, "
                 "which target=stream cannot fit: give target=layer, or exclude it (layers.exclude=[...])"
@@ -122,7 +131,7 @@ class _Watch:
 
     Args:
         block: the block.
-        writers: names of layers.
+        writers: names of layers, those of `writers_of`.
         hidden: what it is called with.
         ending: end the forward once all that is wanted is known, unless somebody watches it.
         instead: modules that give a writer's output without calling it, and its name.
@@ -136,8 +145,8 @@ class _Watch:
         ending: bool,
         instead: Mapping[nn.Module, str],
     ) -> None:
-        self._modules = {name: block.layers[name].module for name in writers}
-        self.inputs: dict[str, Tensor] = {}
+        self._modules = {name: block.every[name].module for name in writers}
+        self.inputs: dict[str, tuple[tuple, dict]] = {}
         end = self._end if ending and not block.watched else _go_on
         self.additions = Additions(block.module, block.every, hidden, writers, end, instead)
 
@@ -154,9 +163,14 @@ class _Watch:
 
     def _keep(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.inputs[name] = args[0] if args else kwargs["input"]
+            self.inputs[name] = args, kwargs
 
         return hook
+
+    def input(self, name: str) -> Tensor:
+        """(…, in) of a linear layer."""
+        args, kwargs = self.inputs[name]
+        return args[0] if args else kwargs["input"]
 
     @staticmethod
     def _end() -> None:
@@ -181,24 +195,33 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
             block.forward(hidden)
         return
     collector.resting = True
-    dense = _forward_dense(block, writers, first, last)
+    keys = writers_of(block.every)
+    written = list(dict.fromkeys(keys[name] for name in writers))
+    dense = _forward_dense(block, writers, written, first, last)
     collector.resting = False
     instead = replay.writers(windows, names)
     with (
         suppress(Enough),
         replay.forward(windows, names, later),
-        _Watch(block, writers, hidden, True, instead) as pruned,
+        _Watch(block, written, hidden, True, instead) as pruned,
     ):
         block.forward(hidden)
-    for name in writers:
-        weight = block.layers[name].weight
-        x = pruned.inputs[name]
+    for name in written:
+        layer = block.every[name]
         one, other = (watch.additions.found[name] for watch in (dense, pruned))
-        wanted = torch.nn.functional.linear(dense.inputs[name] - x, weight)
+        if isinstance(layer, ExpertLayer):
+            wanted = (dense.additions.outputs[name] - pruned.additions.outputs[name]).flatten(0, -2)
+            wanted = wanted + _error(one, other).reshape(wanted.shape)
+            collector.correct_experts(layer.module, *pruned.inputs[name], wanted)
+            continue
+        x = pruned.input(name)
+        wanted = torch.nn.functional.linear(dense.input(name) - x, layer.weight)
         collector.of(name).correct(wanted + _error(one, other).reshape(wanted.shape), x)
 
 
-def _forward_dense(block: BlockProblem, writers: Sequence[str], first: int, last: int) -> _Watch:
+def _forward_dense(
+    block: BlockProblem, writers: Sequence[str], written: Sequence[str], first: int, last: int
+) -> _Watch:
     """One batch of windows through the dense block, as far as it is needed; the last time to its end."""
     hidden, replay = block.streams.beside.at(first, last), block.replay
     windows = (f"{DENSE} {CALIBRATION}", first, last)
@@ -209,7 +232,7 @@ def _forward_dense(block: BlockProblem, writers: Sequence[str], first: int, last
         block.dense(),
         suppress(Enough),
         replay.forward(windows, writers, later),
-        _Watch(block, writers, hidden, more, instead) as watch,
+        _Watch(block, written, hidden, more, instead) as watch,
     ):
         replay.finish(windows, block.forward(hidden))
     return watch

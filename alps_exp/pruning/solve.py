@@ -94,12 +94,17 @@ class _Posed:
         self.problems = [
             LayerProblem(layer.weight.to(torch.float32, copy=True), inputs, layer.name) for layer in layers
         ]
-        self._posed = [job.target.posed(problem) for problem in self.problems]
         pairs = zip(self.problems, patterns, strict=True)
         self._scales = [_scale(problem, pattern, job) for problem, pattern in pairs]
         known = self.problems[0].inputs.shrunk(job.shrinkage)
-        unchanged = known is self.problems[0].inputs
-        asked = self._posed if unchanged else [replace(problem, inputs=known) for problem in self._posed]
+        if known is self.problems[0].inputs:
+            asked = self._posed = [job.target.posed(problem) for problem in self.problems]
+        else:
+            asked = [job.target.posed(replace(problem, inputs=known)) for problem in self.problems]
+            self._posed = [
+                problem if other.weight is problem.weight else replace(problem, weight=other.weight)
+                for problem, other in zip(self.problems, asked, strict=True)
+            ]
         pairs = zip(asked, self._scales, strict=True)
         self.asked = [p if scale is None else replace(p, weight=p.weight * scale) for p, scale in pairs]
 

@@ -237,7 +237,6 @@ def test_globs_reach_experts_and_their_parameters():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"target": "stream"}, "target=stream follows the output of single layers"),
         ({"sensitivity": SensitivityChoice("outputs", windows=2)}, "sensitivity=outputs takes gradients"),
         ({"allocation": "owl"}, "allocation reads the inputs"),
         ({"method": "sparsellm"}, "SparseLLM prunes blocks|has no feed-forward part"),
