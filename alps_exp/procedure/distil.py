@@ -81,7 +81,8 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     choice, ladder, watch = job.finish.distil, tools.ladder, Stopwatch(model.device)
     streams = {"teacher": teacher.states}
     with on_device(model, "finish=distil"), Checkpointing(model.blocks) as checkpointing:
-        masks = {f"{name}.weight": model.model.get_parameter(f"{name}.weight") != 0 for name in job.patterns}
+        layers = (find_layer(model.model, name) for name in job.patterns)
+        masks = {layer.stored: layer.held != 0 for layer in layers}
         recipe = choice.recipe(teacher.windows, teacher.states.width, choice.minutes, ladder.micro)
 
         def lighter() -> str | None:

@@ -60,8 +60,7 @@ class FinishBlock(Stage):
 
 
 def _masks(block: BlockProblem) -> dict[str, Tensor]:
-    names = [f"{name.removeprefix(f'{block.name}.')}.weight" for name in block.layers]
-    return {name: block.module.get_parameter(name) != 0 for name in names}
+    return {layer.stored.removeprefix(f"{block.name}."): layer.held != 0 for layer in block.layers.values()}
 
 
 class _Loss:
