@@ -111,6 +111,7 @@ def prune_model(
     held_out: Tensor | None = None,
     fresh: Tensor | None = None,
     expert_shrinkage: float = 0.03,
+    expert_weighting: str = "none",
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     layer_sparsity: Mapping[str, float | str | Pattern] | None = None,
@@ -143,6 +144,7 @@ def prune_model(
         fresh: (windows, seqlen) token ids that a distillation trains on beside `tokens`.
         expert_shrinkage: so many tokens for each input are added to the statistics of an expert, as the experts of its
             layer receive them on average.
+        expert_weighting: "squared" counts an expert's tokens by the squares of their routing weights; "none" all alike.
         include: globs on the names of the layers to prune.
         exclude: globs on the names of layers among them that stay dense.
         layer_sparsity: glob → sparsity for the layers it matches, in place of `sparsity`.
@@ -160,7 +162,7 @@ def prune_model(
             factorised) leaves the blocks before it pruned: load the model again.
     """
     from .allocation.selection import Selection
-    from .base.choices import CAPTURE, PROPAGATE
+    from .base.choices import CAPTURE, PROPAGATE, WEIGHTINGS
     from .model.blocks import BlockModel, refuse_scattered
     from .procedure.prune import prune_blocks
     from .pruning.job import PruneJob
@@ -168,6 +170,7 @@ def prune_model(
 
     require("prune_model.batch_size", batch_size, int, 1, float("inf"))
     require("prune_model.expert_shrinkage", expert_shrinkage, float, 0, 1e6)
+    one_of("prune_model.expert_weighting", expert_weighting, WEIGHTINGS)
     one_of("propagate", propagate, PROPAGATE)
     one_of("capture", capture, CAPTURE)
     model = getattr(model, "_orig_mod", model)
@@ -194,6 +197,7 @@ def prune_model(
         capture=capture,
         fresh=fresh,
         shrinkage=expert_shrinkage,
+        weighting=expert_weighting,
         **_built(target, sensitivity, allocation, finish),
     )
     _check_job(model, job)
@@ -277,7 +281,9 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
     if not job.patterns:
         return
     check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver)
-    check_experts(model, job.patterns, job.solver, job.target, job.sensitivity, job.allocation, job.finish)
+    check_experts(
+        model, job.patterns, job.solver, job.target, job.sensitivity, job.allocation, job.finish, job.weighting
+    )
     job.finish.check(job.propagate, len(job.held_out) if job.held_out is not None else 0, len(job.tokens))
     _check_fresh(job.finish, job.fresh, job.held_out)
     if job.finish.block is not None and isinstance(job.solver, ModelMethod):
@@ -310,6 +316,7 @@ def _record_of_the_call(
             "refit": refit,
             "capture": job.capture,
             "expert_shrinkage": job.shrinkage,
+            "expert_weighting": job.weighting,
             **{group: _described(choice, getattr(job, group)) for group, choice in named.items()},
             "finish": {"name": job.finish.name} | {k: v for k, v in dataclasses.asdict(job.finish).items() if v},
             "layers": {

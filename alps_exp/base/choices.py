@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PROPAGATE = ("pruned", "dense")
+WEIGHTINGS = ("none", "squared")
 CAPTURE = ("auto", "block", "groups")
 PLACES = ("auto", "device", "host", "disk")
 REFITS = ("none", "pcg", "exact", "admm")

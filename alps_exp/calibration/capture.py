@@ -171,12 +171,13 @@ class Collector:
     Args:
         layers: by name.
         needed: which statistics to collect.
+        weighting: how a token counts in the sums of an expert, "none" or "squared".
 
     Attributes:
         resting: nothing is collected meanwhile.
     """
 
-    def __init__(self, layers: dict[str, Layer], needed: Statistics) -> None:
+    def __init__(self, layers: dict[str, Layer], needed: Statistics, weighting: str = "none") -> None:
         self.resting = False
         self._layers = layers
         self._needed = needed
@@ -191,7 +192,7 @@ class Collector:
         for name, layer in layers.items():
             if isinstance(layer, ExpertLayer):
                 if layer.module not in self._mixtures:
-                    self._mixtures[layer.module] = _Mixture(layer, needed)
+                    self._mixtures[layer.module] = _Mixture(layer, needed, weighting)
                     hooks[layer.module] = self._expert_hook(self._mixtures[layer.module])
                 self._mixtures[layer.module].own.append(layer)
             else:
@@ -312,16 +313,17 @@ class _Mixture:
     Args:
         layer: one of their layers.
         needed: which statistics to collect.
+        weighting: how a token counts.
 
     Attributes:
         own: the layers to collect for.
         sums: by the name of the first layer that each is the input of, once something was handed to the module.
     """
 
-    def __init__(self, layer: ExpertLayer, needed: Statistics) -> None:
+    def __init__(self, layer: ExpertLayer, needed: Statistics, weighting: str) -> None:
         self.own: list[ExpertLayer] = []
         self.sums: dict[str, Accumulator] = {}
-        self._experts, self._needed = layer.experts, needed
+        self._experts, self._needed, self._squared = layer.experts, needed, weighting == "squared"
         self._name = layer.name.removesuffix(f".{layer.expert}.{layer.projection}")
         self._by_place: dict[tuple[int, bool], Accumulator] = {}
         self._rest: dict[bool, Accumulator] = {}  # of experts that nothing is collected for, by `reads_hidden`
@@ -353,7 +355,12 @@ class _Mixture:
             lengths = self._lengths(part, shape) if whole else [len(part.tokens)]
             for reads_hidden in self._rest:
                 sums = self._by_place.get((part.expert, reads_hidden), self._rest[reads_hidden])
-                sums.add_uneven(part.inputs if reads_hidden else self._experts.inner(part.expert, part.inputs), lengths)
+                x = part.inputs if reads_hidden else self._experts.inner(part.expert, part.inputs)
+                sums.add_uneven(self._weighted(x, part), lengths)
+
+    def _weighted(self, x: Tensor, part: Routed) -> Tensor:
+        """(n, …) multiplied by the weights of an expert's tokens, where their squares count."""
+        return x * part.weights[:, None].to(x.dtype) if self._squared else x
 
     @torch.no_grad()
     def correct(self, args: tuple, kwargs: dict, wanted: Tensor) -> None:
@@ -371,7 +378,7 @@ class _Mixture:
             share = part.weights.float() / squares[part.tokens].clamp(min=torch.finfo(torch.float32).tiny)
             own = (wanted[part.tokens] * share[:, None]).to(wanted.dtype)
             inner = self._experts.inner(part.expert, part.inputs)
-            self._by_place[part.expert, False].correct(own, inner)
+            self._by_place[part.expert, False].correct(self._weighted(own, part), self._weighted(inner, part))
 
     def _lengths(self, part: Routed, shape: tuple[int, int]) -> list[int]:
         if Statistics.MOMENTS not in self._needed and shape[0] == 1:

@@ -24,13 +24,14 @@ def check_experts(
     sensitivity: SensitivityChoice,
     allocation: Allocation,
     finish: Finish,
+    weighting: str,
 ) -> None:
     """Raise UserError for what needs every layer to be a module of its own, if an expert is to be pruned.
 
     Args:
         model: the model, or its skeleton.
         names: of the layers to prune.
-        method, target, sensitivity, allocation, finish: the job's.
+        method, target, sensitivity, allocation, finish, weighting: the job's.
     """
     layers = (find_layer(model, name) for name in names)
     found = {layer.name: layer for layer in layers if isinstance(layer, ExpertLayer)}
@@ -40,6 +41,9 @@ def check_experts(
     asked = {
         "target=stream follows the sum over a token's experts into the residual stream, which is made outside of their "
         "module here": target.beside and not layer.experts.sums,
+        f"expert_weighting={weighting} counts tokens by the weights of experts' outputs, and inputs are weighed here": (
+            weighting != "none" and not layer.experts.sums
+        ),
         "sensitivity=outputs takes gradients at the outputs of single layers": sensitivity.used,
         "this allocation reads the inputs and gradients of single layers": allocation.needs in ("inputs", "gradients"),
         f"{type(method).__name__} prunes blocks or the model as a whole": not isinstance(method, Solver),

@@ -113,7 +113,8 @@ def _collect(block: BlockProblem, names: Sequence[str]) -> list[Group] | None:
     needed = block.tools.sharing.collected(block.index, block.job.statistics)
     step = -(-len(names) // block.tools.ladder.passes)
     for begin in range(0, len(names), step):
-        collector = Collector({name: block.layers[name] for name in names[begin : begin + step]}, needed)
+        layers = {name: block.layers[name] for name in names[begin : begin + step]}
+        collector = Collector(layers, needed, block.job.weighting)
         try:
             for first, last in block.streams.calibration.spans():
                 _forward(block, collector, first, last)
@@ -256,7 +257,7 @@ def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
     if block.streams.held_out is None or not block.job.losses:
         return groups
     leaders = {names[0]: block.layers[names[0]] for names, _ in groups}
-    collector = Collector(leaders, Statistics.GRAM)
+    collector = Collector(leaders, Statistics.GRAM, block.job.weighting)
     try:
         for batch in block.streams.held_out:
             collector.begin(batch, ending=not block.watched)

@@ -40,6 +40,7 @@ class PruneJob:
         finish: which gradients the kept weights follow after that.
         fresh: (windows, seqlen) text to distil on beside the calibration windows.
         shrinkage: how many tokens of all experts of a layer an expert's statistics borrow for each input.
+        weighting: how a token counts in an expert's statistics, one of `WEIGHTINGS`.
         text: (windows, seqlen) text that a method trains on beside the calibration windows.
         rows: layer name → (out,) factors by which its rows are scaled before a solver whose scores compete over rows.
     """
@@ -60,6 +61,7 @@ class PruneJob:
     finish: Finish = field(default_factory=Finish)
     fresh: Tensor | None = None
     shrinkage: float = 0.0
+    weighting: str = "none"
     text: Tensor | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 

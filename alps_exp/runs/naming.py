@@ -35,6 +35,7 @@ NEUTRAL = {
     "finish": {"name": "none"},
     "capture": "auto",
     "expert_shrinkage": 0.03,
+    "expert_weighting": "none",
 }
 
 # The same of keys of a method.

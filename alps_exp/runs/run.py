@@ -249,6 +249,7 @@ def job_of(settings: Settings, tokens: Tensor, fresh: Tensor | None = None, quie
         fresh=tokens[count + more : count + more + settings.calibration.fresh] if fresh is None else fresh,
         text=tokens[count + more + settings.calibration.fresh :],
         shrinkage=settings.expert_shrinkage,
+        weighting=settings.expert_weighting,
     )
 
 

@@ -93,6 +93,7 @@ class Settings:
     allocation: Allocation
     finish: Finish
     expert_shrinkage: float
+    expert_weighting: str
     stream: str | bool
     hidden_states: str
     resumable: bool
@@ -171,7 +172,9 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
         solver = solver.for_layers(patterns, shapes).for_model(model.skeleton, patterns)
         check_weighing(allocation, sensitivity, cfg["nsamples"], solver)
-        check_experts(model.skeleton, patterns, solver, target, sensitivity, allocation, finish)
+        check_experts(
+            model.skeleton, patterns, solver, target, sensitivity, allocation, finish, cfg["expert_weighting"]
+        )
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
             allocation.allocate(patterns, {name: math.prod(shape) for name, shape in shapes.items()}, Sensitivity())
     if configuration.content["save"] == "shrunk":
@@ -218,6 +221,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         logger=logger,
         **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
         **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache", "expert_shrinkage")},
+        expert_weighting=cfg["expert_weighting"],
     )
     if whole and settings.reads_text:
         _check_tokenizer(settings)

@@ -35,6 +35,7 @@ def open_cache(
         "windows": f"{len(job.tokens)} of {job.tokens.shape[1]}, {job.batch_size} at a time",
         "layers": sha256("\n".join(sorted(job.patterns)))[:16],
     }
+    own |= {"expert weighting": job.weighting} if job.weighting != "none" else {}
     identity = {name: value for name, value in same.items() if name not in ("configuration", "fresh text")} | own
     place, dense = directory.parent / FOLDER, job.propagate == "dense"
     try:

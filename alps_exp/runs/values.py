@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..base.checks import one_of, require
-from ..base.choices import CAPTURE, PLACES, PROPAGATE, REFITS
+from ..base.choices import CAPTURE, PLACES, PROPAGATE, REFITS, WEIGHTINGS
 from ..base.errors import UserError
 
 SAVE = (False, True, "dense", "packed", "shrunk")
@@ -79,6 +79,7 @@ ROOT: dict[str, Values] = {
     "refit": Values(REFITS),
     "capture": Values(CAPTURE),
     "expert_shrinkage": Values(kind=float, high=1e6, typical=0.1),
+    "expert_weighting": Values(WEIGHTINGS),
     "save": Values(SAVE),
     "stream": Values(("auto", True, False)),
     "hidden_states": Values(PLACES),

@@ -1,5 +1,7 @@
 """Mixtures of experts against the same models unrolled: their experts as linear layers, hooked one by one."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -234,12 +236,41 @@ def test_globs_reach_experts_and_their_parameters():
     assert not any(".mlp.experts." in name and not name.endswith("down_proj") for name in left)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_tokens_count_by_the_squares_of_their_weights(family):
+    """Wanda from inputs that are multiplied by the weights; in the first block, whose inputs no pruning changes."""
+    ours, seen = network(family), []
+    held = ours.model.layers[0].mlp.experts
+    handle = held.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        ours(tokens())
+    handle.remove()
+    experts = Experts.of(copy.deepcopy(held))
+    record = alps_exp.prune_model(
+        ours, tokens(), method="wanda", sparsity=0.5, expert_shrinkage=0.0, expert_weighting="squared", batch_size=4
+    )
+    rows = {row["name"]: row for row in record["layers"]}
+    for part in experts.routed(experts.arguments(*seen[0])):
+        for kind in experts.projections:
+            name = f"model.layers.0.mlp.experts.{part.expert}.{kind}"
+            x = part.inputs if kind != "down_proj" else experts.inner(part.expert, part.inputs).detach()
+            weight = experts.weight(kind, part.expert)
+            plain = alps_exp.prune_layer(weight, inputs=x, method="wanda", sparsity=0.5)
+            x = x * part.weights[:, None]
+            wanted = alps_exp.prune_layer(weight, inputs=x, method="wanda", sparsity=0.5)
+            assert torch.equal(find_layer(ours, name).weight != 0, wanted.weight != 0)
+            assert not torch.equal(plain.support, wanted.support)
+            loss = (x @ (weight - wanted.weight).T).square().sum() / (x @ weight.T).square().sum()
+            assert rows[name]["relative_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ({"sensitivity": SensitivityChoice("outputs", windows=2)}, "sensitivity=outputs takes gradients"),
         ({"allocation": "owl"}, "allocation reads the inputs"),
         ({"method": "sparsellm"}, "SparseLLM prunes blocks|has no feed-forward part"),
+        ({"expert_weighting": "squares"}, "expert_weighting"),
         ({"method": "osscar"}, "is no part of separate heads"),
         (
             {"finish": "block", "held_out": tokens(2), "exclude": ["*layers.1.*experts.2.gate_proj"]},
@@ -253,7 +284,7 @@ def test_what_cannot_be_done_with_experts_is_refused_before_anything_changes(wor
     with pytest.raises(UserError, match=message):
         alps_exp.prune_model(model, tokens(), **{"method": "wanda", "sparsity": 0.5, **words})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    if not {"method", "exclude"} & words.keys():
+    if not {"method", "exclude", "expert_weighting"} & words.keys():
         alps_exp.prune_model(model, tokens(), **{"method": "wanda", "sparsity": 0.5, "exclude": ["*experts*"], **words})
 
 

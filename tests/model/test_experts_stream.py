@@ -40,11 +40,16 @@ def records(model, index: int, path: str) -> dict:
 
 
 # Plain; a shared expert behind a gate; a factor on the way; biases; a shared expert that is a writer of its own; flat.
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe", "gpt_oss", "deepseek_v3", "dbrx"])
-def test_downs_are_fitted_to_what_the_stream_lacks(family):
+@pytest.mark.parametrize(
+    ("family", "weighting"),
+    [(name, "none") for name in ("mixtral", "qwen2_moe", "granitemoe", "gpt_oss", "deepseek_v3", "dbrx")]
+    + [("mixtral", "squared")],
+)
+def test_downs_are_fitted_to_what_the_stream_lacks(family, weighting):
     ours, path = network(family), FAMILIES[family][2]
     dense = copy.deepcopy(ours)
     words = {"target": StreamTarget(strength=0.7, ridge=RIDGE), "expert_shrinkage": 0.0, "include": ["*experts.*"]}
+    words["expert_weighting"] = weighting
     record = alps_exp.prune_model(ours, tokens(), method="magnitude", sparsity=0.5, **words)
     rows = {row["name"]: row for row in record["layers"]}
     assert {row["target"] for name, row in rows.items() if name.endswith(("gate_proj", "up_proj"))} == {"layer"}
@@ -70,6 +75,8 @@ def test_downs_are_fitted_to_what_the_stream_lacks(family):
         down = f"{name}.{part.expert}.down_proj"
         weight, z = find_layer(dense, down).weight, experts.inner(part.expert, part.inputs).detach()
         wanted = lacking[part.tokens] * (part.weights / squares[part.tokens])[:, None]
+        if weighting == "squared":
+            wanted, z = wanted * part.weights[:, None], z * part.weights[:, None]
         gram = z.T @ z
         gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
         target = weight + 0.7 * torch.linalg.solve(gram, z.T @ wanted).T
