@@ -1,6 +1,7 @@
 """Layers of the same shapes that are solved together, such as experts, against each by itself."""
 
 import os
+from importlib.util import find_spec
 from itertools import chain
 
 import pytest
@@ -22,7 +23,8 @@ from alps_exp.numerics.triangular import inverse_cholesky
 from alps_exp.patterns import parse_sparsity
 
 interpreted = pytest.mark.skipif(
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
+    not find_spec("triton") or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter",
 )
 
 
