@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..base.checks import one_of
 from ..base.errors import UserError
@@ -101,7 +100,7 @@ class RowsLinear(_Frozen):
 
     def _product(self, x: Tensor) -> Tensor:
         if len(x) > _FEW_ROWS and self.rows.values().numel() > _FEW_KEPT * self.rows.numel():
-            return linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, self.bias)
         result = torch.mv(self.rows, x[0])[None] if len(x) == 1 else (self.rows @ x.T).T
         return result if self.bias is None else result + self.bias
 
