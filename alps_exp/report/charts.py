@@ -22,7 +22,7 @@ _OTHERS = ("#E69F00", "#AA4499", "#44AA99", "#882255", "#56B4E9", "#999933", "#C
 _OTHERS += ("#CC79A7", "#661100", "#88CCEE", "#009E73", "#D55E00", "#0072B2", "#888888")
 _INK, _GRID = "currentColor", "light-dark(#dfe2e6, #3d434b)"
 _HEIGHT = 260
-_LISTED = 16  # series that a legend lists whole; of more, those of the measure that is shown
+_LISTED = 8  # series that a legend lists whole; of more, those of the measure that is shown
 _FONT = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'  # by name, since Vega measures texts with it
 _PLAIN = ",~r"  # of d3: no exponents, no zeros at the end
 

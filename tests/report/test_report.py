@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import table_records
-from playwright.sync_api import sync_playwright
 
 from alps_exp.patterns import written
-from alps_exp.report import charts, gather, make
+from alps_exp.report import gather, make
 from alps_exp.tables import archive
+
+charts = pytest.importorskip("alps_exp.report.charts", reason="needs the extra `report`")
 
 EVIL = "<script>alert(1)</script>"
 
@@ -152,7 +153,8 @@ def browser():
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("needs Chromium: apt-get install chromium")
-    with sync_playwright() as started:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield found
         found.close()

@@ -102,7 +102,9 @@ def test_the_constraints_cover_every_dependency_and_name_no_host():
     assert all(re.fullmatch(r'[a-z0-9.-]+==[\w.]+(; python_version [<>]=? "3\.12")?', line) for line in lines)
     pinned = {line.split("==")[0] for line in lines}
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = PROJECT["project"]["dependencies"] + extras["joblib"] + extras["submitit"] + extras["ray"]
+    wanted = (
+        PROJECT["project"]["dependencies"] + extras["joblib"] + extras["submitit"] + extras["ray"] + extras["report"]
+    )
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in wanted}
     assert names <= pinned
 
