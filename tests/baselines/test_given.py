@@ -62,6 +62,7 @@ def test_the_mask_is_that_of_the_other_checkpoint(request, family, tmp_path):
         assert row["relative_loss"] == pytest.approx(former["relative_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_fits_the_dense_weights_to_the_mask(tiny_opt, text_file, tmp_path):
     mask, _ = pruned(tiny_opt, tmp_path / "pruned", "magnitude", "2:4")
     losses = {}

@@ -39,11 +39,12 @@ def sets(folder: Path) -> list[Path]:
     return sorted((folder / ".statistics").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "cached"),
     [
-        pytest.param([DENSE, "data.holdout=2"], [0, 1, 2], marks=pytest.mark.slow),
-        pytest.param([DENSE, "stream=true"], [0, 1, 2], marks=pytest.mark.slow),
+        ([DENSE, "data.holdout=2"], [0, 1, 2]),
+        ([DENSE, "stream=true"], [0, 1, 2]),
         (["propagate=pruned"], [0]),
     ],
 )

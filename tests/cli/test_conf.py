@@ -54,6 +54,7 @@ def test_every_choice_opens_with_a_command_that_works_and_sets_its_keys(path):
     assert "name" in cfg[group] or group == "sparsity"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=label)
 def test_every_preset_opens_with_a_command_that_works_and_stands_for_its_choices(path):
     text = path.read_text(encoding="utf-8")

@@ -306,6 +306,7 @@ def test_the_hash_is_that_of_what_would_be_computed():
     assert default not in hashes
 
 
+@pytest.mark.slow
 def test_a_dense_run_is_named_by_what_its_evaluation_depends_on():
     dense = [*SMALL, "method=dense", "data=wikitext2", "eval.datasets=[wikitext2]"]
 

@@ -85,6 +85,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split()[:3] for line in text.splitlines() if line.startswith(("0 ", "0.5 ", "2:4 "))]
 
 
+@pytest.mark.slow
 def test_complete_runs_are_left_out_and_give_the_same_table(words, capsys, ran, monkeypatch):
     loaded, load = [], loading.load_model
     monkeypatch.setattr(loading, "load_model", lambda *rest: loaded.append(rest) or load(*rest))

@@ -230,6 +230,7 @@ def test_a_random_model_guesses(settings, tiny_qwen3, tmp_path):
     assert abs(row["value"] - 0.5) < 4 * row["stderr"]
 
 
+@pytest.mark.slow
 def test_a_saved_pruned_model_is_evaluated_as_it_is(settings, tmp_path, text_file, monkeypatch):
     calibration = ["data=local", f"data.path={text_file}", "nsamples=4", "seqlen=64", "method=magnitude", "save=true"]
     words = ["eval.datasets=[local]", f"eval.path={text_file}", "eval.windows=4", "eval.seqlen=64"]

@@ -252,12 +252,13 @@ def settings(tiny_llama, text_file) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        pytest.param("opt", ["batch_size=4", "method=sparsegpt"], marks=pytest.mark.slow),
+        ("opt", ["batch_size=4", "method=sparsegpt"]),
         ("gpt2", ["dtype=bfloat16"]),
-        pytest.param("gemma3", ["propagate=dense"], marks=pytest.mark.slow),
+        ("gemma3", ["propagate=dense"]),
     ],
 )
 def test_a_streamed_run_equals_one_in_memory(request, settings, tmp_path, family, more):

@@ -73,6 +73,7 @@ def test_rows_are_weighed_where_they_compete():
         assert (solve._scale(problem, parse_sparsity(text), job) is not None) is weighed
 
 
+@pytest.mark.slow
 def test_lists_of_patterns_are_a_sweep_and_layers_take_them():
     """In the words of a shell without quotes; a directory is named by what tables read back."""
     texts = ["0.7", "2:4", "block=32@0.7", "block=16x64@0.7", "row@0.3", "column@0.3", "2:4T", "4:8/2:4", "64:2:8"]

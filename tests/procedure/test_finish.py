@@ -326,19 +326,18 @@ def test_a_trained_model_gains_from_each(words, finish, tmp_path, plain_perplexi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finish", ["block", "distil"])
-def test_a_real_tiny_model_gains_at_70_percent(shared, finish):
+def test_a_real_tiny_model_gains_at_70_percent(shared):
     folder = shared / "data/stories260K"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = (shared / "data/wikitext-2/wiki.test.raw").read_text(encoding="utf-8")
     ids = tokenizer(text[:120_000], return_tensors="pt", verbose=False).input_ids[0]
     ids = ids[: 36 * 256].view(36, 256)
     found = {}
-    for choice in ("none", finish):
+    for choice in ("none", "block", "distil"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         prune_model(model, ids[:16], "sparsegpt", 0.7, finish=choice, held_out=ids[16:20], batch_size=4)
         found[choice] = perplexity.perplexity(BlockModel(model, CPU), ids[20:], 8, quiet=True)
-    assert found[finish] < 0.8 * found["none"]
+    assert max(found["block"], found["distil"]) < 0.8 * found["none"]
 
 
 class Killed(BaseException):
@@ -382,6 +381,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, tmp_path, tmp_path_factory
     assert not (tmp_path / ".progress").exists()
 
 
+@pytest.mark.slow
 def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
     kept = execute([*words, "finish=block"], tmp_path / "memory")
     streamed = execute([*words, "finish=block", "stream=true"], tmp_path / "streamed")
@@ -402,6 +402,7 @@ def test_a_team_finishes_blocks_together_and_one_process_distils(words, tmp_path
     assert record["evaluations"][0]["value"] < 0.9 * plain_perplexity
 
 
+@pytest.mark.slow
 def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
     plain = execute([*words, "finish=distil"], tmp_path / "plain")
     more = execute([*words, "finish=distil", "finish.distil.windows=20", "finish.distil.epochs=1"], tmp_path / "more")
@@ -447,6 +448,7 @@ def test_a_text_that_is_too_short_is_refused_before_anything_is_pruned(words, tm
         execute([*words, "finish=distil", "finish.distil.windows=99999"], tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_no_finish_changes_no_name_and_the_order_of_stages_none_either(words):
     digests = {}
     for more in ("", "finish=none", "finish=block", "finish=[block,distil]", "finish=[distil,block]", "finish=[block]"):

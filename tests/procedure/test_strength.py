@@ -41,6 +41,7 @@ def settings(tiny_llama, text_file) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_strength_of_the_smallest_held_out_loss_is_taken(settings, tmp_path, monkeypatch):
     windows = []
     tried = strength._tried
@@ -70,6 +71,7 @@ def job_folder(settings: list[str]):
     return next(word for word in settings if word.startswith("model.path=")).split("=")[1].strip("'")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_does_not_choose_again(settings, tmp_path, monkeypatch):
     words = ["target.strength=auto", "method=wanda"]
     expected = execute(settings, tmp_path / "whole", *words)

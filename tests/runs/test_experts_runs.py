@@ -34,6 +34,7 @@ def same(one: dict, other: dict) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["method=sparsegpt"], ["method=alps"], ["method=magnitude", "refit=pcg"]], ids=" ".join
 )
@@ -51,6 +52,7 @@ def test_what_is_saved_is_what_from_pretrained_loads_again(settings, tmp_path, w
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in weights(tmp_path)
 
 
+@pytest.mark.slow
 def test_packed_is_the_same_model(settings, tmp_path):
     execute(settings, tmp_path / "dense", "method=wanda", "save=true")
     record = execute(settings, tmp_path / "packed", "method=wanda", "save=packed")
@@ -59,6 +61,7 @@ def test_packed_is_the_same_model(settings, tmp_path):
     same(load(tmp_path / "dense" / "model").state_dict(), packed.state_dict())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, monkeypatch):
     words = [*settings, "method=sparsegpt", "save=true"]
     execute(words, tmp_path / "whole")
@@ -82,6 +85,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, monkeyp
     ]
 
 
+@pytest.mark.slow
 def test_statistics_of_another_run_are_the_same_with_what_experts_borrow(settings, tmp_path):
     words = [*settings, "method=sparsegpt", "propagate=dense", "save=true", "expert_shrinkage=2"]
     execute(words, tmp_path / "alone" / "a", "statistics_cache=0")
@@ -92,6 +96,7 @@ def test_statistics_of_another_run_are_the_same_with_what_experts_borrow(setting
         same(weights(tmp_path / "alone" / "a"), weights(tmp_path / run))
 
 
+@pytest.mark.slow
 def test_groups_in_order_see_the_pruned_layers_before_them(settings, tmp_path):
     """All experts' gate and up projections are captured together, then all down projections."""
     one = execute(settings, tmp_path / "one", "method=wanda", "capture=groups")
@@ -103,6 +108,7 @@ def test_groups_in_order_see_the_pruned_layers_before_them(settings, tmp_path):
     assert sum(rows[0][name] != rows[1][name] for name in downs) > len(downs) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["true", "packed", "true target=stream"])
 def test_a_streamed_model_is_pruned_to_the_same_bits(settings, tmp_path, save):
     """Its files hold expert by expert what the model holds in one parameter."""

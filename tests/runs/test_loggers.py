@@ -151,6 +151,7 @@ def test_a_network_that_is_away_is_waited_for_once(tmp_path, monkeypatch, capsys
     assert asked == [None, "offline"]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_reaches_it_as_a_number(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     infinite = {**RECORD, "evaluations": [{"dataset": "ptb", "metric": "perplexity", "value": "inf"}]}

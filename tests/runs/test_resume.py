@@ -51,11 +51,14 @@ def interrupted(settings, folder, monkeypatch, *more: str) -> None:
             execute(settings, folder, *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ["method=magnitude", "losses=false"],
-        *(pytest.param(more, marks=pytest.mark.slow) for more in ([], ["propagate=dense"], ["stream=true"])),
+        [],
+        ["propagate=dense"],
+        ["stream=true"],
     ],
 )
 def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatch, more):

@@ -47,6 +47,7 @@ def test_record_of_a_run(settings, tmp_path, capsys):
     assert "mean relative loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_methods_rank_as_they_should(settings, tmp_path):
     workspace, losses, perplexities = Workspace(keep=True), {}, {}
     for method in ("dense", "magnitude", "sparsegpt", "alps"):
@@ -68,6 +69,7 @@ def test_a_kept_workspace_changes_no_result(settings, tmp_path):
     assert shared["evaluations"] == alone["evaluations"] and shared["sample"] == alone["sample"]
 
 
+@pytest.mark.slow
 def test_saved_model_reloads_with_its_zeros(settings, tmp_path):
     record = execute(settings, tmp_path, "save=true", "sparsity=2:4", "method=sparsegpt")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
