@@ -26,7 +26,7 @@ from ..pruning.rows import PruneResult
 from ..pruning.tools import Tools
 from ..training.finish import Distillation
 from ..training.losses import divergence
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, completed
 from ..training.whole import Checkpointing, on_device, window_bytes, working_dtypes
 
 _FILE = "distil.pt"
@@ -43,7 +43,8 @@ class Teacher:
     Attributes:
         tokens: (windows, seqlen) those to train on, then the held-out ones.
         windows, held_out: how many of each.
-        states: their hidden states.
+        states: their hidden states; None where an earlier attempt, or processes that work together, have distilled
+            already, and only what they have left is to be taken over.
         seconds: that it took.
 
     Raises:
@@ -57,7 +58,10 @@ class Teacher:
         self.tokens = torch.cat([job.tokens, fresh, job.held_out])
         self.held_out = len(job.held_out)
         self.windows = len(self.tokens) - self.held_out
-        watch = Stopwatch(model.device)
+        watch, self.states = Stopwatch(model.device), None
+        if completed(tools.store.file(_FILE)):
+            self.seconds = 0.0
+            return
         with naming_the_step("the dense model's forward (finish=distil)"):
             self.states = HiddenStates(model, self.tokens, job.batch_size, tools.ladder.place)
             for index in Progress(range(len(model)), "dense forward for the distillation", quiet=job.quiet):
@@ -79,11 +83,12 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     """Train the pruned model in place, and account for it in the result. What a killed attempt has reached is gone on
     from, where the store keeps files."""
     choice, ladder, watch = job.finish.distil, tools.ladder, Stopwatch(model.device)
-    streams = {"teacher": teacher.states}
+    streams = {"teacher": teacher.states} if teacher.states is not None else {}
     with on_device(model, "finish=distil"), Checkpointing(model.blocks) as checkpointing:
         layers = (find_layer(model.model, name) for name in job.patterns)
         masks = {layer.stored: layer.held != 0 for layer in layers}
-        recipe = choice.recipe(teacher.windows, teacher.states.width, choice.minutes, ladder.micro)
+        width = teacher.states.width if teacher.states is not None else _text_config(model).hidden_size
+        recipe = choice.recipe(teacher.windows, width, choice.minutes, ladder.micro)
 
         def lighter() -> str | None:
             return checkpointing.begin() or ladder.lighter_training("the distillation", streams)
@@ -101,6 +106,8 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
             file=tools.store.file(_FILE),
             lighter=lighter,
             shrunk=lambda micro: ladder.for_training("the distillation", micro, streams),
+            together=tools.team,
+            shared=True,
         )
         done = dataclasses.asdict(trainer.run())
         result.layers = [_recounted(row, model) for row in result.layers]
@@ -121,6 +128,8 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
 
 def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
     def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
+        if teacher.states is None:
+            raise UserError(f"{_FILE} is the checkpoint of another distillation: start again with resume=false")
         rows = [number + teacher.windows * held_out for number in numbers]
         tokens, hidden = teacher.tokens[rows], teacher.states.take(rows)
         logits = model.forward(tokens)
@@ -128,6 +137,10 @@ def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool]
         return divergence(logits, wanted)
 
     return loss
+
+
+def _text_config(model: BlockModel):
+    return model.model.config.get_text_config(decoder=True)
 
 
 def _recounted(row, model: BlockModel):
@@ -173,7 +186,7 @@ def _check_memory(model: BlockModel, job: PruneJob) -> None:
         for name, layer in block_layers(block, model.name(index), job.selection.excluded).items()
         if name in job.patterns
     }
-    config = model.model.config.get_text_config(decoder=True)
+    config = _text_config(model)
     count = sum(parameter.numel() for parameter in model.model.parameters())
     itemsize = 4 if job.finish.distil.precision == "float32" else model.size // count
     needed = device_bytes(

@@ -187,6 +187,8 @@ class TrainingMethod(ModelMethod):
                 lighter=checkpointing.begin,
                 shrunk=lambda micro: ladder.for_training(self.label, micro, {}),
                 companions=companions,
+                together=tools.team,
+                shared=True,
             )
             done = dataclasses.asdict(trainer.run())
         seen = done["windows"] * windows.shape[1]

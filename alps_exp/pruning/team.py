@@ -24,7 +24,7 @@ _IDLE = 0.6
 class Alone:
     """A process that works by itself."""
 
-    size = 1
+    size, rank = 1, 0
     leads = True
     heavy: int | None = None
     share: tuple[int, ...] = ()

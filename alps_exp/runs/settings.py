@@ -271,11 +271,16 @@ def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: Sens
         return
     if method.trains:
         refuse_untrainable(cfg["method"]["name"], cfg["stream"] is True)
+        if method.batch < cfg["devices"]:
+            raise UserError(
+                f"method.batch={method.batch} windows are fewer than devices={cfg['devices']}: give a larger batch, or "
+                "fewer devices"
+            )
     asked = {
         "target=stream": target.beside,
         "capture=groups": cfg["capture"] == "groups",
         "sensitivity.rows": sensitivity.used and sensitivity.rows > 0,
-        f"devices={cfg['devices']}": cfg["devices"] > 1,
+        f"devices={cfg['devices']}": cfg["devices"] > 1 and not method.trains,
     }
     for words, given in asked.items():
         if given:
@@ -307,6 +312,11 @@ def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
         raise UserError(
             f"finish.block.batch={finish.block.batch} windows do not divide among devices={cfg['devices']}: give a "
             "multiple of that"
+        )
+    if finish.distil is not None and finish.distil.batch < cfg["devices"]:
+        raise UserError(
+            f"finish.distil.batch={finish.distil.batch} windows are fewer than devices={cfg['devices']}: give a larger "
+            "batch, or fewer devices"
         )
 
 

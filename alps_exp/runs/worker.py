@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -63,7 +62,6 @@ def _work(asked: dict, folder: Path) -> dict:
     store = open_store(directory, same) if team.leads else ProgressStore(directory, same, writes=False)
     store.finished = team.tell(store.finished)
     job = job_of(settings, tokens, fresh, quiet=not team.leads)
-    job = replace(job, finish=replace(job.finish, distil=None))  # what follows is one process's
     prune_blocks(model, job, Tools(store, team=team))
     team.leave()
     return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}

@@ -15,6 +15,7 @@ from .recipe import PRECISIONS, Recipe
 STAGES = ("block", "distil")
 TEXT = ("data", "path", "tokens")  # keys that say which text is distilled on beside the calibration windows
 _WIDTH = 576  # the width that the rates are meant for
+_BACK = 0.25  # of the rate, where the held-out windows get worse
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Finishing:
         batch: windows per step.
         warmup: share of the steps in which the rate rises.
         clip: largest norm of all gradients together; None: they are not clipped.
-        patience: end after so many looks at the held-out windows without improvement.
+        patience: end after so many looks at the held-out windows without improvement; at each of them the weights go
+            back to the best ones, and the rate falls to a quarter.
         minutes: end after so long; None: when all is done.
         precision, state: as in `Recipe`.
     """
@@ -37,7 +39,7 @@ class Finishing:
     batch: int = 4
     warmup: float = 0.0
     clip: float | None = None
-    patience: int = 2
+    patience: int = 3
     minutes: float | None = None
     precision: str = "auto"
     state: str = "float32"
@@ -73,6 +75,7 @@ class Finishing:
             judged=max(4, self.epochs),
             minutes=minutes,
             micro=min(micro, self.batch) if micro else None,
+            back=_BACK,
             key=self.key,
             **{name: getattr(self, name) for name in same},
         )

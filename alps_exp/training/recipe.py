@@ -31,6 +31,8 @@ class Recipe:
         state: of the optimiser, "float32" or "8bit".
         judged: how often the held-out windows are looked at after the start, evenly.
         patience: end after so many looks without improvement.
+        back: at a look without improvement go back to the best weights, and multiply the rate by this from there on;
+            None: go on from where the weights are.
         minutes: end after so long; the rate has come to its end by then. Two such trainings are not alike to the bit.
         micro: windows per backward pass; `batch` by default, fewer when the device's memory does not suffice.
         saved: steps between checkpoints, where there is a file for them.
@@ -50,6 +52,7 @@ class Recipe:
     state: str = "float32"
     judged: int = 4
     patience: int = 2
+    back: float | None = None
     minutes: float | None = None
     micro: int | None = None
     saved: int = 100
@@ -68,6 +71,8 @@ class Recipe:
         one_of(f"{self.key}.schedule", self.schedule, SCHEDULES)
         one_of(f"{self.key}.precision", self.precision, PRECISIONS)
         one_of(f"{self.key}.state", self.state, STATES)
+        if self.back is not None:
+            require(f"{self.key}.back", self.back, float, 0, 1, **above)
         for name, kind in (("clip", float), ("minutes", float)):
             if (value := getattr(self, name)) is not None:
                 require(f"{self.key}.{name}", value, kind, 0, float("inf"), **above)

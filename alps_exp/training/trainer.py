@@ -54,9 +54,9 @@ class Companion:
 
 
 class Single:
-    """A process that trains by itself. Of several, each has windows of its own and all the weights."""
+    """A process that trains by itself. Of several, of number `rank` from 0, each has all the weights."""
 
-    size = 1
+    size, rank = 1, 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
@@ -124,8 +124,10 @@ class Trainer:
         lighter: takes the next measure when one window at a time is too much for the device, and says which; None when
             there is none left.
         shrunk: called with the windows per backward pass whenever they become fewer.
-        together: the processes that train the same weights, each with windows of its own and the same held-out ones; a
-            step takes an equal part of its windows from each. The weights stay the same in all of them.
+        together: the processes that train the same weights, which stay the same in all of them. The first one writes
+            the checkpoints, from which all go on.
+        shared: whether all processes have the same windows; a step's, and the held-out ones, are divided among them.
+            Otherwise each has windows of its own, and all held-out ones, and a step takes an equal part from each.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Trainer:
         lighter: Callable[[], str | None] = lambda: None,
         shrunk: Callable[[int], None] = lambda micro: None,
         together: Single = _SINGLE,
+        shared: bool = False,
     ) -> None:
         self.masters = Masters(module, trained, MULTIPLE if recipe.state == "8bit" else 1)
         if not self.masters.values:
@@ -157,12 +160,14 @@ class Trainer:
         values = self.masters.values.values()
         self.device = next(iter(values)).device
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
-        self._together = together
-        self._batch, rest = divmod(recipe.batch, together.size)
-        if rest:
+        self._together, self._shared = together, shared
+        own, rest = divmod(recipe.batch, together.size)
+        if rest and not shared:
             raise ValueError(f"{label}: {recipe.batch} windows do not divide among {together.size} processes")
+        self._batch = recipe.batch if shared else own
         self._most = max(together.gather([windows]))
-        self.micro = min(recipe.micro or self._batch, self._batch)
+        self.micro = min(recipe.micro or recipe.batch, own + (rest > 0))
+        self._factor = 1.0  # of the rate
         self._done = Training(planned=recipe.steps)
         self._best: dict[str, Tensor] = {}
         self._worse = 0
@@ -228,7 +233,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(values, self.recipe.clip)
         for companion in self._companions:
             companion.before_update(self, step)
-        self._set_rate(self.recipe.rate_at(step, self._decisive_seconds()))
+        self._set_rate(self._factor * self.recipe.rate_at(step, self._decisive_seconds()))
         try:
             self.optimiser.step()
         except torch.OutOfMemoryError as error:  # half of the weights may have moved: there is no second try
@@ -268,7 +273,11 @@ class Trainer:
         epoch, place = divmod(step, -(-self._most // self._batch))
         generator = torch.Generator().manual_seed(1_000_003 * self.recipe.seed + epoch)
         order = torch.randperm(self._windows, generator=generator)
-        return order[place * self._batch : (place + 1) * self._batch].tolist()
+        return self._mine(order[place * self._batch : (place + 1) * self._batch].tolist())
+
+    def _mine(self, numbers: list[int]) -> list[int]:
+        """Of windows that all processes have, those that this one sees to."""
+        return numbers[self._together.rank :: self._together.size] if self._shared else numbers
 
     def _gradients(self, batch: Sequence[int]) -> Tensor | None:
         """The mean loss of the windows, whose gradients are in the masters; None when the device's memory does not
@@ -326,17 +335,22 @@ class Trainer:
             if self._done.after is None or value < self._done.after:
                 self._done.after, self._done.kept, self._worse = value, step, 0
                 self._best = self.masters.copied()
+            elif self.recipe.back is not None:
+                self._factor *= self.recipe.back
+                self.masters.load(self._best)
+                self.masters.write()
             if step == 0:
                 self._done.before = value
         self._done.curve.append({**row, "seconds": self._seconds()})
 
     def _judged(self, step: int) -> float:
         """Mean loss of the held-out windows."""
+        numbers = self._mine(list(range(self._held_out)))
         while True:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             try:
-                for begin in range(0, self._held_out, self.micro):
-                    part = range(begin, min(begin + self.micro, self._held_out))
+                for begin in range(0, len(numbers), self.micro):
+                    part = numbers[begin : begin + self.micro]
                     with torch.no_grad(), self._computing():
                         total += self._loss(part, True).double() * len(part)
             except torch.OutOfMemoryError:
@@ -344,6 +358,8 @@ class Trainer:
             if total is not None:
                 break
             self._shrink()
+        if self._shared:
+            self._together.add([total])
         value = self._together.tell(float(total) / self._held_out)
         if not math.isfinite(value):
             where = f"after step {step} of {self.recipe.steps}" if step else "before the first step"
@@ -373,7 +389,7 @@ class Trainer:
         return repr((recipe, self._windows, self._held_out, weights))
 
     def _save(self) -> None:
-        if self._file is None:
+        if self._file is None or self._together.rank:
             return
         self._check()
         self._done.seconds = self._seconds()
@@ -382,6 +398,7 @@ class Trainer:
             "done": dataclasses.asdict(self._done),
             "micro": self.micro,
             "worse": self._worse,
+            "factor": self._factor,
             "recent": [(step, count, float(loss)) for step, count, loss in self._recent],
             "values": self.masters.copied(),
             "best": self._best,
@@ -402,7 +419,7 @@ class Trainer:
         if content["same"] != self._same():
             return
         self._done, self.micro = Training(**content["done"]), content["micro"]
-        self._worse, self._best = content["worse"], content["best"]
+        self._worse, self._best, self._factor = content["worse"], content["best"], content["factor"]
         recent = content["recent"]
         self._recent = [(step, count, torch.tensor(loss, device=self.device)) for step, count, loss in recent]
         self._checked = len(recent)
@@ -411,6 +428,15 @@ class Trainer:
         self.optimiser.load_state_dict(content["optimiser"])
         for companion, state in zip(self._companions, content["companions"], strict=True):
             companion.load({name: tensor.to(self.device) for name, tensor in state.items()})
+
+
+def completed(file: Path | None) -> bool:
+    """Whether a training that keeps its checkpoints in a file has come to its end there."""
+    try:
+        done = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["done"] if file is not None else None
+    except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError):
+        return False
+    return done is not None and (done["ended"] != "all steps" or done["steps"] == done["planned"])
 
 
 def _told(row: Mapping) -> str:

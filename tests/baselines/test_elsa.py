@@ -278,6 +278,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_two_processes_train_as_one(words, whole, tmp_path):
+    record = execute([*words, *SHORTER, "devices=2"], tmp_path)
+    found = weights(tmp_path)
+    for name, weight in found.items():
+        apart = (weight - whole[name]).abs() > 1e-5 * whole[name].abs().max()
+        assert apart.double().mean() < 1e-3, name  # what is nearly a tie may be kept or not
+    assert (record["training"]["steps"], record["training"]["windows"]) == (9, 36)
+    assert record["phases"]["train_seconds"] == record["training"]["seconds"]
+    assert not (tmp_path / ".progress").exists()
+
+
+@pytest.mark.slow
 def test_the_next_run_of_a_sweep_begins_with_the_dense_model(words, tmp_path):
     workspace = Workspace(keep=True)
     more = [*SHORTER, "save=false"]
@@ -321,7 +333,7 @@ REFUSED = {
     "projection": ("method.projection=momentun", "method.projection='momentun' is not allowed"),
     "schedule": ("method.penalty_schedule=exp", "method.penalty_schedule='exp' is not allowed"),
     "point": ("method.point=float4", "method.point='float4' is not allowed"),
-    "devices": ("devices=2", "devices=2 goes with methods that prune layer by layer, and elsa"),
+    "devices": ("devices=5", "method.batch=4 windows are fewer than devices=5: give a larger batch, or fewer devices"),
     "stream": ("stream=true", "elsa trains all blocks at once and needs the model in memory"),
     "finish": ("finish=distil data.holdout=2", "finish=distil compares with the dense model, and elsa trains"),
     "refit": ("refit=pcg", "refit=pcg fits the weights of layers .* and Elsa prunes"),

@@ -229,7 +229,7 @@ REFUSED = {
     "rank": ("method=tune-lora method.lora=0", "method.lora=0 is not allowed"),
     "both": ("method=tune method.lora=4", "trains adapters and nothing else: give method.others=false"),
     "allocation": ("method=tune allocation=atp", "Tune takes it from a mask: give allocation=uniform"),
-    "devices": ("method=tune devices=2", "devices=2 goes with methods that prune layer by layer, and tune"),
+    "devices": ("method=tune devices=9", "windows are fewer than devices=9: give a larger batch, or fewer devices"),
     "stream": ("method=tune stream=true", "tune trains all blocks at once"),
     "finish": ("method=tune finish=distil", "tune trains its weights"),
 }

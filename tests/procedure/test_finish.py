@@ -300,6 +300,13 @@ def words(tiny_llama: Path, text_file: Path) -> list[str]:
     return [*found, "data.holdout=4", "resumable=true"]
 
 
+@pytest.fixture
+def other_text(tmp_path) -> Path:
+    path = tmp_path / "other.txt"
+    path.write_text("\n".join(tiny_models.documents(60, seed=11)), encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="module")
 def plain_perplexity(tiny_llama, text_file, tmp_path_factory) -> float:
     found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
@@ -391,7 +398,7 @@ def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_team_finishes_blocks_together_and_one_process_distils(words, tmp_path, plain_perplexity):
+def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity):
     record = execute([*words, "finish=[block,distil]", "devices=2"], tmp_path)
     alone = execute([*words, "finish=block"], tmp_path / "alone")
     for one, other in zip(record["finish"]["blocks"], alone["finish"]["blocks"], strict=True):
@@ -400,6 +407,23 @@ def test_a_team_finishes_blocks_together_and_one_process_distils(words, tmp_path
         assert one["after"] == pytest.approx(other["after"], rel=0.1)  # other windows come together
     assert record["finish"]["distil"]["after"] < record["finish"]["distil"]["before"]
     assert record["evaluations"][0]["value"] < 0.9 * plain_perplexity
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one(words, tmp_path, other_text):
+    words = [*words, "finish=distil", "method=magnitude", "losses=false", "finish.distil.batch=3"]
+    words += ["finish.tokens=500", f"finish.path={other_text}"]  # 8 windows beside 8; the steps need not divide
+    one = execute(words, tmp_path / "one")["finish"]["distil"]
+    record = execute([*words, "devices=2"], tmp_path / "two")
+    two = record["finish"]["distil"]
+    for key in ("steps", "windows", "tokens", "fresh_tokens", "kept", "ended"):
+        assert one[key] == two[key], key
+    assert [row["held_out"] for row in two["curve"]] == pytest.approx([row["held_out"] for row in one["curve"]], 1e-4)
+    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name, weight in wanted.items():
+        assert torch.equal(found[name] != 0, weight != 0)
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4 * weight.abs().max().item())
+    assert record["finish"]["text"]["windows"] == 8 and record["attempts"] == 1
 
 
 @pytest.mark.slow
@@ -429,6 +453,7 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=block method=dense", "finish=block finishes what was pruned, and method=dense prunes nothing"),
         ("finish=block propagate=dense", "finish=block makes up for what pruned blocks have lost"),
         ("finish=block devices=3", "finish.block.batch=4 windows do not divide among devices=3: give a multiple"),
+        ("finish=distil devices=5", "finish.distil.batch=4 windows are fewer than devices=5: give a larger batch"),
         ("finish=distil stream=true", "finish=distil trains all blocks at once and needs the model in memory"),
         ("finish=distil finish.distil.windows=4", "finish.distil.windows=4 is less than the calibration windows"),
         ("finish=block finish.block.state=8bit", "state=8bit needs torchao or bitsandbytes"),

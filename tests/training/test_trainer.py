@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
@@ -16,7 +17,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.training.losses import divergence, relative_error
 from alps_exp.training.masters import Masters
 from alps_exp.training.recipe import Recipe
-from alps_exp.training.trainer import Companion, Trainer
+from alps_exp.training.trainer import Companion, Trainer, completed
 
 WINDOWS, HELD_OUT = 10, 3
 
@@ -169,7 +170,7 @@ class Two:
 
 @pytest.mark.parametrize("minutes", [None, 60.0], ids=str)
 def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
-    table, barrier = [None, None], threading.Barrier(2)
+    table, barrier = [None, None], threading.Barrier(2, timeout=60)
     modules, found, batches = [network(), network()], [None, None], [[], []]
     windows = [range(0, 5), range(5, WINDOWS)]
 
@@ -199,6 +200,64 @@ def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
         torch.testing.assert_close(modules[0].get_parameter(name).double(), weight, rtol=1e-4, atol=2e-6)
     with pytest.raises(ValueError, match="3 windows do not divide among 2 processes"):
         trainer(network(), recipe={"batch": 3}, together=types.SimpleNamespace(size=2))
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_two_processes_that_share_windows_do_what_one_does(batch, tmp_path):
+    recipe = Recipe(rate=0.01, steps=9, batch=batch, clip=0.5, patience=1, judged=9, back=0.5, saved=1)
+    options = {"held_out": HELD_OUT, "quiet": True}
+    alone = network()
+    one = Trainer(alone, masks(alone), loss_of(alone), WINDOWS, recipe, **options).run()
+    table, barrier = [None, None], threading.Barrier(2, timeout=60)
+    modules, found, counts = [network(), network()], [None, None], [[], []]
+
+    def work(rank: int, steps: int) -> None:
+        module, inner = modules[rank], loss_of(modules[rank])
+
+        def loss(numbers, held_out):
+            counts[rank].append(len(numbers))
+            if len(counts[rank]) > steps:
+                raise Killed
+            return inner(numbers, held_out)
+
+        more = {"together": Two(rank, table, barrier), "shared": True, "file": tmp_path / "training.pt"}
+        with contextlib.suppress(Killed, threading.BrokenBarrierError):
+            found[rank] = Trainer(module, masks(module), loss, WINDOWS, recipe, **options, **more).run()
+            return
+        barrier.abort()
+
+    for steps in (13, 999):  # both are killed, and go on from the first one's checkpoint
+        threads = [threading.Thread(target=work, args=(rank, steps)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert completed(tmp_path / "training.pt") == (steps == 999)
+        barrier.reset()
+        counts = [[], []]
+    for name, weight in alone.named_parameters():
+        torch.testing.assert_close(modules[0].get_parameter(name), weight, rtol=1e-5, atol=1e-6)
+        assert torch.equal(modules[0].get_parameter(name), modules[1].get_parameter(name))
+    assert (found[0].windows, found[0].steps, found[0].kept) == (one.windows, one.steps, one.kept)
+    assert found[0].after == found[1].after == pytest.approx(one.after, rel=1e-5)
+
+
+def test_where_held_out_windows_get_worse_it_goes_back_and_on_in_smaller_steps():
+    module = network()
+    found = {}
+    for back in (None, 0.1):  # a rate that is far too large
+        module = network()
+        options = {"held_out": HELD_OUT, "quiet": True}
+        recipe = Recipe(rate=0.8, steps=24, batch=4, judged=8, patience=9, back=back, schedule="constant")
+        found[back] = Trainer(module, masks(module), loss_of(module), WINDOWS, recipe, **options).run()
+    before = found[None].before
+    assert found[None].after == before and found[None].kept == 0  # nothing is gained without
+    assert found[0.1].after < 0.9 * before and found[0.1].kept
+    rates = [row["rate"] for row in found[0.1].curve[1:]]
+    best = [min(row["held_out"] for row in found[0.1].curve[: k + 1]) for k in range(9)]
+    for k in range(1, 8):
+        fell = found[0.1].curve[k]["held_out"] >= best[k - 1]
+        assert rates[k] == pytest.approx(rates[k - 1] * (0.1 if fell else 1))
 
 
 class Short:
