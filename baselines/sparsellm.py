@@ -212,6 +212,7 @@ class SparseLLM(Alternating, BlockMethod):
         alternate(dense, lambda: part_inputs(block, part), gram, channels, prune, penalties, self.rounds)
         seconds = watch.lap("alternation") / len(found)
         stats = {"rounds": self.rounds, "alpha": penalties.alpha, "beta": penalties.beta, "gamma": penalties.gamma}
+        stats |= {"ridge": max(penalties.raised)} if penalties.raised else {}
         solved = []
         for path, solution in found.items():
             made = dataclasses.replace(

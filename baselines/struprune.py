@@ -221,16 +221,18 @@ class _Prune(Stage):
         watch = Stopwatch(block.model.device)
         weight = block.layers[f"{block.name}.{units.writer}"].weight.float()
         columns = stay.repeat_interleave(units.width)
-        weight = fitted(weight, inputs.gram.to(weight.device), columns, self.method.ridge)
+        raised: list[float] = []
+        weight = fitted(weight, inputs.gram.to(weight.device), columns, self.method.ridge, raised)
         watch.lap("refit")
-        return self._solution(weight, columns, 1, watch)
+        return self._solution(weight, columns, 1, watch, raised)
 
     def _channels(self, block: BlockProblem, stay: Tensor, inputs: Mapping[str, Inputs]) -> tuple[Solution, dict]:
         watch, device = Stopwatch(block.model.device), block.model.device
         part, method = feed_forward(block.module), self.method
+        raised: list[float] = []
 
         def prune(weights: Weights, channels: Tensor) -> Weights:
-            down = fitted(weights.down, channels, stay, method.ridge)
+            down = fitted(weights.down, channels, stay, method.ridge, raised)
             up, gate = (None if w is None else w * stay[:, None] for w in (weights.up, weights.gate))
             biases = (None if b is None else b * stay for b in (weights.up_bias, weights.gate_bias))
             return Weights(up, down, gate, *biases)
@@ -244,16 +246,21 @@ class _Prune(Stage):
         found = alternate(dense, lambda: part_inputs(block, part), gram, channels, prune, penalties, method.rounds)
         watch.lap("alternation")
         readers = {part.up: found.up} | ({part.gate: found.gate} if part.gate else {})
-        return self._solution(found.down, stay, method.rounds, watch), readers
+        raised += penalties.raised if penalties is not None else []
+        return self._solution(found.down, stay, method.rounds, watch, raised), readers
 
-    def _solution(self, weight: Tensor, columns: Tensor, rounds: int, watch: Stopwatch) -> Solution:
+    def _solution(
+        self, weight: Tensor, columns: Tensor, rounds: int, watch: Stopwatch, raised: Sequence[float]
+    ) -> Solution:
         support, stats = columns[None, :].expand(weight.shape), {"reconstruction": True}
+        stats |= {"ridge": max(raised)} if raised else {}
         return Solution(weight, support, "fixed", rounds, dict(watch.seconds), stats)
 
 
-def fitted(weight: Tensor, gram: Tensor, stay: Tensor, ridge: float) -> Tensor:
-    """The weight (out, in) on the inputs that stay, (in,) bool, fitted to the whole: W_K + W_R G_RK (G_KK)⁻¹."""
+def fitted(weight: Tensor, gram: Tensor, stay: Tensor, ridge: float, raised: list[float]) -> Tensor:
+    """The weight (out, in) on the inputs that stay, (in,) bool, fitted to the whole: W_K + W_R G_RK (G_KK)⁻¹; `raised`
+    as in `GramSolve`."""
     k, r = stay.nonzero().squeeze(1), (~stay).nonzero().squeeze(1)
     found = torch.zeros_like(weight)
-    found[:, k] = weight[:, k] + GramSolve(gram[k][:, k], ridge)(weight[:, r] @ gram[r][:, k])
+    found[:, k] = weight[:, k] + GramSolve(gram[k][:, k], ridge, raised)(weight[:, r] @ gram[r][:, k])
     return found

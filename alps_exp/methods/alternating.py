@@ -32,7 +32,7 @@ anew in each round, some tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ class Penalties:
         steps, rate: of the fit of a plain part's down layer.
         sweeps, gate_rate: gradient steps of s in a round.
         ridge: of least squares, in units of the scaled Gram matrix's diagonal.
+        raised: what it had to be instead, of each Gram matrix that was not positive definite with it.
     """
 
     alpha: float
@@ -87,6 +88,7 @@ class Penalties:
     sweeps: int = 2
     gate_rate: float = 0.01
     ridge: float = 1e-6
+    raised: list[float] = field(default_factory=list, compare=False)
 
 
 @dataclass(eq=False)
@@ -201,10 +203,10 @@ def updated(
 
 
 def _fitted(dense: Weights, last: Weights, sums: Sums, gram: Tensor, penalties: Penalties) -> Weights:
-    solve = GramSolve(gram, penalties.ridge)
+    solve = GramSolve(gram, penalties.ridge, penalties.raised)
     up = dense.up + solve(sums.up)
     if dense.gate is not None:
-        down = dense.down + GramSolve(sums.channels, penalties.ridge)(sums.down)
+        down = dense.down + GramSolve(sums.channels, penalties.ridge, penalties.raised)(sums.down)
         return replace(dense, up=up, gate=dense.gate + solve(sums.gate), down=down)
     down, rate = last.down, 2 * penalties.rate / (sums.tokens * len(last.down))
     for _ in range(penalties.steps):
@@ -215,10 +217,12 @@ def _fitted(dense: Weights, last: Weights, sums: Sums, gram: Tensor, penalties: 
 class GramSolve:
     """right ↦ right G⁻¹, for a Gram matrix G, scaled to a unit diagonal; dead inputs get 0.
 
-    The ridge is added to the scaled diagonal. Where G is not positive definite even so, it grows tenfold until it is.
+    The ridge is added to the scaled diagonal. Where G is not positive definite even so, it grows tenfold until it is,
+    and what it has become is appended to `raised`.
     """
 
-    def __init__(self, gram: Tensor, ridge: float) -> None:
+    def __init__(self, gram: Tensor, ridge: float, raised: list[float]) -> None:
+        asked = ridge
         diagonal = gram.diagonal().double()
         self._scale = torch.where(diagonal > 0, diagonal, 1).rsqrt() * (diagonal > 0)
         matrix = gram.double() * self._scale * self._scale[:, None]
@@ -226,6 +230,7 @@ class GramSolve:
             matrix.diagonal().fill_(1 + ridge)
             self._factor, info = torch.linalg.cholesky_ex(matrix)
             if not int(info):
+                raised += [ridge] if ridge > asked else []
                 return
             ridge = max(10 * ridge, 1e-9)
             if ridge > 1:

@@ -19,7 +19,7 @@ from ..training.finish import Finish
 from .distil import Teacher, distil
 from .finish_block import FinishBlock
 from .strength import chosen
-from .weighing import weighed
+from .weighing import reads, weighed
 
 _UNFINISHED = Finish()
 
@@ -49,6 +49,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     watch = Stopwatch(model.device)
     teacher = Teacher(model, job, tools) if job.finish.distil is not None else None
     watch.lap("teach")
+    read = reads(job)
     job = weighed(model, job, tools)
     watch.lap("weigh")
     job, strength = chosen(model, job, tools, lifted(job.solver))
@@ -58,11 +59,13 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
         result.strength = strength
         result.add_seconds({"strength": watch.seconds["strength"]})
     result.block_weights = count(model.blocks.parameters())
-    if job.sensitivity.used or job.allocation.needs != "nothing":
+    if read:
         result.add_seconds({"weigh": watch.seconds["weigh"]})
     result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
     if teacher is not None:
         distil(model, job, tools, teacher, result)
+    if job.sensitivity.used and not read:
+        result.notes.append("no backward pass was made: no rows compete, and no allocation reads the sensitivity")
     if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
         result.notes.append("the allocation leaves N:M sparsity the same in every layer")
     return result

@@ -15,6 +15,7 @@ from ..model.blocks import BlockModel
 from ..model.layers import find_layer
 from ..patterns import parse_sparsity
 from ..pruning.job import PruneJob
+from ..pruning.solve import competes
 from ..pruning.tools import Tools
 
 _NAME = "weighing"
@@ -57,7 +58,7 @@ def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
 
     What an earlier attempt has found is taken from the store: gradients need not be the same to the bit again.
     """
-    if not job.sensitivity.used and job.allocation.needs == "nothing":
+    if not reads(job):
         return replace(job, patterns=job.allocation.allocate(job.patterns, _sizes(model, job), Sensitivity()))
     team, kept = tools.team, tools.store.recall(_NAME)
     if (kept := team.tell(kept)) is None:
@@ -66,6 +67,14 @@ def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
     rows, levels = kept
     patterns = {name: parse_sparsity(level) for name, level in json.loads(levels).items()}
     return replace(job, patterns=patterns, rows=rows)
+
+
+def reads(job: PruneJob) -> bool:
+    """Whether anything depends on what the dense model tells: an allocation that divides, or rows that compete."""
+    if job.allocation.needs != "nothing" and job.allocation.target_of(job.patterns) is not None:
+        return True
+    weighs = job.sensitivity.used and job.sensitivity.rows > 0
+    return weighs and any(competes(pattern, job.solver) for pattern in job.patterns.values())
 
 
 def _found(model: BlockModel, job: PruneJob, tools: Tools) -> tuple[dict, str]:

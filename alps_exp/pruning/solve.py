@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..layer.inputs import Inputs
+from ..layer.method import Method
 from ..layer.problem import LayerProblem
 from ..layer.solver import Solution
 from ..model.layers import Layer
@@ -116,10 +117,14 @@ class _Posed:
             yield Solved(*own, found, 0.0)
 
 
+def competes(pattern: Pattern, solver: Method) -> bool:
+    """Whether weights of different rows compete, so that it matters how rows weigh."""
+    return pattern.across or (pattern.group is None and solver.selection != "row")
+
+
 def _scale(problem: LayerProblem, pattern: Pattern, job: PruneJob) -> Tensor | None:
     """(out, 1) factors of the rows; None where no scores compete over rows, or nothing is known of them."""
-    apart = not pattern.across and (pattern.group is not None or job.solver.selection == "row")
-    if problem.name not in job.rows or apart:
+    if problem.name not in job.rows or not competes(pattern, job.solver):
         return None
     return job.rows[problem.name].to(problem.weight)[:, None]
 

@@ -177,6 +177,11 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
             f"{len(empty)} experts received no calibration tokens and were pruned by the mean statistics of their "
             f"layer's experts: {', '.join(empty)}; use more windows (nsamples)"
         )
+    if raised := [row for row in rows if "ridge" in row.stats]:
+        found.append(
+            f"{len(raised)} layers' Gram matrices are not positive definite with method.ridge, which was raised, up to "
+            f"{max(row.stats['ridge'] for row in raised):.2g} ({raised[0].name}): use more windows (nsamples)"
+        )
     few = [row for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
     if few:
         found.append(

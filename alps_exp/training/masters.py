@@ -95,6 +95,15 @@ class Masters:
     @torch.no_grad()
     def write(self) -> None:
         """Give the module's weights the masters' values, rounded to their dtype."""
+        strict = torch.are_deterministic_algorithms_enabled()
+        warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)  # it would sort the places, none of which comes twice, in every step
+        try:
+            self._write()
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warned)
+
+    def _write(self) -> None:
         for name, value in self.values.items():
             weight, index = self._weights[name].data, self._indices[name]
             if index is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_models
@@ -19,8 +21,10 @@ from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.layer.problem import Inputs, LayerProblem
 from alps_exp.layer.registry import solver
-from alps_exp.methods.alternating import Penalties, Weights, alternate
+from alps_exp.methods.alternating import GramSolve, Penalties, Weights, alternate
 from alps_exp.patterns import parse_sparsity
+from alps_exp.pruning.rows import LayerRow
+from alps_exp.runs.record import warnings_of
 from alps_exp.runs.settings import resolve
 
 
@@ -69,6 +73,21 @@ def reference(x, dense: Weights, written: str, penalties: Penalties, rounds: int
                 steepest = 2 * a + 2 * c * (1.1**2 * z**2 + 0.5 * np.abs((s * sigmoid(s) * z - p) * z))
                 s = s - np.minimum(penalties.gate_rate, 1 / steepest) * gradient
     return trace
+
+
+def test_a_ridge_that_has_to_grow_is_told():
+    gram = torch.eye(3, dtype=torch.float64) + 0.1
+    gram[0, 1] = gram[1, 0] = 1.1005  # eigenvalue -0.0005 of the scaled matrix
+    right, raised = torch.randn(2, 3, dtype=torch.float64), []
+    GramSolve(torch.eye(3), 1e-3, raised)(right.float())
+    assert raised == []
+    found = GramSolve(gram, 1e-5, raised)(right)
+    assert raised == [pytest.approx(1e-3)]
+    scaled = gram + 1.1e-3 * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(found, right @ torch.linalg.inv(scaled))
+    row = LayerRow.plain("a.0.fc", 0, torch.ones(4, 4), parse_sparsity("2:4"), "row")
+    warned = warnings_of([dataclasses.replace(row, stats={"ridge": 1e-3}), row])
+    assert warned and warned[0].startswith("1 layers' Gram matrices are not positive definite") and "0.001" in warned[0]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

@@ -58,7 +58,7 @@ def test_a_layer_is_fitted_to_what_stays():
     k = stay.nonzero().squeeze(1).numpy()
     expected = np.zeros_like(weight)
     expected[:, k] = np.linalg.solve(gram[np.ix_(k, k)], (gram @ weight.T)[k]).T
-    np.testing.assert_allclose(fitted(problem.weight, problem.gram, stay, 0.0).numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(fitted(problem.weight, problem.gram, stay, 0.0, []).numpy(), expected, atol=1e-9)
 
 
 def tokens() -> torch.Tensor:

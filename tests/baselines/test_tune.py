@@ -229,7 +229,10 @@ REFUSED = {
     "rank": ("method=tune-lora method.lora=0", "method.lora=0 is not allowed"),
     "both": ("method=tune method.lora=4", "trains adapters and nothing else: give method.others=false"),
     "allocation": ("method=tune allocation=atp", "Tune takes it from a mask: give allocation=uniform"),
-    "devices": ("method=tune devices=9", "windows are fewer than devices=9: give a larger batch, or fewer devices"),
+    "devices": (
+        "method=tune method.batch=2 devices=3",
+        "windows are fewer than devices=3: give a larger batch, or fewer devices",
+    ),
     "stream": ("method=tune stream=true", "tune trains all blocks at once"),
     "finish": ("method=tune finish=distil", "tune trains its weights"),
 }
