@@ -31,6 +31,7 @@ PLOTS = (
     "finishing",
     "costs",
     "structure",
+    "trace",
 )
 NONE = "–"
 

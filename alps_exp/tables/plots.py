@@ -561,6 +561,48 @@ def _draw_finishing(axis, panel: dict, handles: dict) -> None:
     axis.set(xlabel="step", ylabel=panel["what"], yscale="log")
 
 
+_TRACED = {"loss": "mean relative loss, unfitted", "change": "share of the support that changed"}
+
+
+def _traces(found: Aggregate, spec: Spec) -> list[dict]:
+    """Loss and change of the support by iteration, means over layers and seeds (`method.trace`)."""
+    panels, title = [], _titles(found)
+    for (model, sparsity), groups in _cells(found).items():
+        for kind, what in _TRACED.items():
+            series = []
+            for look, members in _series(found, groups):
+                rows = [row for record in members[0].records for row in record.get("layers") or []]
+                traces = [row["stats"]["trace"] for row in rows if "trace" in (row.get("stats") or {})]
+                if points := _mean_trace([list(map(float, trace[kind])) for trace in traces], kind == "loss"):
+                    series.append(look | {"points": points})
+            if series:
+                panels.append({"title": title(model, f"sparsity {sparsity}"), "what": what, "series": series})
+    return panels
+
+
+def _mean_trace(traces: Sequence[Sequence[float]], stays: bool) -> list[tuple[int, float]]:
+    """Mean over layers at each iteration, from 1; one that has ended stays where it was, or changes no more."""
+    traces = [trace for trace in traces if trace]
+
+    def at(trace: Sequence[float], index: int) -> float:
+        return trace[index] if index < len(trace) else trace[-1] * stays
+
+    means = [mean_and_std([at(trace, i) for trace in traces])[0] for i in range(max(map(len, traces), default=0))]
+    return [(number, value) for number, value in enumerate(means, 1) if value > 0]  # a logarithm is drawn
+
+
+def _draw_traces(axis, panel: dict, handles: dict) -> None:
+    for item in panel["series"]:
+        colour, marker, style = _look(item)
+        numbers, values = zip(*item["points"], strict=True)
+        (handle,) = axis.plot(
+            numbers, values, color=colour, linestyle=style, linewidth=1.4, marker=marker, markersize=4,
+            markevery=max(1, len(numbers) // 8),
+        )  # fmt: skip
+        handles.setdefault(item["label"], handle)
+    axis.set(xlabel="iteration", ylabel=panel["what"], yscale="log")
+
+
 def _bars(figures: Sequence[tuple[float, float, float]]) -> list[list[float]]:
     """Lengths of error bars, down and up, of (mean, low, high)."""
     return [[max(0.0, mean - low) for mean, low, _ in figures], [max(0.0, high - mean) for mean, _, high in figures]]
@@ -675,4 +717,5 @@ KINDS = {
     "finishing": (_finishing, _draw_finishing),
     "costs": (_costs, _draw_costs),
     "structure": (_structure, _draw_structure),
+    "trace": (_traces, _draw_traces),
 }

@@ -98,6 +98,27 @@ def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     assert {tuple(bar["seconds"])[3:] for bar in phases} == {(), ("finish",), ("distil",), ("finish", "distil")}
 
 
+@pytest.mark.slow
+def test_traces_are_drawn_by_iteration(tmp_path):
+    fixed, growing = record(), record()
+    growing["config"]["method"]["growth"] = 1.2
+    layers = [("a", [0.4, 0.2], [0.0, 0.1]), ("b", [0.2, 0.1, 0.06, 0.05], [0.0, 0.2, 0.04, 0.0])]
+    for made in (fixed, growing):
+        stats = [{"trace": {"loss": loss, "change": change, "rho": [1.0] * len(loss)}} for _, loss, change in layers]
+        made["layers"] = [dict(made["layers"][0], name=layers[k][0], stats=stats[k]) for k in range(2)]
+    growing["layers"][0]["stats"] = {}
+    spec, found = layout.Spec(title="x"), figures.aggregate([fixed, growing])
+    loss, change = plots.KINDS["trace"][0](found, spec)
+    assert (loss["what"], change["what"]) == ("mean relative loss, unfitted", "share of the support that changed")
+    expected = [(1, 0.3), (2, 0.15), (3, 0.13), (4, 0.125)]  # the first layer stays at 0.2
+    assert loss["series"][0]["points"] == [(n, pytest.approx(value)) for n, value in expected]
+    assert change["series"][0]["points"] == [(2, pytest.approx(0.15)), (3, pytest.approx(0.02))]
+    assert [value for _, value in loss["series"][1]["points"]] == layers[1][1]
+    assert plots.KINDS["trace"][0](figures.aggregate([record()]), spec) == []
+    names = {file.name for file in plots.draw(found, layout.Spec(title="x", plots=("trace",)), tmp_path, "t")}
+    assert names == {"t-trace.svg", "t-trace.png"}
+
+
 def test_wandb_is_given_the_curves():
     run = Logged()
     loggers._log_finish(run, RECORDS[3]["finish"])
