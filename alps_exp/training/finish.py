@@ -28,8 +28,8 @@ class Finishing:
         batch: windows per step.
         warmup: share of the steps in which the rate rises.
         clip: largest norm of all gradients together; None: they are not clipped.
-        patience: end after so many looks at the held-out windows without improvement; at each of them the weights go
-            back to the best ones, and the rate falls to a quarter.
+        patience: end after so many looks at the held-out windows without improvement. Where one is worse than the best
+            by 5 %, the weights go back to the best ones, and the rate falls to a quarter.
         minutes: end after so long; None: when all is done.
         precision, state: as in `Recipe`.
     """

@@ -31,8 +31,8 @@ class Recipe:
         state: of the optimiser, "float32" or "8bit".
         judged: how often the held-out windows are looked at after the start, evenly.
         patience: end after so many looks without improvement.
-        back: at a look without improvement go back to the best weights, and multiply the rate by this from there on;
-            None: go on from where the weights are.
+        back: at a look that is worse than the best by 5 % go back to the best weights, and multiply the rate by this
+            from there on; None: go on from where the weights are.
         minutes: end after so long; the rate has come to its end by then. Two such trainings are not alike to the bit.
         micro: windows per backward pass; `batch` by default, fewer when the device's memory does not suffice.
         saved: steps between checkpoints, where there is a file for them.

@@ -29,6 +29,8 @@ from .recipe import Recipe
 
 # A loss that is not finite is noticed after so many steps at the latest: to look at it is to wait for the device.
 _NOTICED = 16
+# Held-out loss that is worse by so much than the best is the rate's fault; less may come down again as the rate falls.
+_WORSE = 0.05
 
 
 class Companion:
@@ -335,7 +337,7 @@ class Trainer:
             if self._done.after is None or value < self._done.after:
                 self._done.after, self._done.kept, self._worse = value, step, 0
                 self._best = self.masters.copied()
-            elif self.recipe.back is not None:
+            elif self.recipe.back is not None and value > (1 + _WORSE) * self._done.after:
                 self._factor *= self.recipe.back
                 self.masters.load(self._best)
                 self.masters.write()
