@@ -576,8 +576,8 @@ def _traces(found: Aggregate, spec: Spec) -> list[dict]:
                 if points := _mean_trace([list(map(float, trace[kind])) for trace in traces], kind == "loss"):
                     series.append(look | {"points": points})
             if series:
-                panels.append({"title": title(model, f"sparsity {sparsity}"), "what": what, "series": series})
-    return panels
+                panels.append(title(model, f"sparsity {sparsity}") | {"what": what, "series": series})
+    return sorted(panels, key=lambda panel: list(_TRACED.values()).index(panel["what"]))
 
 
 def _mean_trace(traces: Sequence[Sequence[float]], stays: bool) -> list[tuple[int, float]]:
