@@ -38,7 +38,9 @@ VARIANTS = [(name, {}) for name in METHODS] + [
 each_variant = pytest.mark.parametrize(
     ("method", "options"), VARIANTS, ids=["-".join([name, *map(str, options.values())]) for name, options in VARIANTS]
 )
-each_pattern = pytest.mark.parametrize("written", PATTERNS)
+each_pattern = pytest.mark.parametrize(
+    "written", [text if text in ("0.9", "2:4") else pytest.param(text, marks=pytest.mark.slow) for text in PATTERNS]
+)
 
 
 def assert_valid(solution, problem: LayerProblem, written: str, selection: str) -> None:

@@ -22,8 +22,10 @@ PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "4:8", "1:4")
 CELLS = [(layer, written) for layer in LAYERS for written in PATTERNS]
 # Some methods take seconds a cell: every pattern once, every layer two or three times.
 SOME_CELLS = [(LAYERS[number % 3], written) for number, written in enumerate(PATTERNS)]
-every_cell = pytest.mark.parametrize(("layer", "written"), CELLS)
 SLOW = pytest.mark.slow
+every_cell = pytest.mark.parametrize(
+    ("layer", "written"), [cell if cell in SOME_CELLS else pytest.param(*cell, marks=SLOW) for cell in CELLS]
+)
 some_cells = pytest.mark.parametrize(("layer", "written"), SOME_CELLS)
 
 
