@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from tiny import words_for
 
 pytestmark = pytest.mark.heavy  # starts processes
 
@@ -94,6 +95,18 @@ def test_the_wheel_works_where_no_checkout_is(archives, tmp_path):
         "print(int(solution.weight.count_nonzero()))"
     )
     assert call("-c", code).stdout.strip() == "8"
+
+
+def test_quick_runs_from_the_wheel(archives, tmp_path, tiny_llama, text_file):
+    (wheel,) = archives.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    small = ["nsamples=2", "seqlen=32", "eval.windows=2", "eval.sample_tokens=4", "eval.prompt=The"]
+    words = [*words_for(tiny_llama, text_file), *small]
+    command = [sys.executable, "-m", "alps_exp", "quick", *words]
+    end = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert end.returncode == 0 and "\nNext\n" in end.stdout, end.stderr
+    assert len(list(tmp_path.glob("results/runs/*/record.json"))) == 2
 
 
 def test_the_constraints_cover_every_dependency_and_name_no_host():
