@@ -22,7 +22,7 @@ $(stamp): pyproject.toml constraints.txt
 	touch $@; \
 	echo "setup: $$(( $$(date +%s) - start )) s"
 
-demo: setup ## Prune a real model with all five methods and print the table
+demo: setup ## Prune a part of a real model with every method and print the table (minutes)
 	@$(python) -m alps_exp.demo
 
 test: setup ## Run the tests but the heavy ones, as many at a time as there are cores
