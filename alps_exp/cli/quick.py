@@ -72,13 +72,13 @@ def _result(records: Sequence[Mapping], directories: Sequence[Path], seconds: fl
         [
             *lines,
             "",
-            f"It took {seconds:.0f} s, with {pruned['environment']['threads']} threads. The records are in "
+            f"It took {seconds:.0f} s (threads: {pruned['environment']['threads']}). The records are in "
             f"{directories[1].parent}, as those of every run.",
             "Next",
-            f"  {program}".ljust(48) + "ALPS at 0.7 with nothing reduced, some minutes on 2 cores",
-            f"  {program} show {name[: name.rindex('-')]}".ljust(48) + "this run layer by layer",
-            f"  {program} help method".ljust(48) + "the methods; help KEY explains any key",
-            f"  {program} model.path=DIR data.path=FILE save=true".ljust(48) + "  a model and a text of your own",
+            f"  {program}".ljust(66) + "ALPS at 0.7 with nothing reduced, some minutes on 2 cores",
+            f"  {program} show {name[: name.rindex('-')]}".ljust(66) + "this run layer by layer",
+            f"  {program} help method".ljust(66) + "the methods; help KEY explains any key",
+            f"  {program} model.path=DIR data.path=FILE save=true".ljust(66) + "a model and a text of your own",
         ]
     )
 
