@@ -182,9 +182,11 @@ def test_in_a_browser(tmp_path, browser, capsys):
     names = page.locator("#runs tbody tr .open")
     assert rows.count() == 13
     page.locator("#runs thead th", has_text="wikitext2").locator("button").first.click()
+    page.wait_for_selector("#runs thead th[aria-sort]:has-text('wikitext2')")
     values = [float(text) for text in page.locator("#runs tbody tr td:nth-child(11)").all_inner_texts()]
     assert values == sorted(values)
     page.locator("#runs thead th", has_text="sparsity").locator("button").first.click()
+    page.wait_for_selector("#runs thead th[aria-sort]:has-text('sparsity')")
     order = page.locator("#runs tbody tr td:nth-child(6)").all_inner_texts()
     assert order == sorted(order, key=written.order) and order[0] == "0" and order[-1] == "2:4"
     page.locator("#runs_wrapper input[type=search]").fill("wanda 2:4")
