@@ -40,6 +40,8 @@ from alps_exp.patterns import Pattern
 # Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
 _STEP = 16
 _FUSED_STEP = 32
+# Columns that the kernel walks over at most.
+_WIDEST = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class SparseGPT(Solver):
     ) -> list[list[Solution]]:
         weights = [[problem.weight for problem in problems] for problems in groups]
         known = all(pattern.group is None or pattern.tracker().group for pattern in patterns)
+        known &= all((pattern.group or 0) <= _WIDEST for pattern in patterns)
         single = weights[0][0].dtype == torch.float32
         if not known or not single or len(set(patterns)) > 1 or kernels_for(weights[0][0].device) is None:
             return super()._solve_alike(groups, patterns)
@@ -176,7 +179,12 @@ def _sweep_step(
     """
     columns, group = work.shape[-2], pattern.group
     kernels, rule = kernels_for(work.device), pattern.tracker().group
-    if kernels is not None and work.dtype == torch.float32 and columns <= 64 and (group is None or rule is not None):
+    if (
+        kernels is not None
+        and work.dtype == torch.float32
+        and columns <= _WIDEST
+        and (group is None or rule is not None)
+    ):
         kernels.sweep_step(work, keep, factor, errors, rule)
         return
     span = group or columns

@@ -7,6 +7,7 @@ together is summed, too (`Accumulator.pool`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -172,12 +173,19 @@ class Collector:
         layers: by name.
         needed: which statistics to collect.
         weighting: how a token counts in the sums of an expert, "none" or "squared".
+        together: `layers` and those that other collectors see, where a block is gone through several times.
 
     Attributes:
         resting: nothing is collected meanwhile.
     """
 
-    def __init__(self, layers: dict[str, Layer], needed: Statistics, weighting: str = "none") -> None:
+    def __init__(
+        self,
+        layers: dict[str, Layer],
+        needed: Statistics,
+        weighting: str = "none",
+        together: Mapping[str, Layer] | None = None,
+    ) -> None:
         self.resting = False
         self._layers = layers
         self._needed = needed
@@ -197,6 +205,9 @@ class Collector:
                 self._mixtures[layer.module].own.append(layer)
             else:
                 hooks[layer.module] = self._hook(name)
+        for layer in (layers if together is None else together).values():
+            if isinstance(layer, ExpertLayer) and not layer.reads_hidden and layer.module in self._mixtures:
+                self._mixtures[layer.module].sharing.add(layer.expert)
         self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
 
     def _hook(self, name: str):
@@ -317,11 +328,14 @@ class _Mixture:
 
     Attributes:
         own: the layers to collect for.
+        sharing: the experts whose second layer is pruned, here or in another pass; what a token lacks is divided among
+            them.
         sums: by the name of the first layer that each is the input of, once something was handed to the module.
     """
 
     def __init__(self, layer: ExpertLayer, needed: Statistics, weighting: str) -> None:
         self.own: list[ExpertLayer] = []
+        self.sharing: set[int] = set()
         self.sums: dict[str, Accumulator] = {}
         self._experts, self._needed, self._squared = layer.experts, needed, weighting == "squared"
         self._name = layer.name.removesuffix(f".{layer.expert}.{layer.projection}")
@@ -367,7 +381,7 @@ class _Mixture:
         """Divide among a token's experts what is wanted of their sum: to the output of each is added w r / Σ w², with w
         the weight of the expert, the least change of the outputs that gives r."""
         arguments = self._experts.arguments(args, kwargs)
-        parts = [part for part in self._experts.routed(arguments) if (part.expert, False) in self._by_place]
+        parts = [part for part in self._experts.routed(arguments) if part.expert in self.sharing]
         squares = torch.zeros(len(wanted), device=wanted.device)
         for part in parts:
             squares.index_add_(0, part.tokens, part.weights.float().square())
@@ -375,6 +389,8 @@ class _Mixture:
             if not reads_hidden:
                 sums.expect(wanted.shape[-1])
         for part in parts:
+            if (part.expert, False) not in self._by_place:
+                continue
             share = part.weights.float() / squares[part.tokens].clamp(min=torch.finfo(torch.float32).tiny)
             own = (wanted[part.tokens] * share[:, None]).to(wanted.dtype)
             inner = self._experts.inner(part.expert, part.inputs)

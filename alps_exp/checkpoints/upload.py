@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _check_rights(user: Mapping, owner: str, repo: str) -> None:
 
 
 def push(folder: Path, repo: str, message: str) -> str:
-    """Make the repository hold what the folder holds, by one commit: all of it or nothing. A new one is private.
+    """Make the repository hold what the folder holds, by one commit (several beyond 250 files). A new one is private.
 
     Returns:
         The commit's address.
@@ -109,9 +110,10 @@ def push(folder: Path, repo: str, message: str) -> str:
     try:
         api.create_repo(repo, private=True, exist_ok=True)
         info = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns="*", commit_message=message)
-    except (httpx.HTTPError, OSError, ValueError) as error:  # errors of the hub are among them
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:  # errors of the hub are among them
+        by_hand = f"hf upload {repo} {shlex.quote(os.fspath(folder))} . --private --delete '*'"
         raise UserError(
-            f"the model was saved and not pushed to {repo} ({first_line(error)}): the same command goes on from there, "
-            f"or push it with `hf upload {repo} {os.fspath(folder)}`"
+            f"the model was saved and not pushed to {repo} ({' '.join(str(error).split())}): the same command goes on "
+            f"from there, or push it with `{by_hand}`"
         ) from error
     return str(info.commit_url)

@@ -101,7 +101,8 @@ class RowsLinear(_Frozen):
     def _product(self, x: Tensor) -> Tensor:
         if len(x) > _FEW_ROWS and self.rows.values().numel() > _FEW_KEPT * self.rows.numel():
             return nn.functional.linear(x, self.weight, self.bias)
-        result = torch.mv(self.rows, x[0])[None] if len(x) == 1 else (self.rows @ x.T).T
+        one = len(x) == 1 and torch.backends.mkl.is_available()  # without MKL, torch has no such product with a vector
+        result = torch.mv(self.rows, x[0])[None] if one else (self.rows @ x.T).T
         return result if self.bias is None else result + self.bias
 
 

@@ -147,7 +147,7 @@ class Additions(TorchDispatchMode):
     def whole(self, value: Tensor) -> frozenset[str]:
         """The layer whose output this is, as it is; none or several where it is something else."""
         term = self._term(value)
-        plain = term is not None and term.beside is None and term.factor == 1.0
+        plain = term is not None and term.beside is None and _plain(term.factor)
         return frozenset(term.parts) if plain else frozenset()
 
     def _remember(self, term: _Term) -> None:
@@ -191,13 +191,13 @@ class Additions(TorchDispatchMode):
         if None not in terms:
             parts = {name: value.clone() for term in terms for name, value in term.parts.items()}
             output = function(*args, **kwargs)
-            if terms[0].factor == terms[1].factor == 1.0:
+            if all(_plain(term.factor) for term in terms):
                 besides = [term.beside for term in terms if term.beside is not None]
                 self._remember(_Term(output, parts, 1.0, sum(besides) if besides else None))
             return output
         term, stream = (terms[0], other) if terms[0] is not None else (terms[1], one)
         if not self._in_stream(stream):
-            if self._experts.isdisjoint(term.parts) or term.factor != 1.0:
+            if self._experts.isdisjoint(term.parts) or not _plain(term.factor):
                 return function(*args, **kwargs)
             beside = stream.clone() if term.beside is None else term.beside + stream
             output = function(*args, **kwargs)
@@ -221,6 +221,10 @@ class Additions(TorchDispatchMode):
 
 def _address(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
+
+
+def _plain(factor: Tensor | float) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1.0
 
 
 def _times(one: Tensor | float, other: Tensor | float) -> Tensor | float:

@@ -82,11 +82,12 @@ def refuse_streamed(streamed: bool) -> None:
 def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, result: PruneResult) -> None:
     """Train the pruned model in place, and account for it in the result. What a killed attempt has reached is gone on
     from, where the store keeps files."""
-    choice, ladder, watch = job.finish.distil, tools.ladder, Stopwatch(model.device)
+    choice, ladder = job.finish.distil, tools.ladder
     streams = {"teacher": teacher.states} if teacher.states is not None else {}
     with on_device(model, "finish=distil"), Checkpointing(model.blocks) as checkpointing:
         layers = (find_layer(model.model, name) for name in job.patterns)
-        masks = {layer.stored: layer.held != 0 for layer in layers}
+        held = {layer.stored: layer.held for layer in layers}  # experts share theirs
+        masks = {name: weight != 0 for name, weight in held.items()}
         width = teacher.states.width if teacher.states is not None else _text_config(model).hidden_size
         recipe = choice.recipe(teacher.windows, width, choice.minutes, ladder.micro)
 
@@ -111,7 +112,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
         )
         done = dataclasses.asdict(trainer.run())
         result.layers = [_recounted(row, model) for row in result.layers]
-    seconds = teacher.seconds + watch.lap("distil")
+    seconds = teacher.seconds + done["seconds"]  # of all attempts, and of a team's processes
     result.notes = [*dict.fromkeys([*result.notes, *done["notes"], *ladder.notes])]
     result.add_seconds({"distil": seconds})
     seqlen = teacher.tokens.shape[1]

@@ -114,7 +114,8 @@ def _collect(block: BlockProblem, names: Sequence[str]) -> list[Group] | None:
     step = -(-len(names) // block.tools.ladder.passes)
     for begin in range(0, len(names), step):
         layers = {name: block.layers[name] for name in names[begin : begin + step]}
-        collector = Collector(layers, needed, block.job.weighting)
+        together = {name: block.layers[name] for name in names}
+        collector = Collector(layers, needed, block.job.weighting, together)
         try:
             for first, last in block.streams.calibration.spans():
                 _forward(block, collector, first, last)

@@ -13,6 +13,13 @@ from ..checkpoints.location import local_model
 
 _LISTED = 1000  # layers; of more, record.json tells
 
+# The hub's identifiers of licences that base models are under.
+_LICENCES = frozenset(
+    "afl-3.0 apache-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd-2-clause "  # noqa: SIM905
+    "bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 creativeml-openrail-m gemma gpl-3.0 lgpl-3.0 llama2 "
+    "llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 openrail other unknown".split()
+)
+
 
 def card(record: Mapping, base: str | None, licence: str | None, command: str | None) -> str:
     """README.md for a repository of the hub, without keys and without paths of this machine.
@@ -30,7 +37,9 @@ def card(record: Mapping, base: str | None, licence: str | None, command: str | 
         "tags": ["alps_exp", "pruning", "sparse", record["method"]],
     }
     meta |= {"base_model": base} if base else {}
-    meta |= {"license": licence} if licence else {}
+    if licence:  # the hub takes no other words than these
+        known = licence.lower() in _LICENCES
+        meta |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
     summary, environment = record["summary"], record["environment"]
     saved = record.get("saved") or {}
     facts = {

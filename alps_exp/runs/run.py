@@ -257,8 +257,9 @@ def _book_phases(record: RunRecord, watch: Stopwatch, device: torch.device, peak
     # The loop books its own phases, which "prune" spans.
     record.phases |= {f"{phase}_seconds": seconds for phase, seconds in watch.seconds.items() if phase != "prune"}
     record.phases |= peak_memory(device)
-    if peak is not None:
-        record.phases["peak_device_bytes"] = max(peak, record.phases["peak_device_bytes"] or 0)
+    # An evaluation may have begun to count anew, and a team's devices have counted for themselves.
+    known = (peak, record.phases.get("pruning_peak_device_bytes"), record.phases["peak_device_bytes"])
+    record.phases["peak_device_bytes"] = max(filter(None, known), default=None)
 
 
 @contextmanager

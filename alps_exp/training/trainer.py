@@ -185,6 +185,8 @@ class Trainer:
         """
         with self.masters.gathering(), cast(self._module, self._working), _repeatable():
             self._restore()
+            if len(set(self._together.gather([self._done.steps]))) > 1:
+                raise UserError(f"{self.label}: not every process can read {self._file}: see why, or delete it")
             self._start = time.perf_counter() - self._done.seconds
             if not self._done.curve:
                 self._look(0)
@@ -415,7 +417,8 @@ class Trainer:
         if self._file is None or not self._file.is_file():
             return
         try:
-            content = torch.load(self._file, map_location="cpu", weights_only=True)
+            # Mapped, so that the processes of a team share its pages.
+            content = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, EOFError, RuntimeError, UnpicklingError):  # damaged on the disk: as if there was none
             return
         if content["same"] != self._same():

@@ -1,6 +1,7 @@
 """Mixtures of experts against the same models unrolled: their experts as linear layers, hooked one by one."""
 
 import copy
+from functools import partialmethod
 
 import pytest
 import torch
@@ -207,13 +208,16 @@ def test_shrinkage_is_a_plain_sum():
     assert inputs.shrunk(0.0) is inputs
 
 
-def test_statistics_that_take_several_passes_are_the_same(monkeypatch):
-    """What experts borrow is that of all experts, also where each pass collects for some of them."""
-    found = []
+@pytest.mark.parametrize("target", ["layer", "stream"])
+def test_statistics_that_take_several_passes_are_the_same(monkeypatch, target):
+    """What experts borrow, and what a token lacks, is that of all experts, also where a pass collects for some."""
+    found, plain = [], Ladder.__init__
     for passes in (1, 5):
-        monkeypatch.setattr(Ladder, "passes", passes)
+        monkeypatch.setattr(Ladder, "__init__", partialmethod(plain, passes=passes))
         model = network("qwen2_moe", torch.float32)
-        record = alps_exp.prune_model(model, tokens(), method="wanda", sparsity=0.5, expert_shrinkage=3.0)
+        record = alps_exp.prune_model(
+            model, tokens(), method="wanda", sparsity=0.5, expert_shrinkage=3.0, target=target
+        )
         found.append(([row["relative_loss"] for row in record["layers"]], model.state_dict()))
     (losses, state), (others, other) = found
     assert losses == pytest.approx(others, rel=1e-5)

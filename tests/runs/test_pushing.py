@@ -167,6 +167,8 @@ def test_a_card_names_base_licence_and_layers(hub, tmp_path):
     }  # fmt: skip
     text = card(record, base, licence, "python -m alps_exp data.path=/home/me/secret/text.txt")
     assert yaml.safe_load(text.split("---")[1])["license"] == "mit"
+    head = yaml.safe_load(card(record, None, "Our own, 2 pages", None).split("---")[1])  # what the hub would refuse
+    assert (head["license"], head["license_name"]) == ("other", "Our own, 2 pages")
     told = (
         "pruned by alps",
         "8 windows of 64 tokens of c4, seed 3",
