@@ -16,8 +16,9 @@ _LISTED = 1000  # layers; of more, record.json tells
 # The hub's identifiers of licences that base models are under.
 _LICENCES = frozenset(
     "afl-3.0 apache-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m bsd-2-clause "  # noqa: SIM905
-    "bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 creativeml-openrail-m gemma gpl-3.0 lgpl-3.0 llama2 "
-    "llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 openrail other unknown".split()
+    "bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-4.0 cc0-1.0 creativeml-openrail-m "
+    "gemma gpl-3.0 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 "
+    "openrail other unknown".split()
 )
 
 
