@@ -12,8 +12,8 @@ from ..base.errors import UserError
 from ..base.packages import package_folder
 
 # What makes it a matter of a minute: SparseGPT, which takes an eighth of ALPS's time, and few and short windows of
-# text; target=stream takes 20 s more and brings nothing on so little. At half of the weights a model of this size still
-# writes sentences.
+# text; target=stream would take more than the minute. At half of the weights a model of this size still writes
+# sentences.
 PRUNING = ["method=sparsegpt"]
 REDUCED = ["sparsity=0.5", "nsamples=4", "seqlen=384", "eval.windows=4", "eval.sample_tokens=20"]
 SAID = (
