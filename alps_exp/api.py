@@ -269,6 +269,7 @@ def _built(
 def _check_job(model: nn.Module, job: PruneJob) -> None:
     """Raise UserError for what does not go together."""
     from .procedure.mixtures import check_experts
+    from .procedure.scope import check_scope
     from .procedure.weighing import check_weighing
     from .pruning.method import ModelMethod
 
@@ -280,6 +281,10 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
         )
     if not job.patterns:
         return
+    name = type(job.solver).__name__
+    check_scope(name, job.solver, job.target, job.sensitivity, job.capture)
+    if job.solver.trains and job.finish.name != "none":
+        raise UserError(f"finish={job.finish.name} compares with the dense model, and {name} trains its weights")
     check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver)
     check_experts(
         model, job.patterns, job.solver, job.target, job.sensitivity, job.allocation, job.finish, job.weighting

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from alps_exp.base.checks import one_of, require
 from alps_exp.base.clock import Stopwatch
+from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics, power_of_two
 from alps_exp.layer.scaled import ScaledGram
@@ -50,7 +51,7 @@ class SparseSwaps(Solver):
     """SparseSwaps with its hyperparameters.
 
     Attributes:
-        start: the method of conf/method that finds the first mask, with its own hyperparameters' defaults.
+        start: the method of conf/method that finds the first mask, a layer at a time, by its own defaults.
         max_swaps: per row.
     """
 
@@ -62,6 +63,11 @@ class SparseSwaps(Solver):
     def __post_init__(self) -> None:
         one_of("method.start", self.start, [name for name in registry.methods() if name not in NO_STARTS])
         require("method.max_swaps", self.max_swaps, int, 0, float("inf"))
+        if not isinstance(registry.solver(self.start), Solver):
+            raise UserError(
+                f"method.start={self.start} prunes blocks or the model as a whole, and masks are found layer by layer "
+                "here: give another start, such as wanda"
+            )
 
     @property
     def statistics(self) -> Statistics:

@@ -62,7 +62,7 @@ class Allocation(ABC):
 
     @staticmethod
     def target_of(patterns: Mapping[str, Pattern]) -> Unstructured | None:
-        """The sparsity to divide: the unstructured one that most layers have. N:M stays as it is asked."""
+        """The sparsity to divide: the unstructured one that most of these layers have. All others stay as asked."""
         kinds = [pattern for pattern in patterns.values() if isinstance(pattern, Unstructured)]
         return max(dict.fromkeys(kinds), key=kinds.count) if kinds else None
 
@@ -70,7 +70,7 @@ class Allocation(ABC):
         """Patterns in place of the unstructured ones that stand for the run's sparsity.
 
         Args:
-            patterns: layer name → pattern. Layers with a sparsity of their own keep it.
+            patterns: layer name → pattern, of layers without a sparsity of their own.
             sizes: layer name → number of weights.
             sensitivity: as in `levels`.
         """
@@ -293,7 +293,7 @@ def exact_levels(raw: Mapping[str, float], sizes: Mapping[str, int], target: flo
     least, most = 1 / size, 1 - 1 / size
     low = torch.maximum(least, torch.full_like(size, target - bound))
     high = torch.minimum(most, torch.full_like(size, target + bound))
-    begin, end = -2.0, 2.0
+    begin, end = min(-2.0, float((low - level).min())), max(2.0, float((high - level).max()))
     for _ in range(200):
         shift = (begin + end) / 2
         if float(((level + shift).clamp(low, high) * size).sum()) < wanted:
@@ -301,8 +301,8 @@ def exact_levels(raw: Mapping[str, float], sizes: Mapping[str, int], target: flo
         else:
             end = shift
     exact = (level + end).clamp(low, high) * size
-    zeros = exact.floor()
-    for place in (exact - zeros).argsort(descending=True)[: int(wanted - zeros.sum())].tolist():
+    zeros = exact.floor().clamp_min(1)
+    for place in (exact - zeros).argsort(descending=True)[: max(int(wanted - zeros.sum()), 0)].tolist():
         zeros[place] += 1
     return {name: round(float(z / n), 10) for name, z, n in zip(names, zeros, size, strict=True)}
 

@@ -61,6 +61,10 @@ class Selection:
         """Whether `exclude` says that this is left dense."""
         return _any_match(name, self.exclude)
 
+    def shared(self, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+        """Of these layers those that have no sparsity of their own, but the run's."""
+        return {name: pattern for name, pattern in patterns.items() if not _any_match(name, self.sparsity)}
+
     def patterns_for(
         self, shapes: Mapping[str, tuple[int, int]], default: Pattern, others: Iterable[str] = ()
     ) -> dict[str, Pattern]:

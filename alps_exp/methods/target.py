@@ -36,6 +36,11 @@ class Target(ABC):
     """Base of the targets."""
 
     @property
+    def name(self) -> str:
+        """How the record of a layer that was fitted to it calls it."""
+        return type(self).__name__.removesuffix("Target").lower()
+
+    @property
     def beside(self) -> bool:
         """Whether the layers are compared with the dense model's, whose hidden states then go through the blocks beside
         those of the pruned one."""

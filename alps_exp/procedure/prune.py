@@ -66,6 +66,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
         distil(model, job, tools, teacher, result)
     if job.sensitivity.used and not read:
         result.notes.append("no backward pass was made: no rows compete, and no allocation reads the sensitivity")
-    if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.patterns) is None:
-        result.notes.append("the allocation leaves N:M sparsity the same in every layer")
+    if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.shared) is None:
+        kept = ", ".join(dict.fromkeys(pattern.written for pattern in job.patterns.values()))
+        result.notes.append(f"the allocation divides unstructured sparsity alone and leaves {kept} as it was asked for")
     return result

@@ -13,7 +13,7 @@ from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_se
 from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.layers import find_layer
-from ..patterns import parse_sparsity
+from ..patterns import Pattern, parse_sparsity
 from ..pruning.job import PruneJob
 from ..pruning.solve import competes
 from ..pruning.tools import Tools
@@ -59,7 +59,7 @@ def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
     What an earlier attempt has found is taken from the store: gradients need not be the same to the bit again.
     """
     if not reads(job):
-        return replace(job, patterns=job.allocation.allocate(job.patterns, _sizes(model, job), Sensitivity()))
+        return replace(job, patterns=_allocated(model, job, Sensitivity()))
     team, kept = tools.team, tools.store.recall(_NAME)
     if (kept := team.tell(kept)) is None:
         kept = team.tell(_found(model, job, tools) if team.leads else None)
@@ -71,7 +71,7 @@ def weighed(model: BlockModel, job: PruneJob, tools: Tools) -> PruneJob:
 
 def reads(job: PruneJob) -> bool:
     """Whether anything depends on what the dense model tells: an allocation that divides, or rows that compete."""
-    if job.allocation.needs != "nothing" and job.allocation.target_of(job.patterns) is not None:
+    if job.allocation.needs != "nothing" and job.allocation.target_of(job.shared) is not None:
         return True
     weighs = job.sensitivity.used and job.sensitivity.rows > 0
     return weighs and any(competes(pattern, job.solver) for pattern in job.patterns.values())
@@ -99,10 +99,11 @@ def _found(model: BlockModel, job: PruneJob, tools: Tools) -> tuple[dict, str]:
             lambda: measure_spectra(model, job.patterns, tail=tail, **rest),
         )
         found = replace(found, exponents=spectra.exponents)
-    patterns = job.allocation.allocate(job.patterns, _sizes(model, job), found)
+    patterns = _allocated(model, job, found)
     rows = {name: found.rows(name, choice.rows) for name in job.patterns} if choice.used and choice.rows else {}
     return rows, json.dumps({name: pattern.written for name, pattern in patterns.items()})
 
 
-def _sizes(model: BlockModel, job: PruneJob) -> dict[str, int]:
-    return {name: math.prod(find_layer(model.model, name).shape) for name in job.patterns}
+def _allocated(model: BlockModel, job: PruneJob, found: Sensitivity) -> dict[str, Pattern]:
+    sizes = {name: math.prod(find_layer(model.model, name).shape) for name in job.patterns}
+    return {**job.patterns, **job.allocation.allocate(job.shared, sizes, found)}

@@ -71,14 +71,20 @@ class PruneJob:
         return self.target.beside or self.finish.block is not None
 
     @property
+    def shared(self) -> Mapping[str, Pattern]:
+        """The patterns that an allocation may change: of layers without a sparsity of their own."""
+        return self.selection.shared(self.patterns)
+
+    @property
     def blocks(self) -> int:
         """How many blocks have layers to prune."""
         return len({block_of(name) for name in self.patterns})
 
     @property
     def in_order(self) -> bool:
-        """Whether groups of layers are captured one after the other."""
-        return self.capture == "groups" or (self.capture == "auto" and self.target.beside)
+        """Whether groups of layers are captured one after the other: where nothing is captured, there is no order."""
+        asked = self.capture == "groups" or (self.capture == "auto" and self.target.beside)
+        return asked and bool(self.statistics)
 
     @property
     def statistics(self) -> Statistics:

@@ -113,12 +113,19 @@ class _Posed:
         """What the solver has found, in the layers' own units."""
         parts = zip(self._layers, self.problems, self._posed, self._patterns, solutions, self._scales, strict=True)
         for *own, solution, scale in parts:
-            found = solution if scale is None else replace(solution, weight=solution.weight / scale)
-            yield Solved(*own, found, 0.0)
+            yield Solved(*own, solution if scale is None else _unscaled(solution, own[2].weight, scale), 0.0)
+
+
+def _unscaled(solution: Solution, weight: Tensor, scale: Tensor) -> Solution:
+    """A solution of the layer scaled by rows, in the units of `weight`, of which what the solver has kept stays as it
+    is to the bit."""
+    return replace(solution, weight=torch.where(solution.weight == weight * scale, weight, solution.weight / scale))
 
 
 def competes(pattern: Pattern, solver: Method) -> bool:
     """Whether weights of different rows compete, so that it matters how rows weigh."""
+    if solver.selection == "mask":  # another's, whatever the rows weigh
+        return False
     return pattern.across or (pattern.group is None and solver.selection != "row")
 
 
@@ -172,7 +179,7 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
         tokens=problem.tokens,
         dead_inputs=int((problem.dead & _dead_elsewhere(problem.inputs, more)).sum()),
         stats={**solution.stats, **({} if known is None else {"borrowed": more / (more + known)})},
-        target="stream" if other else "layer",
+        target=job.target.name if other else "layer",
         target_loss=target_loss,
     )
 

@@ -23,7 +23,6 @@ from ..evaluation import perplexity, protocol
 from ..evaluation.settings import EvaluationSettings
 from ..layer.method import Method
 from ..layer.registry import build
-from ..layer.solver import Solver
 from ..methods.refit import refitted
 from ..methods.target import Target, build_target
 from ..model import loading
@@ -32,6 +31,7 @@ from ..patterns import Pattern
 from ..patterns.written import pattern_of
 from ..procedure.distil import refuse_streamed
 from ..procedure.mixtures import check_experts
+from ..procedure.scope import check_scope
 from ..procedure.strength import check_strength
 from ..procedure.trained import refuse_streamed as refuse_untrainable
 from ..procedure.weighing import check_weighing
@@ -176,7 +176,8 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
             model.skeleton, patterns, solver, target, sensitivity, allocation, finish, cfg["expert_weighting"]
         )
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
-            allocation.allocate(patterns, {name: math.prod(shape) for name, shape in shapes.items()}, Sensitivity())
+            sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+            allocation.allocate(selection.shared(patterns), sizes, Sensitivity())
     if configuration.content["save"] == "shrunk":
         if not solver.structured:
             raise UserError(
@@ -267,8 +268,6 @@ def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: Sens
             f"statistics_cache={cfg['statistics_cache']} shares what methods collect that prune layer by layer, and "
             f"{cfg['method']['name']} runs blocks by itself: leave it out"
         )
-    if isinstance(method, Solver) or not method.prunes:
-        return
     if method.trains:
         refuse_untrainable(cfg["method"]["name"], cfg["stream"] is True)
         if method.batch < cfg["devices"]:
@@ -276,18 +275,7 @@ def _check_scope(cfg: Mapping, method: Method, target: Target, sensitivity: Sens
                 f"method.batch={method.batch} windows are fewer than devices={cfg['devices']}: give a larger batch, or "
                 "fewer devices"
             )
-    asked = {
-        "target=stream": target.beside,
-        "capture=groups": cfg["capture"] == "groups",
-        "sensitivity.rows": sensitivity.used and sensitivity.rows > 0,
-        f"devices={cfg['devices']}": cfg["devices"] > 1 and not method.trains,
-    }
-    for words, given in asked.items():
-        if given:
-            raise UserError(
-                f"{words} goes with methods that prune layer by layer, and {cfg['method']['name']} prunes blocks or "
-                "the model as a whole: leave it out"
-            )
+    check_scope(cfg["method"]["name"], method, target, sensitivity, cfg["capture"], cfg["devices"])
 
 
 def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:

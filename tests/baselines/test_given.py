@@ -17,6 +17,7 @@ import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.base.resources import resource_root
 from alps_exp.baselines.given import Given
+from alps_exp.calibration.sensitivity import SensitivityChoice
 from alps_exp.cli.overrides import compose
 from alps_exp.runs import run as runs
 from alps_exp.runs.settings import resolve
@@ -63,6 +64,14 @@ def test_the_mask_is_that_of_the_other_checkpoint(request, family, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_of_a_mask_do_not_compete(tiny_llama, tmp_path):
+    mask, _ = pruned(tiny_llama, tmp_path / "mask")
+    network = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    options = {"mask": str(mask), "sensitivity": SensitivityChoice("outputs", 2), "losses": False}
+    record = alps_exp.prune_model(network, tokens(), "given", 0.5, **options)
+    assert any(note.startswith("no backward pass was made") for note in record["warnings"])
+
+
 def test_a_run_fits_the_dense_weights_to_the_mask(tiny_opt, text_file, tmp_path):
     mask, _ = pruned(tiny_opt, tmp_path / "pruned", "magnitude", "2:4")
     losses = {}

@@ -101,6 +101,12 @@ def test_statistics_are_those_of_the_start_and_the_gram_matrix():
     assert registry.solver("sparseswaps", start="dsnot").statistics is Statistics.ALL
 
 
+@pytest.mark.parametrize("start", ["osscar", "sparsellm", "tune"])
+def test_starts_that_do_not_prune_layer_by_layer_are_refused(start):
+    with pytest.raises(UserError, match=f"method.start={start} prunes blocks or the model as a whole"):
+        registry.solver("sparseswaps", start=start)
+
+
 @pytest.mark.parametrize("start", ["dense", "sparseswaps", "wnda", None])
 def test_starts_that_are_none_are_refused(start):
     with pytest.raises(UserError, match=f"method.start={start!r} is not allowed"):

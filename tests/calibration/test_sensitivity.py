@@ -112,6 +112,14 @@ def test_rows_change_nothing_where_scores_do_not_compete_over_them(method, spars
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+def test_kept_weights_that_a_method_does_not_change_stay_the_dense_ones_to_the_bit():
+    model = network("llama").float()
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    alps_exp.prune_model(model, tokens(), "magnitude", 0.6, sensitivity=SensitivityChoice("outputs", 4, 0.7))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, torch.where(weight == 0, 0, dense[name])), name
+
+
 def test_rows_and_allocation_spare_what_the_loss_depends_on(tiny_llama):
     ids = torch.randint(3, 384, (16, 48), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
@@ -146,6 +154,25 @@ def test_layers_with_a_sparsity_of_their_own_keep_it():
     levels = [found[f"m.layers.{i}.fc"].level for i in range(4)]
     assert levels == pytest.approx([0.35, 0.45, 0.55, 0.65])
     assert Uniform().allocate(patterns, sizes, Sensitivity()) is patterns
+
+
+@pytest.mark.parametrize("target", [0.05, 0.5])
+def test_levels_far_apart_keep_the_mean_too(target):
+    sizes = {f"a.{i}.x": 49 * (1 + i % 3) for i in range(12)}  # of which 1/49 · 49 is less than 1 in binary
+    found = exact_levels({name: target + 0.8 * i for i, name in enumerate(sizes)}, sizes, target, 1.0)
+    total = sum(sizes.values())
+    assert sum(n - round((1 - found[name]) * n) for name, n in sizes.items()) == total - round((1 - target) * total)
+    assert all(0 < level < 1 for level in found.values())
+
+
+def test_an_allocation_divides_the_sparsity_of_the_run_though_more_layers_have_one_of_their_own(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    options = {"allocation": Progression(step=0.2), "layer_sparsity": {"*.self_attn.*": 0.3}, "losses": False}
+    record = alps_exp.prune_model(model, torch.zeros(1, 4).long(), "magnitude", 0.7, **options)
+    rows = {row["name"]: row for row in record["layers"]}
+    assert {row["sparsity_target"] for name, row in rows.items() if "self_attn" in name} == {0.3}
+    for block, level in enumerate((0.6, 0.8)):
+        assert rows[f"model.layers.{block}.mlp.up_proj"]["sparsity_target"] == pytest.approx(level, abs=1e-3)
 
 
 def test_levels_from_a_file_or_another_run(tmp_path):
@@ -222,7 +249,7 @@ def test_an_allocation_leaves_n_of_m_as_asked_and_says_so(words, tmp_path, monke
     record = execute([word for word in words if word != "sparsity=0.6"], tmp_path, "sparsity=2:4")
     assert {row["pattern"] for row in record["layers"]} == {"2:4"} and "weigh_seconds" not in record["phases"]
     assert any("no backward pass was made" in line for line in record["warnings"])
-    assert "the allocation leaves N:M sparsity the same in every layer" in record["warnings"]
+    assert "the allocation divides unstructured sparsity alone and leaves 2:4 as it was asked for" in record["warnings"]
 
 
 @pytest.mark.slow

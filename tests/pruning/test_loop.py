@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from tiny import load, words_for
+from tiny import network as made
 from torch import nn
 
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
+from alps_exp.methods.target import StreamTarget
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.source import StreamedBlocks
 from alps_exp.model.structure import block_layers, find_blocks
@@ -263,3 +265,11 @@ def test_what_is_not_pruned_is_not_read_from_the_files_and_saved_as_it_is(
     dense = load(tiny_gemma3).state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert all(torch.equal(one[name], dense[name]) == (".layers.0." not in name) for name in dense if "_proj" in name)
+
+
+@pytest.mark.parametrize("options", [{"capture": "groups"}, {"capture": "groups", "target": StreamTarget(0.0)}])
+def test_where_nothing_is_captured_there_is_no_order(options):
+    one, other = made("llama").float(), made("llama").float()
+    alps_exp.prune_model(one, tokens(2, 8) % 90, "magnitude", 0.5, losses=False, **options)
+    alps_exp.prune_model(other, tokens(2, 8) % 90, "magnitude", 0.5, losses=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,10 +16,10 @@ import alps_exp
 from alps_exp import BlockMethod, ModelMethod, Solution, Statistics, UserError
 from alps_exp.allocation.allocations import build_allocation
 from alps_exp.base.resources import resource_root
-from alps_exp.calibration.sensitivity import Sensitivity
+from alps_exp.calibration.sensitivity import Sensitivity, SensitivityChoice
 from alps_exp.cli.overrides import compose
 from alps_exp.layer import registry
-from alps_exp.methods.target import build_target
+from alps_exp.methods.target import Target, build_target
 from alps_exp.model.layers import Layer
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.capture import capture
@@ -169,3 +170,33 @@ def test_every_allocation_keeps_the_mean(name, level):
     uniform = sum(size - round((1 - level) * size) for size in sizes.values())
     assert zeros in (total - round((1 - level) * total), uniform)
     assert all(abs(found[layer].level - level) <= allocation.bound + 1e-2 for layer in sizes)
+
+
+@dataclass(frozen=True)
+class Halved(Target):
+    """Half of the weights."""
+
+    def posed(self, problem):
+        return dataclasses.replace(problem, weight=problem.weight / 2)
+
+
+def test_a_users_target_has_its_name_in_the_record_and_is_refused_where_nothing_asks_for_it(wide):
+    record = alps_exp.prune_model(network("llama").float(), tokens(2), "magnitude", 0.5, target=Halved())
+    assert {row["target"] for row in record["layers"]} == {"halved"}
+    words = ["target.name=halved", "target._target_=test_scopes.Halved"]
+    with pytest.raises(UserError, match="target=halved goes with methods that prune layer by layer, and whole prunes"):
+        resolve(compose([*wide, *words]))
+    with pytest.raises(UserError, match="target=halved goes with methods that prune layer by layer, and Whole prunes"):
+        alps_exp.prune_model(network("llama").float(), tokens(2), Whole(), 0.5, target=Halved())
+
+
+@pytest.mark.parametrize("name", [name for name in WIDE if name != "elsa-l"])  # which needs a package of its own
+def test_what_works_layer_by_layer_is_refused_by_prune_model(name):
+    method = WIDE[name]
+    rows = SensitivityChoice("outputs", 2, 0.5)
+    for asked in ({"target": "stream"}, {"capture": "groups"}, {"sensitivity": rows}):
+        with pytest.raises(UserError, match="goes with methods that prune layer by layer"):
+            alps_exp.prune_model(network("llama").float(), tokens(2), method, 0.5, **asked)
+    if method.trains:
+        with pytest.raises(UserError, match="finish=distil compares with the dense model"):
+            alps_exp.prune_model(network("llama").float(), tokens(2), method, 0.5, finish="distil")
