@@ -95,9 +95,12 @@ def is_dense(record: Mapping) -> bool:
 
 
 def sees_gradients(record: Mapping) -> bool:
-    """Whether gradients of the dense model took part, which one-shot methods do without."""
+    """Whether gradients of the dense model took part, which one-shot methods do without.
+
+    Where nothing reads them, as mostly under N:M, no backward pass is made, and the record has no time for it.
+    """
     name = ((record.get("config") or {}).get("sensitivity") or {}).get("name", "none")
-    return name != "none" and not is_dense(record)
+    return name != "none" and not is_dense(record) and record["phases"].get("weigh_seconds") is not None
 
 
 def measures(record: Mapping) -> dict[str, Measure]:

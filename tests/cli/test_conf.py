@@ -62,6 +62,7 @@ def test_every_preset_opens_with_a_command_that_works_and_stands_for_its_choices
     assert (package, first.split("+preset=")[0]) == ("# @package _global_", "# python -m alps_exp ")
     said = {
         "paper": [],
+        "stream": CHOSEN[:1],
         "residual": CHOSEN,
         "residual-finished": [*CHOSEN, "finish=[block,distil]", "data.holdout=8"],
     }[path.stem]

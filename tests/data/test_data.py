@@ -411,6 +411,7 @@ def test_every_data_yaml_has_the_same_keys_and_its_command():
         "ptb",
         "ptb_valid",
         "wikitext2",
+        "wikitext2_valid",
     ]
     for file in files:
         fields = yaml.safe_load(file.read_text())

@@ -54,6 +54,8 @@ def test_tables_mark_gradients_and_say_whose_losses_they_are():
     assert "losses of distilled rows are those before the distillation" in notes
     both = finished("block", 15.0)
     both["config"]["sensitivity"] = {"name": "outputs"}
+    assert "†" not in str(laid_out([both, RECORDS[0]]))  # nothing read them: no backward pass was made
+    both["phases"]["weigh_seconds"] = 2.0
     assert "†‡" in str(laid_out([both, RECORDS[0]]).rows)
     assert "gradients on the pruned" not in " ".join(laid_out(RECORDS[:1]).notes)
     assert "before the distillation" not in " ".join(laid_out(RECORDS[:2]).notes)
