@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
 from ..base.files import read_json, write_json
 from ..base.redaction import redaction
-from ..pruning.rows import LayerRow, PruneResult
-from ..pruning.structured import removed_weights
+
+if TYPE_CHECKING:  # the rooms below need torch, and who only reads records does not
+    from ..pruning.rows import LayerRow, PruneResult
 
 SCHEMA = 1
 FILE = "record.json"
@@ -125,6 +127,8 @@ def summarise(rows: list[LayerRow], block_weights: int = 0) -> dict:
     losses = [row.relative_loss for row in rows if row.relative_loss is not None]
     held_out = [row.held_out_loss for row in rows if row.held_out_loss is not None]
     units = [row.stats for row in rows if "unit" in row.stats]
+    from ..pruning.structured import removed_weights
+
     removed = removed_weights(rows)
     found = {"weights": removed, "share": removed / block_weights if block_weights else None}
     for kind in dict.fromkeys(own["unit"] for own in units):

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
 from ..patterns import written
 from ..runs.naming import NEUTRAL, NOT_HASHED
 from . import looks
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 AXES = ("model", "sparsity", "method")
 PHASES = ("weigh", "transfer", "calibrate", "solve", "propagate")
@@ -208,6 +210,8 @@ def aggregate(
     groups.sort(key=lambda group: order(group.key))
     rows = [row for group in groups for row in _rows(group, settings, seconds, published)]
     figures = ["metric", "mean", "std", "n", "stderr", "status", "published", "source"]
+    import pandas as pd  # whose import takes longer than to list runs
+
     frame = pd.DataFrame(rows, columns=[*AXES, *settings, *figures, "better", "shown"])
     frame = frame.astype(dict.fromkeys(("mean", "std", "stderr", "published"), "float64"))
     frame.insert(frame.columns.get_loc("published") + 1, "ratio", frame["mean"] / frame["published"])
@@ -397,6 +401,8 @@ def _mean(values: Sequence[float]) -> float:
 @functools.cache
 def _published() -> dict[tuple[str, str, str, str], tuple[float, str]]:
     """(model, sparsity, method, metric) → figure and source; sparsity "*" where the source names none."""
+    import pandas as pd
+
     found = {}
     for file in sorted((files("alps_exp") / "published").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".csv"):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import yaml
 
 from ..base.errors import UserError, nearest
@@ -19,6 +19,9 @@ from ..patterns import written
 from . import looks
 from .figures import AXES, Aggregate, finish_of, is_trained, natural, sees_gradients
 from .footnotes import footnotes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PLOTS = (
     "perplexity",
@@ -213,7 +216,11 @@ def _shown_rows(found: Aggregate, metrics: Sequence[str]) -> pd.DataFrame:
     absent = [group.key for group in found.groups if group.key not in there and group.key[1] != "0"]
     rows = found.frame[found.frame[axes].apply(tuple, axis=1).isin(absent)].drop_duplicates(axes)
     nothing = {"metric": None, "mean": math.nan, "std": math.nan, "n": 0, "published": math.nan, "ratio": math.nan}
-    return pd.concat([frame, rows.assign(**nothing)]) if absent else frame
+    if not absent:
+        return frame
+    import pandas as pd
+
+    return pd.concat([frame, rows.assign(**nothing)])
 
 
 def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]:
@@ -302,7 +309,7 @@ def _ratio(row: Mapping | None, best: Mapping) -> Cell:
 
 
 def _known(value) -> bool:
-    return value is not None and not pd.isna(value)
+    return value is not None and value == value  # not nan
 
 
 def _word(word: str) -> str:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,7 @@ from .layout import Spec, shown_metrics
 FORMATS = ("svg", "png")
 
 _VARIANTS = "D<>P*d8"
+_SHADES = (-0.5, 0.45, -0.8, 0.7)  # of the settings of one method: a share of black or white in its colour
 _PHASES = {
     "weigh": ("#DDDDDD", "xxx"),
     "calibrate, transfer": ("#FFFFFF", "///"),
@@ -47,6 +48,7 @@ _KINDS = [
     ("#000000", "o"), ("#0072B2", "s"), ("#E69F00", "^"), ("#009E73", "v"), ("#CC79A7", "D"), ("#56B4E9", "P"),
     ("#D55E00", "X"), ("#999999", "*"),
 ]  # fmt: skip
+_ITEMS = ("series", "points", "bars")  # of a panel, what is drawn
 _DIGEST = re.compile(rb"alps_exp data ([0-9a-f]{64})")
 
 
@@ -86,7 +88,7 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    columns = min(len(panels), _COLUMNS)
+    columns = 2 if len(panels) == 4 else min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context({"svg.hashsalt": "alps_exp", "font.size": 9, "hatch.linewidth": 0.6}):
         beside = max((len(bar["label"]) for content in panels for bar in content.get("bars", ())), default=0)
@@ -101,6 +103,7 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
             axis.set_title(content["title"], fontsize=9)
             axis.grid(alpha=0.3, which="major")
             axis.set_axisbelow(True)
+        handles = {label: handles[label] for label in _in_order(handles, panels)}
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         entries = max(1, min(len(handles), int(size[0] / room)))
         figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(handles) / entries) - 2, 0))
@@ -120,9 +123,18 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
         pyplot.close(figure)
 
 
+def _in_order(names: Iterable[str], panels: Sequence[Mapping]) -> list[str]:
+    """Entries of a legend: methods and their settings in the order of tables, then what is no method's."""
+    places = {}
+    for item in itertools.chain.from_iterable(panel.get(key, ()) for panel in panels for key in _ITEMS):
+        if isinstance(item, Mapping):
+            places[item["label"]] = (looks.method_order(item["method"]), item["variant"])
+    return sorted(names, key=lambda name: (name not in places, places.get(name, ())))
+
+
 def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, list[Group]]]:
     """What is drawn alike: a method, with its settings where these vary. Its label and look, and its groups; settings
-    of one method have its colour and markers of their own."""
+    of one method have shades of its colour and markers of their own."""
     variants: dict[str, dict[tuple, int]] = {}
     # What has least to say beside its method looks as the method does everywhere.
     for group in sorted(found.groups, key=lambda group: len(list(_words(found, group.key[3:])))):
@@ -155,13 +167,20 @@ def _words(found: Aggregate, values: Sequence[str]) -> Iterator[str]:
     def count(*places: int) -> int:
         return len({tuple(key[place] for place in places) for key in keys})
 
+    # A key without which all would still differ, as where it goes with another one, says nothing to who reads a label.
+    told = list(columns.values())
+    apart = {(group.key[2], *group.key[3:]) for group in found.groups if group.key[1] != "0"}
+    for index in [index for name, index in columns.items() if not name.endswith(".name")]:
+        rest = [place for place in told if place != index]
+        if len({(key[0], *(key[1 + place] for place in rest)) for key in apart}) == len(apart):
+            told = rest
     for name in sorted(columns, key=lambda name: (not name.endswith(".name"), _place(name))):
         group, _, last = name.rpartition(".")
         value, index, choice = values[columns[name]], columns[name], columns.get(f"{group}.name")
         if last == "name":
             if value and value != NEUTRAL.get(group, {}).get("name"):
                 yield value
-        elif value and (choice is None or count(choice, index) > count(choice)):
+        elif value and index in told and (choice is None or count(choice, index) > count(choice)):
             yield f"{last}={value}"
 
 
@@ -187,9 +206,13 @@ def _statistic(group: Group, *metrics: str) -> tuple[float, float, float] | None
 def _titles(found: Aggregate) -> Callable[[str, str], dict]:
     """A panel's title, which names the model where the figure shows several; else the model is its heading."""
     several = len({group.key[0] for group in found.groups}) > 1
+    nodes = [(group.key[0], record.get("config", {}).get("model") or {}) for group in found.groups
+             for record in group.records[:1]]  # fmt: skip
+    files = {model: node["gguf_file"] for model, node in nodes if node.get("gguf_file")}
 
     def title(model: str, rest: str) -> dict:
-        return {"model": model, "title": f"{model}, {rest}" if several else rest}
+        heading = f"{model} ({Path(files[model]).stem})" if model in files else model  # which model demo is
+        return {"model": heading, "title": f"{model}, {rest}" if several else rest}
 
     return title
 
@@ -701,9 +724,16 @@ def _look(item: Mapping) -> tuple:
     colour, marker, style = looks.look(item["method"])
     if item["variant"]:
         styles = looks.line_styles()
+        colour = _shade(colour, _SHADES[(item["variant"] - 1) % len(_SHADES)])
         marker = _VARIANTS[(item["variant"] - 1) % len(_VARIANTS)]
         style = styles[item["variant"] % len(styles)]
     return colour, marker, style
+
+
+def _shade(colour: str, share: float) -> str:
+    """A colour (#RRGGBB) mixed with a share of white, or of black where that is negative."""
+    parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + abs(share) * ((255 if share > 0 else 0) - part)):02X}" for part in parts)
 
 
 KINDS = {

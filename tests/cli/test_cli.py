@@ -289,11 +289,12 @@ def test_the_demo_model_takes_no_other_path(here, capsys):
 @pytest.mark.slow
 def test_mistakes_are_answered_without_importing_torch(tmp_path):
     code = (
-        "import sys, alps_exp.cli.command as cli\n"
-        "try: cli.main(sys.argv[1:])\n"
+        "import sys\nfrom alps_exp.__main__ import main\n"
+        "try: main()\n"
         "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    for words in (["method=alsp", "sparsity=0.7"], ["nsamples=0"], ["-m", "refit=pgc", "seed=0,1"], ["--version"]):
+    refused = (["method=alsp", "sparsity=0.7"], ["nsamples=0"], ["-m", "refit=pgc", "seed=0,1"])
+    for words in (*refused, ["--version"], ["list", "--runs", str(tmp_path)]):
         end = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert end.stdout.splitlines()[-1] == "False False", end
 

@@ -140,7 +140,7 @@ class TestFiles:
             assert len(set(map(str, signs))) == len(drawn)
         assert {"dense", *drawn} == set(registry.methods())
         variants = {str(plots._look({"method": "alps", "variant": index})) for index in range(6)}
-        assert len(variants) == 6 and all("#0072B2" in look for look in variants)
+        assert len(variants) == 6 and sum("#0072B2" in look for look in variants) == 1  # the others: shades of it
 
     def test_settings_of_one_method_are_drawn_apart(self):
         records = [record(sparsity=sparsity) for sparsity in ("0.5", "0.7") for _ in range(2)]
