@@ -2,7 +2,7 @@
 
 import sys
 
-from .base import threads
+from .base import garbage, threads
 from .base.terminal import settle
 
 
@@ -21,6 +21,7 @@ def main() -> None:
 
         sys.exit(look(words))
     if word == "quick":
+        garbage.begin()
         from .cli.quick import main as quick
 
         sys.exit(quick(words[1:]))
@@ -28,6 +29,7 @@ def main() -> None:
         from .cli.helping import main as help
 
         sys.exit(help([word for word in words if word not in ("help", "--help", "-h")]))
+    garbage.begin()
     from .cli.command import main as command_line
 
     command_line()

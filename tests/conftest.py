@@ -1,4 +1,7 @@
-"""Fixtures shared by the tests: tiny models, a text, and the folder of real data where there is one."""
+"""Fixtures shared by the tests: tiny models, a text, and the folder of real data where there is one.
+
+Torch and transformers are imported where tests are collected: not in the process of pytest-xdist that runs none.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,20 @@ from pathlib import Path
 
 import pytest
 
-if gc.isenabled():  # what is imported and collected stays, and would be looked through again and again meanwhile
-    gc.disable()
-
-import torch
-
-# Without a GPU the kernels run in Triton's interpreter; this must be set before transformers imports Triton.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
-import tiny_models
-from tiny import words_for
-
-from alps_exp.checkpoints.gguf_files import made_once
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else runs would look for cores that are free
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session) -> None:
+    if session.config.pluginmanager.has_plugin("dsession"):
+        return
+    gc.disable()  # what is imported and collected stays, and would be looked through again and again meanwhile
+
+    import torch
+
+    # Without a GPU the kernels run in Triton's interpreter; this must be set before transformers imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,10 @@ def pytest_collection_modifyitems(items) -> None:
 def _tiny(kind: str, steps: int):
     @pytest.fixture(scope="session", name=f"tiny_{kind}")
     def folder(tmp_path_factory) -> Path:
+        import tiny_models
+
+        from alps_exp.checkpoints.gguf_files import made_once
+
         base = tmp_path_factory.getbasetemp()
         base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # which all workers have in common
         return made_once(base / f"tiny_{kind}", lambda scratch: tiny_models.build(kind, scratch, steps=steps))
@@ -74,6 +80,8 @@ tiny_qwen2_moe = _tiny("qwen2_moe", steps=0)
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """A text of 200 lines (documents), about 200 kB, in the grammar that the tiny models have learned."""
+    import tiny_models
+
     path = tmp_path_factory.mktemp("texts") / "text.txt"
     path.write_text("\n".join(tiny_models.documents(200, seed=3)) + "\n", encoding="utf-8")
     return path
@@ -82,6 +90,8 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(tiny_opt, text_file) -> list[str]:
     """The words of a run of a second."""
+    from tiny import words_for
+
     return words_for(tiny_opt, text_file, "nsamples=2", "seqlen=32", "eval=none")
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..patterns import Pattern, parse_sparsity
 from ..patterns.written import inconsistent, node_of, pattern_of, read
 from ..runs import naming
 from .names import NAMES
-from .repository import Repository
+from .repository import Repository, lean
 
 # Hydra 1.3 falls back to the behaviour of 1.1 unless told; 1.4 warns when told.
 _BEHAVIOUR = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -54,7 +54,7 @@ def prepare(words: Sequence[str], config_name: str = "config") -> list[str]:
     """
     words = [_readable(_with_plain_keys(word)) for word in words]
     words = _with_local_choices(_with_pushing(_with_saving_by_format(words)), config_name)
-    overrides = OverridesParser.create().parse_overrides(words)
+    overrides = _parsed_all(words)
     values = [override for override in overrides if _names_values(override)]
     for override in overrides:
         if values and override.key_or_group.startswith("sparsity."):
@@ -127,7 +127,7 @@ def _refuse_ignored_sweep(cfg: DictConfig) -> None:
 
 
 def _merged(from_file: list[str], words: list[str]) -> list[str]:
-    given = {override.get_key_element() for override in OverridesParser.create().parse_overrides(words)}
+    given = {override.get_key_element() for override in _parsed_all(words)}
     return words if "sparsity" in given else from_file + words
 
 
@@ -151,7 +151,8 @@ def initialized(folder: Path | None = None) -> Iterator[None]:
         if folder is not None:
             path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema", path=None))
         loader.repository = Repository(path)
-        yield
+        with lean():
+            yield
     finally:
         store.repo["hydra"]["config.yaml"] = theirs
         GlobalHydra.instance().hydra = outer
@@ -215,7 +216,7 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
             "hydra.job.chdir=true is not allowed: relative paths are those of the folder where the command is given, "
             "and a run writes to its own directory anyway (hydra.run.dir=DIR); leave it out"
         )
-    if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg))):
+    if missing := sorted(OmegaConf.missing_keys(without_hydra(cfg) if with_hydra else cfg)):
         raise UserError(f"{missing[0]} is not set: add {missing[0]}=VALUE")
     _refuse_foreign_keys(cfg, words, config_name)
     for group in (
@@ -242,8 +243,7 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
 
 def _refuse_another_sparsity(cfg: DictConfig, words: list[str]) -> None:
     """A value of the command line is a choice to Hydra, whose keys a file of the user's then sets otherwise."""
-    parse = OverridesParser.create().parse_override
-    for override in (parse(word) for word in words if word.startswith("sparsity=")):
+    for override in _parsed_all([word for word in words if word.startswith("sparsity=")]):
         given = _pattern(override.value())
         if given is not None and (made := pattern_of(cfg.sparsity)) != given:
             raise UserError(
@@ -290,7 +290,7 @@ def _refuse_additions(words: list[str], config_name: str) -> None:
     """Hydra takes any new key after a +; one that nothing reads would only hide a typing mistake."""
     from .explain import is_choice, unknown_key
 
-    overrides = OverridesParser.create().parse_overrides(words)
+    overrides = _parsed_all(words)
     added = [o for o in overrides if o.is_add() or o.is_force_add()]
     added = [o for o in added if not (o.is_hydra_override() or is_choice(o) or _is_layer_sparsity(o))]
     if added:
@@ -308,13 +308,13 @@ def _refuse_lists_and_deletions(words: list[str]) -> None:
     run needs."""
     from .explain import is_choice, is_group
 
-    for override in OverridesParser.create().parse_overrides(words):
+    for override in _parsed_all(words):
         key, line = override.key_or_group, override.input_line
         if override.is_hydra_override() or key == "sweeps":
             continue
         if override.is_delete() and not is_group(override):
             raise UserError(f"{line} is not allowed: every run needs {key}; give {key}=VALUE, or leave it out")
-        if not override.is_sweep_override() and is_choice(override) and isinstance(override.value(), list):
+        if not override.is_sweep_override() and isinstance(override.value(), list) and is_choice(override):
             if key == "finish" and override.value() and all(isinstance(value, str) for value in override.value()):
                 continue
             values = ",".join(map(str, override.value()))
@@ -452,9 +452,18 @@ def quote(text: str) -> str:
 
 def _parsed(word: str) -> Override | None:
     try:
-        return OverridesParser.create().parse_override(word)
+        return _parse(word)
     except HydraException:
         return None
+
+
+def _parsed_all(words: Sequence[str]) -> list[Override]:
+    return [_parse(word) for word in words]
+
+
+@lru_cache(1024)
+def _parse(word: str) -> Override:
+    return OverridesParser.create().parse_overrides([word])[0]
 
 
 def _split(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from ..allocation.allocations import Allocation, build_allocation
 from ..allocation.prunable import linear_shapes, other_names
 from ..allocation.selection import Selection
+from ..base import garbage
 from ..base.checks import local_path, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
@@ -228,6 +229,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         _check_tokenizer(settings)
     if whole and settings.push is not None:
         upload.check(settings.push)
+    garbage.settle()  # almost all that a run needs has been imported by now
     return settings
 
 

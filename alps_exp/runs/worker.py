@@ -85,7 +85,9 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))  # before anything is imported that takes seconds
+    from ..base import garbage
     from ..base.terminal import settle
 
     settle()
+    garbage.begin()
     main(Path(sys.argv[1]))

@@ -372,3 +372,12 @@ def test_what_is_written_in_another_way_is_the_same_run(tmp_path, monkeypatch):
     assert kept["method"].pop("trace") is False
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     assert naming.config_hash(compose(SMALL)) == naming.config_hash(content) == digest
+
+
+def test_a_default_may_refer_to_another_choice(tmp_path):
+    """Hydra's map of all choices is made only for the files that need it."""
+    (tmp_path / "root.yaml").write_text("defaults: [config, mine: '${method}', _self_, override method: wanda]\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "wanda.yaml").write_text("# @package _global_\nnsamples: 7\n")
+    with overrides.initialized(tmp_path):
+        assert overrides.compose_prepared(overrides.prepared(SMALL, "root"), "root").nsamples == 7

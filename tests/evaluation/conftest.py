@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
+    import tiny_tasks
+
     return tiny_tasks.build(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture
 def settings(tiny_llama: Path, source: Path) -> list[str]:
+    import tiny_tasks
+
     return tiny_tasks.settings(tiny_llama, source)
