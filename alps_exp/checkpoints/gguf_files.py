@@ -20,7 +20,10 @@ from ..base.files import file_sha256, leftovers, lock, remove, replacing
 from .hub import first_line
 
 # Part of the folder's name: raise it whenever `_convert` writes something else than before.
-_CONVERSION = 1
+_CONVERSION = 2
+
+# Types of a tokenizer's pieces in GGUF files: ordinary ones, and those that the user of SentencePiece has defined.
+_NORMAL, _DEFINED = 1, 4
 
 
 def converted_folder(file: Path) -> Path:
@@ -78,7 +81,7 @@ def _convert(file: Path, folder: Path) -> None:
             config = AutoConfig.from_pretrained(**where)
             tokenizer = AutoTokenizer.from_pretrained(**where)
             loaded = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32)
-            pre_tokenizer = _pre_tokenizer(file)
+            pre_tokenizer, pieces = _field(file, "pre"), _pieces(file)
     except ImportError as error:
         raise UserError(f"reading {file.name} needs the package gguf: pip install gguf ({first_line(error)})") from None
     except MemoryError:
@@ -88,6 +91,8 @@ def _convert(file: Path, folder: Path) -> None:
             f"{file.name} is not a GGUF checkpoint that transformers can read ({first_line(error)}); "
             f"give a folder with config.json and safetensors files"
         ) from None
+    if pieces is not None and config.model_type.startswith("gemma"):
+        _mend_pieces(tokenizer, *pieces)
     _mend_tokenizer(pre_tokenizer, tokenizer, config)
     tokenizer.save_pretrained(folder)
     # `loaded` is marked as quantised and refuses to be saved: move its tensors into a model that is not.
@@ -129,8 +134,48 @@ def _mend_tokenizer(pre_tokenizer: str | None, tokenizer, config) -> None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
 
 
-def _pre_tokenizer(file: Path) -> str | None:
+def _mend_pieces(tokenizer, pieces: list[str], scores: list[float], types: list[int]) -> None:
+    """Let Gemma's tokenizer merge pieces as SentencePiece does: the pair whose piece has the highest score first.
+
+    transformers' conversion takes the scores, which are ranks of merges, for log-probabilities of a unigram model, and
+    cuts words into far more pieces ("▁E ng li sh"). Pieces that the user has defined come before all others: runs of
+    blanks and line breaks by merging, the rest as added tokens.
+    """
+    from tokenizers import AddedToken, decoders, models, normalizers
+
+    known = {" " * len(piece): "▁" * len(piece) for piece in pieces if piece and not piece.strip(" ")}
+    known |= {} if "\t" in pieces else {"<0x09>": "\t"}
+    names = [known.get(piece, piece) for piece in pieces]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    ranks = {
+        name: (kind == _NORMAL, -score if kind == _NORMAL else vocabulary[name])
+        for name, score, kind in zip(names, scores, types, strict=True)
+        if kind in (_NORMAL, _DEFINED)
+    }
+    pairs = [
+        (rank, vocabulary[name[:cut]], vocabulary[name[cut:]])
+        for name, rank in ranks.items()
+        for cut in range(1, len(name))
+        if name[:cut] in ranks and name[cut:] in ranks
+    ]
+    merges = [(names[left], names[right]) for _, left, right in sorted(pairs)]
+    backend = tokenizer.backend_tokenizer
+    backend.model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), None
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    defined = [name for name, kind in zip(names, types, strict=True) if kind == _DEFINED and name.strip("▁\n\t")]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in defined])
+
+
+def _pieces(file: Path) -> tuple[list[str], list[float], list[int]] | None:
+    """The pieces of a SentencePiece tokenizer, their scores and their types; None where the file has none."""
+    found = tuple(_field(file, name) for name in ("tokens", "scores", "token_type"))
+    return None if _field(file, "model") != "llama" or None in found else found
+
+
+def _field(file: Path, name: str):
+    """What the file says about its tokenizer under this name; None if nothing."""
     from gguf import GGUFReader
 
-    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    field = GGUFReader(file).get_field(f"tokenizer.ggml.{name}")
     return None if field is None else field.contents()

@@ -19,6 +19,8 @@ import tiny_models
 import torch
 import yaml
 from helpers import ROOT, refused
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from alps_exp.base import packages
 from alps_exp.checkpoints import gguf_files
@@ -241,6 +243,34 @@ def test_not_a_gguf_file(tmp_path, monkeypatch):
     (tmp_path / "small.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     refused(lambda: loading.resolve(local(tmp_path / "small.gguf")), "small.gguf is not a GGUF checkpoint")
     assert not list((tmp_path / "assets").rglob(".*.tmp"))
+
+
+def test_pieces_of_gemma_merge_as_sentencepiece_does():
+    """Against a plain loop: of all neighbours that make a piece, the pair with the best score merges, and again."""
+    words = ["▁the", "▁th", "▁t", "he", "th", "er", "▁he", "re", "▁there", "her", "ere", "▁▁", "\n\n", "<b>"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<0x09>", "<0x41>"]
+    pieces = [*special, *words, "▁", "t", "h", "e", "r", "\n", "<", "b", ">"]
+    pieces[pieces.index("▁▁")] = "  "  # as the files have it
+    types = [3] * 3 + [2] + [6] * 2 + [4 if piece in ("  ", "\n\n", "<b>") else 1 for piece in pieces[6:]]
+    scores = [-float(rank) if kind == 1 else -1000.0 for rank, kind in enumerate(types)]
+    backend = Tokenizer(models.Unigram([("a", 0.0)]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    gguf_files._mend_pieces(tokenizer, pieces, scores, types)
+    best = dict(zip(pieces, scores, strict=True)) | {"▁▁": 1.0, "\n\n": 1.0}
+
+    def plain(text: str) -> list[str]:
+        parts = list(text.replace(" ", "▁"))
+        while pairs := [i for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in best]:
+            at = max(pairs, key=lambda i: (best[parts[i] + parts[i + 1]], -i))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return parts
+
+    for text in (" there the  here\n\nthere", "er there her e", "  the  \n\n\n the"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == plain(text)
+        assert tokenizer.decode(ids) == text
+    ids = tokenizer("the <b>\tA")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["t", "he", "▁", "<b>", "\t", "<0x41>"]
 
 
 def test_a_folder_is_made_once_by_processes_that_want_it_together_and_after_a_kill(tmp_path):
