@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml.error import MarkedYAMLError
 
 from ..base.errors import UserError, nearest
+from ..base.resources import resource_root
 from .names import NAMES, pasteable
 
 _EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_local": "submitit"}
@@ -133,8 +134,17 @@ def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
         )
     if path[0] in names:
         return f"unknown key {key!r}: {known}{path[0]} is a value and has no keys of its own"
+    if others := _with_key(where := known.removesuffix("."), path[0]):
+        return f"unknown key {key!r}: {where}={node.get('name')} has none; give {' or '.join(others)}, too"
     own = f" (and configuration {config_name!r} begins its defaults with - config)" if config_name != "config" else ""
     return f"unknown key {key!r}; {nearest(known + path[0], [known + name for name in names])}{own}"
+
+
+def _with_key(group: str, key: str) -> list[str]:
+    """The choices of a group of this project that have a key, as they are given: target=stream."""
+    files = sorted((resource_root() / "conf" / group).glob("*.yaml")) if group else []
+    nodes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+    return [f"{group}={name}" for name, node in nodes.items() if isinstance(node, dict) and key in node]
 
 
 def _without_keys(words: Sequence[str], config_name: str) -> DictConfig:

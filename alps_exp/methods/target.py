@@ -73,6 +73,8 @@ class StreamTarget(Target):
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
+        if isinstance(self.strength, str) and self.strength != "auto":
+            raise UserError(f"target.strength={self.strength!r} is not allowed: give a number from 0 up to 1, or auto")
         if self.strength != "auto":
             require("target.strength", self.strength, float, 0, 1)
         require("target.ridge", self.ridge, float, 0, 1e6, open_low=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..base.errors import UserError
 from .pattern import Pattern, Scope
+from .tiles import fitting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,5 +76,6 @@ class NM(Pattern):
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % self.width:
-            return f"its {shape[1]} inputs are not a multiple of {self.width}; choose another M"
+            inputs = f"its {shape[1]} inputs are not a multiple of {self.width}"
+            return f"{inputs}; M that fit: {fitting(shape[1], self.width, self.kept)}"
         return None

@@ -195,7 +195,7 @@ def _sums(score: Tensor, tile: tuple[int, int], signed: bool = False) -> Tensor:
     return squares.view(score.shape[0] // tile[0], tile[0], score.shape[1] // tile[1], tile[1]).sum((1, 3))
 
 
-def fitting(size: int, wanted: int) -> str:
-    """Divisors of `size` above 1, the five nearest to what was wanted."""
-    found = [number for number in range(2, size + 1) if size % number == 0]
+def fitting(size: int, wanted: int, above: int = 1) -> str:
+    """Divisors of `size` above 1 or another number, the five nearest to what was wanted."""
+    found = [number for number in range(above + 1, size + 1) if size % number == 0]
     return ", ".join(map(str, sorted(sorted(found, key=lambda n: abs(math.log(n / wanted)))[:5]))) or "none"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .nm import NM
 from .pattern import Scope
+from .tiles import fitting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +60,8 @@ class Transposable(NM):
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[0] % self.width or shape[1] % self.width:
-            return (
-                f"its {shape[0]} outputs and {shape[1]} inputs are not both multiples of {self.width}; choose another M"
-            )
+            what = f"its {shape[0]} outputs and {shape[1]} inputs are not both multiples of {self.width}"
+            return f"{what}; M that fit: {fitting(math.gcd(*shape), self.width, self.kept)}"
         return None
 
     def holds(self, support: Tensor) -> bool:

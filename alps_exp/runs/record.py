@@ -192,7 +192,8 @@ def warnings_of(rows: Sequence[LayerRow]) -> list[str]:
             f"{len(few)} layers have more inputs than calibration tokens ({few[0].name}: {few[0].shape[1]} inputs, "
             f"{few[0].tokens} tokens); their losses say little about other text: use more windows (nsamples)"
         )
-    lost = {row.name: row.relative_loss for row in rows if row.target == "layer" and (row.relative_loss or 0) > 1}
+    fitted = ((row.name, row.relative_loss if row.target == "layer" else row.target_loss) for row in rows)
+    lost = {name: loss for name, loss in fitted if (loss or 0) > 1}
     if lost:
         worst = max(lost, key=lost.get)
         found.append(

@@ -276,7 +276,12 @@ def test_a_block_without_writers_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"strength": -0.1}, "target.strength"), ({"strength": 1.5}, "from 0 up to 1"), ({"ridge": 0.0}, "target.ridge")],
+    [
+        ({"strength": -0.1}, "target.strength"),
+        ({"strength": 1.5}, "from 0 up to 1"),
+        ({"strength": "Auto"}, "from 0 up to 1, or auto"),
+        ({"ridge": 0.0}, "target.ridge"),
+    ],
 )
 def test_values_that_are_refused(fields, message):
     with pytest.raises(UserError, match=message):

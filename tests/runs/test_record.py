@@ -90,11 +90,12 @@ def test_warnings_name_one_layer_and_count_the_rest():
     lost = [
         row(name="b.1.v", relative_loss=2.639e16),
         row(relative_loss=3.0),
-        row(relative_loss=4.0, target="stream"),
+        row(relative_loss=4.0, target="stream", target_loss=0.5),
+        row(name="c.2.o", relative_loss=0.5, target="stream", target_loss=1.5),
         row(),
     ]
     (worse,) = warnings_of(lost)
-    assert worse.startswith("2 layers have a relative loss above 1") and "b.1.v: 2.639e+16" in worse
+    assert worse.startswith("3 layers have a relative loss above 1") and "b.1.v: 2.639e+16" in worse
 
 
 @pytest.mark.parametrize("content", ["null", "[1]", '{"a"', '{"schema": 2}', "{}", "[" * 100_000], ids=str.__len__)
