@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -19,7 +19,7 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-_read: dict[tuple[str, ...], bytes] = {}  # pickled, by where a file lies and what it says
+_read: dict[tuple[str, ...], ConfigResult | None] = {}  # by where a file lies and what it says
 
 
 class Repository(ConfigRepository):
@@ -39,8 +39,10 @@ class Repository(ConfigRepository):
             return super().load_config(config_path)
         key = source.provider, source.path, config_path, source.text(config_path)
         if key not in _read:
-            _read[key] = pickle.dumps(super().load_config(config_path))
-        return pickle.loads(_read[key])  # Hydra changes what it gets; this is a copy in a seventh of deepcopy's time
+            _read[key] = super().load_config(config_path)
+        found = _read[key]
+        # Hydra changes the configuration that it gets, and copies the defaults.
+        return found and dataclasses.replace(found, config=copy.deepcopy(found.config), header=dict(found.header))
 
     def __deepcopy__(self, memo: dict) -> Repository:
         return copy.copy(self)

@@ -36,11 +36,15 @@ def told(result: PruneResult) -> list:
     return [(row.name, row.relative_loss, row.target_loss, row.held_out_loss) for row in result.layers] + [result.drift]
 
 
-@TARGETS
 @pytest.mark.parametrize(
-    ("family", "held_out"),
-    [("llama", None), *((family, tokens(6)) for family in CONFIGS)],
-    ids=["llama alone", *CONFIGS],
+    ("family", "held_out", "target"),
+    [
+        ("llama", None, LayerTarget()),
+        *(("llama", tokens(6), target) for target in (LayerTarget(), StreamTarget())),
+        *((family, tokens(6), StreamTarget()) for family in CONFIGS if family != "llama"),
+        ("gpt-neox", tokens(6), LayerTarget()),  # attention and feed-forward part side by side
+    ],
+    ids=["llama alone", "llama layer", *CONFIGS, "gpt-neox layer"],
 )
 def test_a_run_that_keeps_outputs_has_the_bits_of_one_that_does_not(family, target, held_out, monkeypatch):
     one, other = network(family), network(family)

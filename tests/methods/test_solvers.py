@@ -38,6 +38,7 @@ EDGE_CASES["zero weight"] = dataclasses.replace(
 each_method = pytest.mark.parametrize("method", METHODS)
 each_pruning = pytest.mark.parametrize("method", PRUNING)
 each_pattern = pytest.mark.parametrize("written", PATTERNS)
+some_patterns = pytest.mark.parametrize("written", ["0.29", "0.7", "2:4", "2:3"])
 
 
 def solve(method: str, problem: LayerProblem, written: str):
@@ -63,7 +64,7 @@ def test_exact_count_in_every_selection_group(method, written):
 
 
 @each_method
-@each_pattern
+@some_patterns
 def test_permuting_outputs_commutes_and_runs_repeat(method, written):
     problem = planted(seed=10)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
@@ -75,7 +76,7 @@ def test_permuting_outputs_commutes_and_runs_repeat(method, written):
 
 
 @each_method
-@each_pattern
+@some_patterns
 def test_the_problem_is_not_changed(method, written):
     problem, same = planted(seed=11), planted(seed=11)
     solution = solve(method, problem, written)
@@ -98,7 +99,7 @@ def test_optimising_methods_beat_magnitude(method, written):
 
 @each_method
 @pytest.mark.parametrize("case", EDGE_CASES)
-@pytest.mark.parametrize("written", ["0.5", "0.9", "2:4", "1:4"])
+@pytest.mark.parametrize("written", ["0.5", "1:4"])  # others of drawn layers: test_degenerate.py
 def test_edge_cases(method, case, written):
     problem = EDGE_CASES[case]
     solution = solve(method, problem, written)
@@ -190,10 +191,10 @@ def _numbers():
 
 
 @pytest.mark.parametrize(("method", "name"), list(_numbers()))
-@pytest.mark.parametrize("value", [-1, "many", None, True, float("nan")])
-def test_hyperparameters_are_checked(method, name, value):
-    with pytest.raises(UserError, match=f"method.{name}={value!r} is not allowed"):
-        registry.solver(method, **{name: value})
+def test_hyperparameters_are_checked(method, name):
+    for value in (-1, "many", None, True, float("nan")):
+        with pytest.raises(UserError, match=f"method.{name}={value!r} is not allowed"):
+            registry.solver(method, **{name: value})
 
 
 def test_unknown_names_are_refused():

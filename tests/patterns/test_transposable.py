@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import planted, refused
 from scipy.optimize import linprog
+from torch.sparse import _semi_structured_conversions as semi_structured
 
 from alps_exp.layer import registry
 from alps_exp.methods.refit import refitted
@@ -127,3 +128,31 @@ def test_the_optimising_methods_beat_magnitude(text):
     assert max(losses["sparsegpt"], losses["admm-grad"]) < losses["magnitude"]
     plain = registry.solver("alps").solve(problem, NM(pattern.kept, pattern.width))
     assert problem.relative_loss(plain.weight) < losses["alps"]
+
+
+def both_ways(dtype: torch.dtype) -> list[torch.Tensor]:
+    """A 2:4T weight and its transpose."""
+    problem = planted(rows=64, width=128, tokens=600, seed=3, dtype=torch.float32)
+    weight = registry.solver("wanda").solve(problem, Transposable(2, 4)).weight.to(dtype)
+    return [weight, weight.T.contiguous()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torchs_semi_structured_form_holds_the_weight_and_its_transpose(dtype):
+    """On the CPU, torch converts to the kept half and its places, and back, though it does not multiply."""
+    for weight in both_ways(dtype):
+        kept, places = semi_structured.sparse_semi_structured_from_dense_cutlass(weight)
+        assert kept.shape == (weight.shape[0], weight.shape[1] // 2)
+        assert torch.equal(semi_structured.sparse_semi_structured_to_dense_cutlass(kept, places), weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch multiplies semi-structured weights on CUDA alone")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_weight_and_its_transpose_multiply_in_torchs_semi_structured_form(dtype):
+    for weight in (weight.cuda() for weight in both_ways(dtype)):
+        sparse = torch.sparse.to_sparse_semi_structured(weight)
+        assert torch.equal(sparse.to_dense(), weight)
+        inputs = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+        expected = inputs.double() @ weight.double().T
+        product = torch.nn.functional.linear(inputs, sparse).double()
+        assert float((product - expected).norm() / expected.norm()) < torch.finfo(dtype).eps

@@ -53,9 +53,13 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("method", "sparsity"), [("wanda", "0.5"), ("sparsegpt", "2:4"), ("dsnot", "0.6"), ("admm-grad", "0.5")]
+    ("family", "method", "sparsity"),
+    [
+        *((family, "sparsegpt", "2:4") for family in FAMILIES),
+        *(("llama", method, "0.5") for method in ("wanda", "dsnot", "admm-grad")),
+        ("opt", "dsnot", "0.6"),  # with biases, and inputs off zero
+    ],
 )
 def test_weights_and_losses_are_those_of_a_plain_loop(request, family, method, sparsity):
     folder, ids = request.getfixturevalue(f"tiny_{family}"), tokens()
