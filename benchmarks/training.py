@@ -4,9 +4,11 @@
     python benchmarks/training.py distil --shape llama-7b --windows 16      (finish=distil)
     python benchmarks/training.py elsa --shape llama-1b --batch 8           (method=elsa)
 
-Seconds of a step are a median, with the device waited for. The share counts 6 floating-point operations per token and
-weight, without the table of embeddings, the attention's own products and the dense head of a distillation, over those
-of a bfloat16 product of 8192 × 8192 matrices, measured at the start. Needs torch, transformers and alps_exp.
+Seconds of a step are a median, with the device waited for. `share` counts 6 floating-point operations per token and
+weight, without the table of embeddings, the attention's own products, the dense head of a distillation and whatever is
+made again, over those of a bfloat16 product of 8192 × 8192 matrices, measured at the start; `share_of_nominal` over
+`--nominal`. `with_attention` counts the attention's causal products and the dense head, too. --profile N prints the N
+kernels that took most of one step. Needs torch, transformers and alps_exp.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.tools import Tools
 from alps_exp.training.finish import BlockFinish, Distillation, Finish
 from alps_exp.training.trainer import Trainer
 
@@ -51,6 +54,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", default="0.7")
     parser.add_argument("--gigabytes", type=float, help="device memory to do with")
+    parser.add_argument("--micro", type=int, help="windows per backward pass; as many as fit by default")
+    parser.add_argument("--nominal", type=float, default=989.0, help="TFLOP/s that the device has by its data sheet")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
     print(json.dumps(measured(parser.parse_args())), flush=True)
 
 
@@ -71,7 +77,7 @@ def measured(options: argparse.Namespace) -> dict:
     method, finish = solver("magnitude"), Finish()
     if options.what == "elsa":
         seen = options.windows * options.seqlen
-        method = solver("elsa", steps=_STEPS, batch=options.batch, tokens=seen, interval=4)
+        method = solver("elsa", steps=_STEPS, batch=options.batch, tokens=seen, interval=4, micro=options.micro)
     elif options.what == "block":
         finish = Finish(block=BlockFinish(batch=options.batch))
     else:
@@ -85,23 +91,33 @@ def measured(options: argparse.Namespace) -> dict:
         held_out=tokens[options.windows :] if finish.name != "none" else None,
         finish=finish,
     )
-    steps = _timed_steps(device)
-    network = BlockModel(model, device)
-    result = prune_blocks(network, job)
+    steps, looks = _timed_steps(device, options.profile), _timed_looks(device)
+    network, tools = BlockModel(model, device), Tools()
+    tools.ladder.micro = options.micro
+    result = prune_blocks(network, job, tools)
     done = result.training or result.finish.get("distil") or result.finish["blocks"][-1]
     part = network.blocks[0] if options.what == "block" else model
     weights = sum(p.numel() for p in part.parameters())
     weights -= model.get_input_embeddings().weight.numel() * (part is model)
     step = statistics.median(steps)
-    flops = 6 * weights * options.batch * options.seqlen / step
+    tokens = options.batch * options.seqlen
+    flops = 6 * weights * tokens / step
+    blocks = 1 if options.what == "block" else len(network)
+    more = 6 * options.seqlen * config.num_attention_heads * _head_width(config) * blocks
+    more += 2 * model.get_output_embeddings().weight.numel() * (options.what == "distil")
     return vars(options) | {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "weights": weights,
         "steps": len(steps),
         "step_seconds": step,
-        "tokens_per_second": options.batch * options.seqlen / step,
+        "step_seconds_of_all": [round(seconds, 4) for seconds in steps],
+        "look_seconds": [round(seconds, 3) for seconds in looks],
+        "tokens_per_second": tokens / step,
         "tflops": flops / 1e12,
+        "rate": rate / 1e12,
         "share": flops / rate,
+        "share_of_nominal": flops / options.nominal / 1e12,
+        "with_attention": (flops + more * tokens / step) / options.nominal / 1e12,
         "micro": done["micro"],
         "block_seconds": [row["seconds"] for row in result.finish.get("blocks", [])],
         "phases": result.seconds,
@@ -110,18 +126,44 @@ def measured(options: argparse.Namespace) -> dict:
     }
 
 
-def _timed_steps(device: torch.device) -> list[float]:
-    """Seconds of every step that trainers make from now on."""
-    found, inner = [], Trainer._step
+def _head_width(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _timed_steps(device: torch.device, longest: int) -> list[float]:
+    """Seconds of every step that trainers make from now on, but for one that is profiled."""
+    found, inner, profiled = [], Trainer._step, [False]
 
     def step(self, number: int) -> None:
         _wait(device)
+        if longest and number == 3 and not profiled[0]:
+            profiled[0] = True
+            with torch.profiler.profile() as profile:
+                inner(self, number)
+                _wait(device)
+            key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            print(profile.key_averages().table(sort_by=key, row_limit=longest, max_name_column_width=90), flush=True)
+            return
         start = time.perf_counter()
         inner(self, number)
         _wait(device)
         found.append(time.perf_counter() - start)
 
     Trainer._step = step
+    return found
+
+
+def _timed_looks(device: torch.device) -> list[float]:
+    """Seconds of every look at the held-out windows that trainers make from now on."""
+    found, inner = [], Trainer._look
+
+    def look(self, number: int) -> None:
+        start = time.perf_counter()
+        inner(self, number)
+        _wait(device)
+        found.append(time.perf_counter() - start)
+
+    Trainer._look = look
     return found
 
 

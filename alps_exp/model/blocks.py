@@ -337,9 +337,29 @@ class BlockModel:
         call = self.call(index, hidden)
         return hidden_of(block(hidden, *call.args, **call.kwargs))
 
+    def behind(self, tokens: Tensor) -> Tensor:
+        """The last block's output (windows, seqlen, width) in the model's own forward, which ends there."""
+        found: list[Tensor] = []
+
+        def stop(block: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
+            found.append(hidden_of(output))
+            raise _Stop
+
+        handle = self.blocks[-1].register_forward_hook(stop)
+        try:
+            with suppress(_Stop):
+                self.forward(tokens)
+        finally:
+            handle.remove()
+        return found[0]
+
     @torch.no_grad()
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Logits (windows, seqlen, vocabulary) from the last block's output, by the model's own final norm and head."""
+        return self.logits(tokens, hidden)
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The same, with gradients where they are enabled."""
         with self.stubs(lambda index, passed, args, kwargs: hidden if index == 0 else passed):
             return self.forward(tokens)
 

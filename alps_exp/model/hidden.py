@@ -30,6 +30,8 @@ class HiddenStates:
         place: "device", "host", "disk" (a file in the model's `scratch` folder that exists as long as this object), or
             "auto": the first of them where they leave enough room for the rest; the model's choice by default.
         blocks: how many blocks they will go through, the first ones; all by default.
+        room: bytes that they may take on the device, for "auto"; by default a quarter of what is free there.
+        sharers: how many processes keep as many in this host's memory, for "auto".
 
     Attributes:
         sizes: windows of each forward.
@@ -48,6 +50,8 @@ class HiddenStates:
         batch_size: int,
         place: str | None = None,
         blocks: int | None = None,
+        room: float | None = None,
+        sharers: int = 1,
     ) -> None:
         faithful.ensure(model, tokens, blocks)
         self._model = model
@@ -57,6 +61,7 @@ class HiddenStates:
         self.measures: list[str] = []
         self._states: Tensor | None = None
         self._dtype: torch.dtype | None = None
+        self._room, self._sharers = room, sharers
         begin = 0
         while begin < len(tokens):
             size = self._size_at(begin)
@@ -96,7 +101,7 @@ class HiddenStates:
         shape = (len(self._tokens), *like.shape[1:])
         size = shape[0] * like[0].numel() * like.element_size()
         if self.place == "auto":
-            self.place = choose_place(self._model.device, size)
+            self.place = choose_place(self._model.device, size, self._room, self._sharers)
         self._dtype = like.dtype
         self._states = self._empty(shape, like.dtype)
 
@@ -249,11 +254,12 @@ def _even(windows: int, size: int) -> list[int]:
     return [min(size, windows - begin) for begin in range(0, windows, size)]
 
 
-def choose_place(device: torch.device, size: int) -> str:
-    """The device while they take at most a quarter of what is free there, then the host, half of what is free there."""
-    if device.type == "cuda" and size <= 0.25 * free_device(device):
+def choose_place(device: torch.device, size: int, room: float | None = None, sharers: int = 1) -> str:
+    """The device while they take at most a quarter of what is free there, and no more than `room`; then the host, where
+    all sharers together take half of what is free; then the disk."""
+    if device.type == "cuda" and size <= min(0.25 * free_device(device), room if room is not None else size):
         return "device"
-    return "host" if size <= 0.5 * free_host() else "disk"
+    return "host" if sharers * size <= 0.5 * free_host() else "disk"
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:

@@ -25,11 +25,13 @@ from ..pruning.job import PruneJob
 from ..pruning.rows import PruneResult
 from ..pruning.tools import Tools
 from ..training.finish import Distillation
-from ..training.losses import divergence
+from ..training.losses import divergence, divergence_in_pieces
 from ..training.trainer import Trainer, completed
 from ..training.whole import Checkpointing, on_device, window_bytes, working_dtypes
 
 _FILE = "distil.pt"
+# At most this many logits at once (512 MB in float32); of a window that has more, so many positions at a time.
+_LOGITS = 2**27
 
 
 class Teacher:
@@ -53,17 +55,18 @@ class Teacher:
 
     def __init__(self, model: BlockModel, job: PruneJob, tools: Tools) -> None:
         refuse_streamed(model.source is not None)
-        _check_memory(model, job)
+        needed = _check_memory(model, job)
         fresh = job.fresh if job.fresh is not None else job.tokens[:0]
         self.tokens = torch.cat([job.tokens, fresh, job.held_out])
         self.held_out = len(job.held_out)
         self.windows = len(self.tokens) - self.held_out
         watch, self.states = Stopwatch(model.device), None
-        if completed(tools.store.file(_FILE)):
+        if all(tools.team.gather([completed(tools.store.file(_FILE))])):  # all do the same, whatever one can read
             self.seconds = 0.0
             return
         with naming_the_step("the dense model's forward (finish=distil)"):
-            self.states = HiddenStates(model, self.tokens, job.batch_size, tools.ladder.place)
+            place, room = tools.ladder.place, _room(model, needed)
+            self.states = HiddenStates(model, self.tokens, job.batch_size, place, room=room, sharers=tools.team.size)
             for index in Progress(range(len(model)), "dense forward for the distillation", quiet=job.quiet):
                 with model.block(index, changing=False) as block:
                     self.states.advance(model, index, block)
@@ -128,14 +131,26 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
 
 
 def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
+    seqlen, vocabulary = teacher.tokens.shape[1], _text_config(model).vocab_size
+    positions = -(-seqlen // -(-seqlen * vocabulary // _LOGITS))
+
     def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
         if teacher.states is None:
             raise UserError(f"{_FILE} is the checkpoint of another distillation: start again with resume=false")
         rows = [number + teacher.windows * held_out for number in numbers]
         tokens, hidden = teacher.tokens[rows], teacher.states.take(rows)
-        logits = model.forward(tokens)
-        wanted = (model.head(tokens[i : i + 1], hidden[i : i + 1])[0] for i in range(len(rows)))
-        return divergence(logits, wanted)
+        if positions == seqlen:
+            logits = model.forward(tokens)
+            wanted = (model.head(tokens[i : i + 1], hidden[i : i + 1])[0] for i in range(len(rows)))
+            return divergence(logits, wanted)
+
+        def logits(window: int, part: slice, piece: Tensor) -> Tensor:
+            return model.logits(tokens[window : window + 1, part], piece)
+
+        def wanted(window: int, part: slice) -> Tensor:
+            return model.head(tokens[window : window + 1, part], hidden[window : window + 1, part])
+
+        return divergence_in_pieces(model.behind(tokens), positions, logits, wanted)
 
     return loss
 
@@ -171,16 +186,28 @@ def device_bytes(
     """
     sizes = {name: shape[0] * shape[1] for name, (shape, _) in layers.items()}
     kept = sum((1 - layers[name][1]) * size for name, size in sizes.items())
-    # Per kept weight its index, master and gradient, and AdamW's two moments.
-    state = kept * (4 + 4 + 4 + (2 if choice.state == "8bit" else 8))
-    window = window_bytes([shape for shape, _ in layers.values()], itemsize, blocks, seqlen, vocabulary)
+    # Per kept weight its master and gradient, and AdamW's two moments; per weight a bit that says which are kept.
+    state = kept * (4 + 4 + (2 if choice.state == "8bit" else 8)) + sum(sizes.values()) / 8
+    held = min(vocabulary, _LOGITS / seqlen)
+    window = window_bytes([shape for shape, _ in layers.values()], itemsize, blocks, seqlen, held)
     return int(weights * itemsize + state + max(sizes.values()) * itemsize + window)
 
 
-def _check_memory(model: BlockModel, job: PruneJob) -> None:
-    """Refuse what no measure can make fit, before hours are spent."""
+def _room(model: BlockModel, needed: int) -> float | None:
+    """What the dense model's hidden states may take on the device: they are there before the masters are, which must
+    find room; and more windows per backward pass are worth more than a copy of some megabytes in each step."""
+    return (device_memory(model.device) - needed) / 8 if model.device.type == "cuda" else None
+
+
+def device_memory(device: torch.device) -> int:
+    """What a GPU has in all."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
+def _check_memory(model: BlockModel, job: PruneJob) -> int:
+    """What it takes on a GPU at least; refuse what no measure can make fit, before hours are spent."""
     if model.device.type != "cuda":
-        return
+        return 0
     shapes = {
         name: (layer.shape, job.patterns[name].sparsity)
         for index, block in enumerate(model.blocks)
@@ -193,9 +220,10 @@ def _check_memory(model: BlockModel, job: PruneJob) -> None:
     needed = device_bytes(
         job.finish.distil, shapes, count, itemsize, len(model), job.tokens.shape[1], config.vocab_size
     )
-    total = torch.cuda.mem_get_info(model.device)[1]
+    total = device_memory(model.device)
     if needed > total:
         raise UserError(
             f"finish=distil needs at least {needed / 1e9:.0f} GB on the device for this model, which has "
             f"{total / 1e9:.0f} GB: give finish=block, finish.distil.state=8bit, or shorter windows (seqlen)"
         )
+    return needed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -48,3 +48,53 @@ def divergence(logits: Tensor, wanted: Iterable[Tensor]) -> Tensor:
     """
     total = sum(_Divergence.apply(ours, theirs) for ours, theirs in zip(logits, wanted, strict=True))
     return total / logits[..., 0].numel()
+
+
+class _Pieces(torch.autograd.Function):
+    """The sum of a loss over pieces of its input. Each piece's gradient is made beside its value, so that no more than
+    one piece's work is held at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, spans: list, loss: Callable) -> Tensor:
+        made, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
+        for window, part in spans:
+            piece = hidden[window : window + 1, part].detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(window, part, piece)
+            (made[window : window + 1, part],) = torch.autograd.grad(value, piece)
+            total += value.detach()
+        ctx.save_for_backward(made)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (made,) = ctx.saved_tensors
+        return made * gradient, None, None
+
+
+def divergence_in_pieces(
+    hidden: Tensor,
+    positions: int,
+    logits: Callable[[int, slice, Tensor], Tensor],
+    wanted: Callable[[int, slice], Tensor],
+) -> Tensor:
+    """`divergence` where the logits of a window are too many to be held at once.
+
+    Args:
+        hidden: (windows, seqlen, width) what the logits are made of, position by position, with gradients.
+        positions: how many positions' logits are held at a time.
+        logits: (window, slice of positions, their part of `hidden`, with one window) → (1, positions, vocabulary).
+        wanted: (window, slice of positions) → likewise, without gradients.
+    """
+    windows, seqlen = hidden.shape[:2]
+    starts = range(0, seqlen, positions)
+    spans = [(window, slice(at, min(at + positions, seqlen))) for window in range(windows) for at in starts]
+
+    def loss(window: int, part: slice, piece: Tensor) -> Tensor:
+        return _Divergence.apply(logits(window, part, piece), wanted(window, part))
+
+    if torch.is_grad_enabled():
+        total = _Pieces.apply(hidden, spans, loss)
+    else:
+        total = sum(loss(window, part, hidden[window : window + 1, part]) for window, part in spans)
+    return total / (windows * seqlen)

@@ -12,6 +12,60 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..numerics.kernels import kernels_for
+
+
+class Places:
+    """Where the kept entries of a weight are, by their numbers. `numerics.kept_kernels.Bits` does the same on a GPU.
+
+    Args:
+        mask: bool, any shape.
+
+    Attributes:
+        count: how many entries are kept.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        index = mask.flatten().nonzero().squeeze(1)
+        self._index = index.int() if mask.numel() < 2**31 else index  # half the memory
+        self.count = len(index)
+
+    def pick(self, tensor: Tensor, into: Tensor) -> Tensor:
+        """Write the kept entries of a tensor into the first `count` of `into`, in its dtype."""
+        into[: self.count].copy_(tensor.reshape(-1).index_select(0, self._index))
+        return into
+
+    def add(self, tensor: Tensor, into: Tensor) -> Tensor:
+        """Add them there."""
+        into[: self.count].add_(tensor.reshape(-1).index_select(0, self._index))
+        return into
+
+    def put(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Write `values` to the kept entries of a contiguous tensor, in its dtype; the others stay as they are."""
+        tensor.view(-1).index_copy_(0, self._index.long(), values[: self.count].to(tensor.dtype))
+        return tensor
+
+
+def places_of(mask: Tensor):
+    """Where the kept entries are: as bits where Triton compiles, as numbers otherwise."""
+    if kernels_for(mask.device) is None:
+        return Places(mask)
+    from ..numerics.kept_kernels import Bits
+
+    return Bits(mask)
+
+
+def _digest(mask: Tensor) -> int:
+    """Of a mask: a sum over the numbers of its entries, each mixed, that wraps around."""
+    numbers = mask.flatten().nonzero().squeeze(1)
+    numbers = (numbers + 1) * -7046029254386353131
+    numbers = (numbers ^ (numbers >> 29)) * -4658895280553007687
+    return int((numbers ^ (numbers >> 32)).sum())
+
+
+def _mixed(one: int, other: int) -> int:
+    return (one * 6364136223846793005 + other + 1442695040888963407) % 2**64
+
 
 class Masters:
     """The masters of some weights of a module.
@@ -28,31 +82,36 @@ class Masters:
     Attributes:
         values: name → parameter in float32, or float64 where the weight is: (kept,) of a masked weight, of the weight's
             own shape otherwise. A weight without mask that is not in half precision is its own master.
+        digest: of which entries are trained.
     """
 
     def __init__(self, module: nn.Module, trained: Mapping[str, Tensor | None], multiple: int = 1) -> None:
         self._multiple = multiple
         self._module = module
         self._weights: dict[str, nn.Parameter] = {}
-        self._indices: dict[str, Tensor | None] = {}
+        self._places: dict[str, Places | None] = {}
         self.values: dict[str, nn.Parameter] = {}
+        self._room: dict[str, Tensor] = {}
+        self.digest = 0
         for name, mask in trained.items():
             weight = module.get_parameter(name)
             if mask is not None and tuple(mask.shape) != tuple(weight.shape):
                 raise ValueError(f"{name}: a mask of shape {tuple(mask.shape)} for {tuple(weight.shape)}")
             weight.data = weight.data.contiguous()
-            index = None
-            if mask is not None and not bool(mask.all()):
-                index = mask.to(weight.device).flatten().nonzero().squeeze(1)
-                index = index.int() if weight.numel() < 2**31 else index  # half the memory
-                if not len(index):
-                    continue
-            self._weights[name], self._indices[name] = weight, index
-            taken = weight.data if index is None else self._picked(weight.data, index)
-            self.values[name] = nn.Parameter(taken.to(torch.promote_types(taken.dtype, torch.float32)))
+            if mask is not None and not bool(mask.any()):
+                continue
+            places = None if mask is None or bool(mask.all()) else places_of(mask.to(weight.device))
+            self._weights[name], self._places[name] = weight, places
+            self.digest = _mixed(self.digest, 0 if places is None else _digest(mask))
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            taken = weight.data.to(dtype) if places is None else self._picked(weight.data, places, dtype)
+            self.values[name] = nn.Parameter(taken)
 
-    def _picked(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return nn.functional.pad(tensor.reshape(-1).index_select(0, index), (0, -len(index) % self._multiple))
+    def _picked(self, tensor: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+        size = places.count + -places.count % self._multiple
+        into = tensor.new_empty(size, dtype=dtype)
+        into[places.count :] = 0
+        return places.pick(tensor, into)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -75,15 +134,16 @@ class Masters:
             self.forget()
 
     def _collector(self, name: str):
-        index, value = self._indices[name], self.values[name]
+        places, value = self._places[name], self.values[name]
 
         def collect(weight: nn.Parameter) -> None:
             gradient, weight.grad = weight.grad, None
-            gradient = gradient if index is None else self._picked(gradient, index)
-            if value.grad is None:
+            if value.grad is not None:
+                value.grad.add_(gradient) if places is None else places.add(gradient.contiguous(), value.grad)
+            elif places is None:
                 value.grad = gradient.to(value.dtype, copy=True)
             else:
-                value.grad.add_(gradient)
+                value.grad = self._picked(gradient.contiguous(), places, value.dtype)
 
         return collect
 
@@ -105,15 +165,24 @@ class Masters:
 
     def _write(self) -> None:
         for name, value in self.values.items():
-            weight, index = self._weights[name].data, self._indices[name]
-            if index is not None:
-                weight.view(-1).index_copy_(0, index.long(), value.detach()[: len(index)].to(weight.dtype))
+            weight, places = self._weights[name].data, self._places[name]
+            if places is not None:
+                places.put(value.detach(), weight)
             elif weight.data_ptr() != value.data_ptr():
                 weight.copy_(value)
 
     def copied(self) -> dict[str, Tensor]:
-        """The values in host memory."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.values.items()}
+        """The values in host memory, of which there is one copy: the next takes its place."""
+        if not self._room:
+            self._room = {
+                name: torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                for name, value in self.values.items()
+            }
+        for name, value in self.values.items():
+            self._room[name].copy_(value.detach(), non_blocking=True)
+        if any(value.is_cuda for value in self.values.values()):
+            torch.cuda.synchronize()
+        return self._room
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
@@ -123,8 +192,8 @@ class Masters:
 
     def check_zeros(self, what: str) -> None:
         """Raise RuntimeError if any pruned entry of the module's weights is not zero."""
-        for name, index in self._indices.items():
-            if index is not None:
-                weight = self._weights[name].data.view(-1)
-                if weight.count_nonzero() != weight.index_select(0, index).count_nonzero():
+        for name, places in self._places.items():
+            if places is not None:
+                weight = self._weights[name].data
+                if weight.count_nonzero() != self._picked(weight, places, weight.dtype).count_nonzero():
                     raise RuntimeError(f"{what}: {name} has weights that are not zero where it was pruned")

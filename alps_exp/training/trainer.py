@@ -24,6 +24,7 @@ from ..base.files import replacing
 from ..base.progress import Progress
 from .casting import cast
 from .masters import Masters
+from .norms import fused_norms
 from .optimisers import MULTIPLE, optimiser
 from .recipe import Recipe
 
@@ -101,6 +102,11 @@ class Training:
     curve: list[dict] = field(default_factory=list)
     micro: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end."""
+        return self.ended != "all steps" or self.steps == self.planned
 
 
 _SINGLE = Single()
@@ -183,7 +189,7 @@ class Trainer:
         Raises:
             UserError: a loss that is not finite, or too little device memory for one window.
         """
-        with self.masters.gathering(), cast(self._module, self._working), _repeatable():
+        with self.masters.gathering(), cast(self._module, self._working), fused_norms(self._module), _repeatable():
             self._restore()
             if len(set(self._together.gather([self._done.steps]))) > 1:
                 raise UserError(f"{self.label}: not every process can read {self._file}: see why, or delete it")
@@ -390,13 +396,15 @@ class Trainer:
         """What a checkpoint belongs to."""
         weights = {name: list(value.shape) for name, value in self.masters.values.items()}
         recipe = dataclasses.asdict(self.recipe) | {"micro": None}  # may have become less for want of memory
-        return repr((recipe, self._windows, self._held_out, weights))
+        return repr((recipe, self._windows, self._held_out, weights, self.masters.digest))
 
     def _save(self) -> None:
         if self._file is None or self._together.rank:
             return
         self._check()
         self._done.seconds = self._seconds()
+        # At the end of a training with held-out windows nothing is needed any more but the best weights.
+        over = bool(self._held_out) and self._done.over
         content = {
             "same": self._same(),
             "done": dataclasses.asdict(self._done),
@@ -404,9 +412,9 @@ class Trainer:
             "worse": self._worse,
             "factor": self._factor,
             "recent": [(step, count, float(loss)) for step, count, loss in self._recent],
-            "values": self.masters.copied(),
+            "values": {} if over else {name: value.detach() for name, value in self.masters.values.items()},
             "best": self._best,
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": None if over else self.optimiser.state_dict(),
             "companions": [companion.state() for companion in self._companions],
         }
         with replacing(self._file) as temporary:
@@ -428,9 +436,10 @@ class Trainer:
         recent = content["recent"]
         self._recent = [(step, count, torch.tensor(loss, device=self.device)) for step, count, loss in recent]
         self._checked = len(recent)
-        self.masters.load(content["values"])
-        self.masters.write()
-        self.optimiser.load_state_dict(content["optimiser"])
+        if content["optimiser"] is not None:
+            self.masters.load(content["values"])
+            self.masters.write()
+            self.optimiser.load_state_dict(content["optimiser"])
         for companion, state in zip(self._companions, content["companions"], strict=True):
             companion.load({name: tensor.to(self.device) for name, tensor in state.items()})
 
@@ -441,7 +450,7 @@ def completed(file: Path | None) -> bool:
         done = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["done"] if file is not None else None
     except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError):
         return False
-    return done is not None and (done["ended"] != "all steps" or done["steps"] == done["planned"])
+    return done is not None and Training(**done).over
 
 
 def _told(row: Mapping) -> str:

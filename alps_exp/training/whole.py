@@ -63,7 +63,9 @@ class Checkpointing:
         return around
 
 
-def window_bytes(shapes: Sequence[tuple[int, int]], itemsize: int, blocks: int, seqlen: int, vocabulary: int) -> float:
+def window_bytes(
+    shapes: Sequence[tuple[int, int]], itemsize: int, blocks: int, seqlen: int, vocabulary: float
+) -> float:
     """Memory of a forward and backward of one window, activations made again.
 
     Args:
@@ -71,7 +73,7 @@ def window_bytes(shapes: Sequence[tuple[int, int]], itemsize: int, blocks: int, 
         itemsize: bytes of an activation.
         blocks: number of decoder blocks.
         seqlen: tokens in the window.
-        vocabulary: number of tokens that there are.
+        vocabulary: number of tokens that there are, or how many logits per token are held at a time.
     """
     width = max(min(shape) for shape in shapes)
     inside = sum(map(sum, shapes)) / max(1, blocks)

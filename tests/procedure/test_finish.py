@@ -19,6 +19,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.structure import block_layers, find_blocks
+from alps_exp.procedure import distil as procedure_distil
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
 from alps_exp.training.finish import BlockFinish, Distillation, Finish, build_finish
@@ -149,6 +150,24 @@ def test_the_model_is_distilled_as_by_a_plain_loop(family):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=5e-5)
     assert record["finish"]["layer_losses"] == "before the distillation"
     assert (found["steps"], found["windows"], found["tokens"]) == (6, 24, 24 * 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt-350m"])
+def test_logits_in_pieces_make_the_same_distillation(family, monkeypatch):
+    whole, pieces = network(family), network(family)
+    records = [prune(whole, CHOICES["distil"])]
+    monkeypatch.setattr(procedure_distil, "_LOGITS", 7 * whole.config.vocab_size)  # 24 positions: four pieces of 6
+    sizes, inner = [], BlockModel.logits
+    monkeypatch.setattr(BlockModel, "logits", lambda *given: sizes.append(inner(*given)) or sizes[-1])
+    records.append(prune(pieces, CHOICES["distil"]))
+    assert (
+        {(1, 6)} <= {tuple(made.shape[:2]) for made in sizes} <= {(1, 6), (1, 12)}
+    )  # 12 to see whether it is faithful
+    one, other = (record["finish"]["distil"] for record in records)
+    assert other["after"] == pytest.approx(one["after"], rel=1e-5)
+    for name in masks(whole):
+        ours, theirs = (model.get_submodule(name).weight for model in (whole, pieces))
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=5e-5)
 
 
 @pytest.mark.parametrize(

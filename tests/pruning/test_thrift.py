@@ -13,7 +13,7 @@ from alps_exp.calibration.capture import Collector
 from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.alps import Alps
 from alps_exp.model.blocks import BlockModel
-from alps_exp.model.hidden import HiddenStates
+from alps_exp.model.hidden import HiddenStates, choose_place
 from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning import block
 from alps_exp.pruning import store as progress_store
@@ -133,6 +133,20 @@ def test_hidden_states_are_the_same_wherever_they_are(tiny_gemma3, tmp_path, pla
 def test_hidden_states_go_where_there_is_room(tiny_llama, tmp_path, monkeypatch, free, place):
     monkeypatch.setattr("alps_exp.model.hidden.free_host", lambda: free)
     assert HiddenStates(BlockModel(load(tiny_llama), CPU, scratch=tmp_path), tokens(), 2).place == place
+
+
+@pytest.mark.parametrize(("sharers", "place"), [(2, "host"), (3, "disk")])
+def test_processes_of_one_host_share_its_memory(tiny_llama, tmp_path, monkeypatch, sharers, place):
+    model = BlockModel(load(tiny_llama), CPU, scratch=tmp_path)
+    size = HiddenStates(model, tokens(), 2).nbytes
+    monkeypatch.setattr("alps_exp.model.hidden.free_host", lambda: 4 * size)
+    assert HiddenStates(model, tokens(), 2, sharers=sharers).place == place
+
+
+@pytest.mark.parametrize(("room", "place"), [(None, "device"), (100, "device"), (99, "host")])
+def test_the_device_may_be_kept_for_what_comes_after_them(monkeypatch, room, place):
+    monkeypatch.setattr("alps_exp.model.hidden.free_device", lambda device: 400)
+    assert choose_place(torch.device("cuda"), 100, room) == place
 
 
 def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch):

@@ -365,6 +365,32 @@ def test_a_damaged_checkpoint_and_one_of_another_training_are_left_alone(tmp_pat
     assert not torch.equal(module[0].weight, expected[0].weight)
 
 
+def test_a_checkpoint_of_other_masks_is_left_alone(tmp_path):
+    """With as many kept entries in every weight."""
+
+    def turned() -> nn.Module:
+        module = network()
+        module[0].weight.data = module[0].weight.data.flip(1)
+        return module
+
+    file, module, alone = tmp_path / "training.pt", turned(), turned()
+    trainer(network(), file=file).run()
+    trainer(module, file=file).run()
+    trainer(alone).run()
+    assert torch.equal(module[0].weight, alone[0].weight)
+
+
+def test_the_last_checkpoint_has_no_more_than_the_best_weights(tmp_path):
+    file, module, again = tmp_path / "training.pt", network(), network()
+    trainer(module, file=file).run()
+    content = torch.load(file, weights_only=True)
+    assert (content["values"], content["optimiser"], completed(file)) == ({}, None, True)
+    trainer(again, loss=None, file=file).run()
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
+    trainer(network(), file=file, held_out=0).run()  # of which more may be asked
+    assert torch.load(file, weights_only=True)["optimiser"] is not None
+
+
 def test_the_weights_that_held_out_windows_like_best_are_kept():
     module, best = network(), {}
     values = iter([5.0, 3.0, 4.0, 2.9999, 3.5])
