@@ -5,9 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..base.errors import UserError
+
 
 def local_model(node: Mapping) -> bool:
     """Whether a model node's path names something on this machine, rather than on the hub: "name" or "owner/name"."""
     path = str(node.get("path") or "")
     meant = path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
     return bool(path) and (node.get("name") == "local" or meant or Path(path).expanduser().exists())
+
+
+def check_there(node: Mapping) -> None:
+    """Refuse a model node that names no model, or a path of this machine where nothing lies.
+
+    Raises:
+        UserError: one of the two.
+    """
+    name, path = node.get("name"), node.get("path")
+    if node.get("package"):
+        return
+    if not path:
+        raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
+    if local_model(node):
+        try:
+            Path(str(path)).expanduser().lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"model.path={path} does not exist; give a folder with config.json and the weights, or a .gguf file"
+            ) from None
+        except (OSError, RuntimeError, ValueError):
+            return  # told with its reason by whoever reads it

@@ -12,6 +12,8 @@ from .hub import first_line
 
 # What tells a repository that a run has written from others, which are not overwritten.
 MARK = "record.json"
+# Files that huggingface_hub may spread over several commits.
+_ONE_COMMIT = 200
 _HARMLESS = {".gitattributes", "README.md"}
 
 
@@ -30,6 +32,32 @@ def check_name(repo: str) -> None:
         ) from None
 
 
+def address(repo: str) -> str:
+    """Where a repository can be looked at."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}"
+
+
+def check_token(repo: str) -> str:
+    """The token that a push would use: what can be said without asking the hub.
+
+    Raises:
+        UserError: a wrong name, no token, or the hub is switched off.
+    """
+    from huggingface_hub import constants, get_token
+
+    check_name(repo)
+    if constants.is_offline_mode():
+        raise UserError(
+            f"save.push={repo} needs the hub, and HF_HUB_OFFLINE switches it off: unset it, or leave it out"
+        )
+    token = get_token()
+    if not token:
+        raise UserError(f"save.push={repo} needs a token that may write: set HF_TOKEN, or run `hf auth login`")
+    return token
+
+
 def check(repo: str) -> None:
     """Whether the model can be pushed, as far as the hub says so beforehand.
 
@@ -38,19 +66,11 @@ def check(repo: str) -> None:
             holds something else.
     """
     import httpx
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    check_name(repo)
     owner = repo.partition("/")[0]
-    if constants.is_offline_mode():
-        raise UserError(
-            f"save.push={repo} needs the hub, and HF_HUB_OFFLINE switches it off: unset it, or leave it out"
-        )
-    token = get_token()
-    if not token:
-        raise UserError(f"save.push={repo} needs a token that may write: set HF_TOKEN, or run `hf auth login`")
-    api = HfApi(endpoint=constants.ENDPOINT, token=token)
+    api = HfApi(endpoint=constants.ENDPOINT, token=check_token(repo))
     try:
         _check_rights(api.whoami(), owner, repo)
         try:
@@ -95,7 +115,7 @@ def _check_rights(user: Mapping, owner: str, repo: str) -> None:
 
 
 def push(folder: Path, repo: str, message: str) -> str:
-    """Make the repository hold what the folder holds, by one commit (several beyond 250 files). A new one is private.
+    """Make the repository hold what the folder holds, by one commit (several beyond 200 files). A new one is private.
 
     Returns:
         The commit's address.
@@ -109,6 +129,8 @@ def push(folder: Path, repo: str, message: str) -> str:
     api = HfApi(endpoint=constants.ENDPOINT, token=get_token())
     try:
         api.create_repo(repo, private=True, exist_ok=True)
+        if len(list(folder.iterdir())) > _ONE_COMMIT:  # if a later one fails, the next run shall know its repository
+            api.upload_file(repo_id=repo, path_or_fileobj=folder / MARK, path_in_repo=MARK, commit_message=message)
         info = api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns="*", commit_message=message)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:  # errors of the hub are among them
         by_hand = f"hf upload {repo} {shlex.quote(os.fspath(folder))} . --private --delete '*'"

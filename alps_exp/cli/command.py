@@ -28,6 +28,7 @@ from .. import __version__
 from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..base.terminal import INTERRUPTED, interrupted, settle
+from ..checkpoints.location import check_there
 from ..runs.values import check_root
 from . import completion, overrides, sweep
 from .cell import Outcome, describe_error, full_error, single
@@ -236,6 +237,7 @@ def _making_directories() -> Iterator[None]:
 
 def _resolved(cfg: DictConfig) -> Settings:
     check_root(cfg)  # before what imports torch
+    check_there(cfg["model"])
     from ..runs.settings import resolve
 
     settings = resolve(cfg)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..allocation.prunable import linear_shapes
 from ..base.clock import duration
+from ..checkpoints import upload
 from ..checkpoints.packed import packed_size
 from ..data.settings import GeneratedSettings
 from ..layer.inputs import Statistics
@@ -29,6 +30,8 @@ from ..runs.workspace import streams
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
 _WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
+
+_SAVED = "the saved model"
 
 
 def plan(settings: Settings) -> str:
@@ -59,6 +62,15 @@ def plan(settings: Settings) -> str:
     ]
     lines += _time_lines(settings)
     lines += _memory_lines(settings)
+    if settings.push is not None:
+        size = sum(part.size for part in _disk(settings) if part.what == _SAVED)
+        lines.append(
+            f"push       {_bytes(size)} of the saved model, its card and record to {upload.address(settings.push)}, "
+            "private if it is new; a token is there"
+        )
+        lines.append(
+            "           (whether it may write there, and whether that holds something else, the run asks first)"
+        )
     return "\n".join(lines)
 
 
@@ -134,7 +146,8 @@ def _work(settings: Settings) -> dict[str, float]:
     everything = sum(p.numel() for p in skeleton.parameters())
     texts = len(asked.texts)
     evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
-    parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving, "evaluation": evaluation}
+    parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving}
+    parts |= {"evaluation": evaluation} if asked.windows else {}  # of whole texts, whose length is not known yet
     parts |= {"finishing": training} if training else {}
     if seen := settings.solver.trained_windows():
         parts["training"] = 6 * everything * seen * windows.seqlen
@@ -318,12 +331,12 @@ def _disk(settings: Settings) -> list[_Part]:
             math.prod(shapes[name]) * size - packed_size(shapes[name], pattern.sparsity, size)
             for name, pattern in patterns.items()
         )
-        disk = [_Part("the saved model", model_bytes - less, True), _Part("its dense form while it is packed", dense)]
+        disk = [_Part(_SAVED, model_bytes - less, True), _Part("its dense form while it is packed", dense)]
     elif settings.save == "shrunk":
         removed = sum(math.prod(shapes[name]) * pattern.sparsity for name, pattern in patterns.items())
-        disk = [_Part("the saved model", int(model_bytes - removed * size), True)]
+        disk = [_Part(_SAVED, int(model_bytes - removed * size), True)]
     elif settings.save:
-        disk = [_Part("the saved model", dense, True)]
+        disk = [_Part(_SAVED, dense, True)]
     disk += [] if Path(settings.model.source.path).exists() else [_Part("the download", model_bytes)]
     if settings.solver.trains and settings.resumable:
         state = settings.solver.state_bytes(skeleton, patterns, _computing_bytes(settings))

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..base.errors import UserError
 from ..base.redaction import redacted
+from ..checkpoints.location import check_there
 from ..runs.values import check_root
 from . import overrides
 from .cell import Outcome, SweepJob, changes, complete_record, is_done, mark
@@ -60,6 +61,7 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
         with _naming_the_run(jobs, number):
             found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
             check_root(found[-1])
+            check_there(found[-1]["model"])
             _refuse_other_places(found[-1])
     from ..runs.settings import resolve  # imports torch, for which only what is composed need wait
 

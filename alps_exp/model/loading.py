@@ -52,7 +52,7 @@ from ..checkpoints.checkpoint import (
     refuse_names,
 )
 from ..checkpoints.gguf_files import converted_folder
-from ..checkpoints.location import local_model
+from ..checkpoints.location import check_there, local_model
 from . import tokenization
 from .source import StreamedBlocks, open_streamed
 from .structure import find_blocks
@@ -476,8 +476,7 @@ def locate(model: Mapping) -> ModelSource:
             )
         folder = package_folder(package, f"model={name}")
         return ModelSource(str(_local(folder, gguf_file, f"package {package}")), f"package {package}", None, trust)
-    if not path:
-        raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
+    check_there(model)
     path = str(path)
     local = Path(path).expanduser().absolute()
     if local_model(model):
@@ -505,8 +504,7 @@ def _local(path: Path, gguf_file: str | None, what: str) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return converted_folder(path)
     if not path.is_dir():
-        state = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{what} {state}; give a folder with config.json and the weights, or a .gguf file")
+        raise UserError(f"{what} is not a folder; give a folder with config.json and the weights, or a .gguf file")
     if gguf_file:
         if not (path / gguf_file).is_file():
             raise UserError(f"{what} has no file {gguf_file!r}; {_listing(path, '*.gguf')}")

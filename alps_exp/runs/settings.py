@@ -228,7 +228,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     if whole and settings.reads_text:
         _check_tokenizer(settings)
     if whole and settings.push is not None:
-        upload.check(settings.push)
+        (upload.check_token if cfg["plan"] else upload.check)(settings.push)  # a plan asks no hub about it
     garbage.settle()  # almost all that a run needs has been imported by now
     return settings
 

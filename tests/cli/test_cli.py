@@ -294,7 +294,7 @@ def test_mistakes_are_answered_without_importing_torch(tmp_path):
         "try: main()\n"
         "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    refused = (["method=alsp", "sparsity=0.7"], ["nsamples=0"], ["-m", "refit=pgc", "seed=0,1"])
+    refused = (["method=alsp", "sparsity=0.7"], ["model.path=./none"], ["-m", "refit=pgc", "seed=0,1"])
     for words in (*refused, ["--version"], ["list", "--runs", str(tmp_path)]):
         end = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert end.stdout.splitlines()[-1] == "False False", end

@@ -147,6 +147,40 @@ def test_refused_before_the_run(hub, tiny, tmp_path, monkeypatch, capsys):
     assert "names one repository for all runs of a sweep" in capsys.readouterr().err
 
 
+def test_a_plan_says_what_goes_where_and_asks_no_hub(hub, tiny, tmp_path, monkeypatch, capsys):
+    root, asked = hub
+    words = ("save=packed", "save.push=me/new", "plan=true")
+    assert start(tiny, tmp_path, monkeypatch, *words) == 0
+    text = capsys.readouterr().out
+    assert "of the saved model, its card and record to http" in text and "/me/new, private if it is new" in text
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(root / "none"))
+    assert start(tiny, tmp_path, monkeypatch, *words) == 2
+    assert "save.push=me/new needs a token that may write" in capsys.readouterr().err
+    assert asked == [] and not (tmp_path / "run").exists()
+
+
+def test_more_files_than_one_commit_takes(hub, tmp_path, monkeypatch):
+    """A push that fails after its first commit leaves a repository that the next one knows as its own."""
+    root, _ = hub
+    folder, repository = tmp_path / "model", root / "models" / "me" / "many"
+    folder.mkdir()
+    for name in (upload.MARK, *(f"{number}.json" for number in range(250))):
+        (folder / name).write_text(f"[{name!r}]")
+
+    def fail(*_, **__):
+        (repository / "0.json").write_text("[]")
+        raise OSError("the line broke")
+
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="saved and not pushed"):
+        broken.setattr("huggingface_hub.HfApi.upload_folder", fail)
+        upload.push(folder, "me/many", "many")
+    upload.check("me/many")
+    upload.push(folder, "me/many", "many")
+    found = pushed(root, "me/many")
+    assert found.pop(".gitattributes") and found == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def test_a_card_names_base_licence_and_layers(hub, tmp_path):
     root, _ = hub
     (root / "models" / "them" / "base").mkdir(parents=True)
