@@ -2,27 +2,37 @@
 
     python benchmarks/packed_products.py                                 # Llama-7B's seven matrices, bfloat16
     python benchmarks/packed_products.py --dtype float16 --batches 1,8 --sparsities 0.7
-    python benchmarks/packed_products.py --whole --layers 32             # and decoding and prefill of Llama-7B's shape
+    python benchmarks/packed_products.py --whole --layers 32             # decoding and prefill of Llama-7B's shape
+    python benchmarks/packed_products.py --profile --layers 32           # which kernels take their time
+    python benchmarks/packed_products.py --others                        # the products by other libraries
 
 Needs CUDA and this checkout. Weights are random, and zero where a random number says so. Prints one JSON line per
 measurement. Products are captured in a CUDA graph, a layer's seven after one another over so many layers that the
 caches keep none (a gigabyte dense); times are medians over replays, for one layer:
 
     cublas_us, gemv_us     torch's linear, and a kernel of this file that streams a dense matrix as fast as it can
-    packed_us              the same products from gap codes
-    over_cublas, over_gemv how many times as fast
+    joint_us               torch's linear where what reads the same input (q, k and v; gate and up) is one matrix
+    apart_us               the seven products from gap codes
+    packed_us              from gap codes, what reads the same input in one product, as packed models do
+    over_cublas, over_gemv how many times as fast as the fastest of torch's, and as that kernel
     bytes                  of the packed weights over the dense ones
     error, dense_error     ‖y - y₆₄‖ / ‖y₆₄‖ against float64
 
-With --whole: tokens per second as eval=speed measures them, with a static cache and a CUDA graph per step.
+With --whole: tokens per second as eval=speed measures them, with a static cache and a CUDA graph per step. With
+--profile: microseconds and launches of a step of decoding and of a prefill by kind of kernel (torch's profiler), of all
+kernels and from begin to end, and what the bytes of the weights over these seconds come to. With --others: the products
+by what else is installed, with its version, or why it gave none; zeros are random, of 2:4, or of tiles of 64 × 64.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -32,8 +42,9 @@ from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alps_exp.numerics.gap_codes import decode, encode, product
+from alps_exp.numerics.gap_codes import decode, encode, product, stack
 from alps_exp.numerics.nvrtc import Kernel
+from alps_exp.patterns import NM, parse_sparsity
 
 # One row a warp, 16 bytes a thread at a time, four of them in flight; bfloat16 and one row of activations only.
 GEMV = """
@@ -76,20 +87,22 @@ SHAPES = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 DEVICE = torch.device("cuda", 0)
 
 
-def timed(run: Callable[[], object], repeat: int = 25) -> float:
-    """Median microseconds of a graph of what `run` launches."""
+def timed(run: Callable[[], object], repeat: int = 25, graph: bool = True) -> float:
+    """Median microseconds of what `run` launches, as one graph."""
     run()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+    if graph:
+        stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
             run()
+            stream.synchronize()
+            with torch.cuda.graph(captured, stream=stream):
+                run()
+        run = captured.replay
     times = []
     for _ in range(repeat + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000)
@@ -108,6 +121,11 @@ def say(**row) -> None:
     print(json.dumps({**about, **rounded}), flush=True)
 
 
+def joined(layer: list, how: Callable) -> list:
+    """A layer's seven matrices, those that read the same input one below the other."""
+    return [how(layer[:3]), layer[3], how(layer[4:6]), layer[6]]
+
+
 def products(dtype: torch.dtype, sparsities: list[float], batches: list[int], layers: int) -> None:
     """All products of some layers, dense and packed."""
     dense = [
@@ -115,6 +133,9 @@ def products(dtype: torch.dtype, sparsities: list[float], batches: list[int], la
     ]
     inputs = {width: torch.randn(max(batches), width, device=DEVICE, dtype=dtype) for width in (4096, 11008)}
     cublas = {n: timed(lambda n=n: [linear(inputs[w.shape[1]][:n], w) for w in dense]) / layers for n in batches}
+    wide = [w for i in range(0, len(dense), 7) for w in joined(dense[i : i + 7], torch.cat)]
+    joint = {n: timed(lambda n=n: [linear(inputs[w.shape[1]][:n], w) for w in wide]) / layers for n in batches}
+    wide.clear()
     gemv = float("nan")
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(DEVICE) >= (9, 0):
         kernel, out = Kernel(GEMV, "gemv", {}, DEVICE, 0), torch.empty(11008, device=DEVICE, dtype=dtype)
@@ -133,10 +154,14 @@ def products(dtype: torch.dtype, sparsities: list[float], batches: list[int], la
         packed = [encode(w) for w in sparse]
         if not all(torch.equal(decode(c), w) for c, w in zip(packed[:7], sparse, strict=False)):
             raise RuntimeError("the packed weights are not the dense ones")
+        stacked = [c for i in range(0, len(packed), 7) for c in joined(packed[i : i + 7], stack)]
         for n in batches:
-            us = timed(lambda packed=packed, n=n: [product(inputs[c.cols][:n], c) for c in packed]) / layers
+            apart, us = (
+                timed(lambda of=of, n=n: [product(inputs[c.cols][:n], c) for c in of]) / layers
+                for of in (packed, stacked)
+            )
             errors = []
-            for w, c in zip(sparse[3:7], packed[3:7], strict=True):
+            for w, c in zip(joined(sparse[:7], torch.cat), stacked[:4], strict=True):
                 x = inputs[c.cols][:n]
                 exact = x.double() @ w.double().T
                 errors.append(
@@ -144,29 +169,185 @@ def products(dtype: torch.dtype, sparsities: list[float], batches: list[int], la
                 )
             say(
                 dtype=str(dtype).removeprefix("torch."), sparsity=sparsity, batch=n, bits=packed[0].bits,
-                cublas_us=cublas[n], gemv_us=gemv if n == 1 else float("nan"), packed_us=us, over_cublas=cublas[n] / us,
+                cublas_us=cublas[n], joint_us=joint[n], gemv_us=gemv if n == 1 else float("nan"),
+                apart_us=apart, packed_us=us, over_cublas=min(cublas[n], joint[n]) / us,
                 over_gemv=gemv / us if n == 1 else float("nan"), bytes=sum(c.nbytes for c in packed) / size,
                 error=max(e[0] for e in errors), dense_error=max(e[1] for e in errors),
             )  # fmt: skip
 
 
-def whole(dtype: torch.dtype, sparsities: list[float], batches: list[int], layers: int, compiled: bool) -> None:
-    """Decoding and prefill of a model of Llama-7B's shape."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def others(dtype: torch.dtype, sparsities: list[float], batches: list[int], layers: int) -> None:
+    """The products by other libraries, each against torch's dense ones."""
+    dense = [
+        torch.randn(shape, device=DEVICE, dtype=dtype) / shape[1] ** 0.5 for _ in range(layers) for shape in SHAPES
+    ]
+    inputs = {width: torch.randn(max(batches), width, device=DEVICE, dtype=dtype) for width in (4096, 11008)}
 
-    from alps_exp.evaluation.speed import Speed
-    from alps_exp.model.blocks import BlockModel
+    def attempt(runtime: str, zeros: str, convert: Callable, multiply: Callable = linear) -> None:
+        try:
+            weights = [convert(w) for w in dense]
+            for n in batches:
+                for graph in (True, False):
+                    about = {"runtime": runtime, "zeros": zeros, "batch": n, "graph": graph}
+                    run = partial(lambda n: [multiply(inputs[w.shape[1]][:n], w) for w in weights], n)
+                    try:
+                        us = timed(run, graph=graph) / layers
+                    except RuntimeError as error:
+                        torch.cuda.synchronize()
+                        say(**about, failed=str(error).splitlines()[0][:200])
+                        continue
+                    say(**about, us=us, over_cublas=cublas[n] / us)
+                    break
+        except Exception as error:  # whatever another library raises is its answer
+            say(runtime=runtime, zeros=zeros, failed=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+    def by_pattern(w: Tensor, pattern) -> Tensor:
+        return w.masked_fill(~pattern.keep(w.float().abs()), 0)
+
+    def in_torchao(w: Tensor, config) -> Tensor:
+        from torchao.sparsity import sparsify_
+
+        made = torch.nn.Linear(*reversed(w.shape), bias=False, device=DEVICE, dtype=dtype)
+        made.weight.data = w
+        sparsify_(made, config)
+        return made.weight
+
+    def rows(w: Tensor) -> Tensor:
+        wide = w.to_sparse_csr()
+        parts = (wide.crow_indices().int(), wide.col_indices().int(), wide.values())
+        return torch.sparse_csr_tensor(*parts, size=w.shape)
+
+    def version(package: str) -> str:
+        return f"{package} {metadata.version(package)}"
+
+    torch_version = f"torch {torch.__version__}"
+    cublas = {n: timed(lambda n=n: [linear(inputs[w.shape[1]][:n], w) for w in dense]) / layers for n in batches}
+    say(runtime=f"{torch_version}, cuBLAS", zeros="none", us=cublas)
+    compiled = torch.compile(lambda x, w: linear(x, w), mode="max-autotune-no-cudagraphs", dynamic=False)
+    attempt(f"{torch_version}, torch.compile, max-autotune", "none", lambda w: w, compiled)
+    torch.compiler.reset()
+
+    def without_bias(x: Tensor, w: Tensor) -> Tensor:  # torchao's wants to be told
+        return linear(x, w, None)
+
+    half, tiles, convert = NM(2, 4), parse_sparsity("block=64@0.9"), torch.sparse.to_sparse_semi_structured
+    for sparsity in sparsities:
+        zeros = f"{sparsity:.0%}"
+        attempt("gap codes", zeros, lambda w, s=sparsity: encode(pruned(w, s)), product)
+        attempt(
+            f"{torch_version}, cuSPARSE CSR", zeros, lambda w, s=sparsity: rows(pruned(w, s)), lambda x, w: (w @ x.T).T
+        )
+    attempt("gap codes", "2:4", lambda w: encode(by_pattern(w, half)), product)
+    for name, switch in (("CUTLASS", True), ("cuSPARSELt", False)):
+        torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS = switch
+        attempt(f"{torch_version}, semi-structured, {name}", "2:4", lambda w: convert(by_pattern(w, half)))
+    if importlib.util.find_spec("torchao") is None:
+        say(runtime="torchao", failed="not installed")
+        return
+    from torchao.sparsity import block_sparse_weight, semi_sparse_weight
+
+    name = version("torchao")
+    attempt(f"{name}, semi_sparse_weight", "2:4", lambda w: in_torchao(by_pattern(w, half), semi_sparse_weight()))
+    attempt("gap codes", "tiles, 90%", lambda w: encode(by_pattern(w, tiles)), product)
+    attempt(
+        f"{name}, block_sparse_weight",
+        "tiles, 90%",
+        lambda w: in_torchao(by_pattern(w, tiles), block_sparse_weight(64)),
+        without_bias,
+    )
+
+
+def shaped(dtype: torch.dtype, layers: int):
+    """A model of Llama-7B's shape with random weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.set_default_dtype(dtype)
     with DEVICE:
         config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, pad_token_id=0)
         network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
+    return network
+
+
+def thin(network, sparsity: float) -> None:
+    """More zeros in its linear layers: as many as there should be in all."""
+    for name, parameter in network.named_parameters():
+        if "proj" in name:
+            before = 1 - int(torch.count_nonzero(parameter)) / parameter.numel()
+            parameter.data = pruned(parameter.data, (sparsity - before) / (1 - before))
+
+
+def profile(dtype: torch.dtype, sparsities: list[float], layers: int, compiled: bool) -> None:
+    """By kernel: a step of decoding one sequence, and a prefill of 2048 tokens."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from alps_exp.evaluation.speed import _decoder, _forward, _random
+    from alps_exp.model.resident import nbytes, resident_as
+
+    network, steps = shaped(dtype, layers), 16
+    ids = _random(network, (1, 2048), DEVICE)
+
+    def prefill() -> None:
+        for _ in range(4):
+            _forward(network, ids)
+
+    for form, sparsity in [("dense", 0.0), *(("packed", each) for each in sorted(sparsities))]:
+        thin(network, sparsity)
+        with resident_as(network, form, DEVICE):
+            weights = {"packed product": nbytes(network.model.layers)}
+            weights["dense"] = nbytes(network.lm_head) + (weights["packed product"] if form == "dense" else 0)
+            decoder = _decoder(network, DEVICE, 1, 128, steps, compiled)
+            for what, run, reset, times in (
+                ("step", decoder.run, decoder.reset, steps),
+                ("prefill", prefill, lambda: None, 4),
+            ):
+                for _ in range(2):
+                    reset()
+                    run()
+                reset()
+                torch.cuda.synchronize()
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                wall = begin.elapsed_time(end) * 1000 / times
+                reset()
+                with profiler(activities=[ProfilerActivity.CUDA]) as found:
+                    run()
+                    torch.cuda.synchronize()
+                kinds: dict[str, list] = {}
+                for event in found.key_averages():
+                    if event.self_device_time_total:
+                        row = kinds.setdefault(kind(event.key), [0.0, 0.0])
+                        row[0] += event.self_device_time_total / times
+                        row[1] += event.count / times
+                about = {"form": form, "sparsity": sparsity, "of": what}
+                for name, (us, launches) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+                    read = {"tb_s": weights[name] / us / 1e6} if what == "step" and name in weights else {}
+                    say(**about, kernels=name, us=us, launches=launches, **read)
+                say(**about, kernels="all", us=sum(us for us, _ in kinds.values()), wall_us=wall)
+
+
+def kind(kernel: str) -> str:
+    """What a kernel of this name does."""
+    known = {
+        "packed product": ("product",), "unpack": ("unpack",), "attention": ("flash", "fmha", "attention"),
+        "dense": ("gemm", "gemv", "nvjet", "cutlass", "splitk", "cublas", "dot_kernel"), "copy": ("Memcpy", "Memset"),
+        "compiled": ("triton",),
+    }  # fmt: skip
+    return next((name for name, parts in known.items() if any(part in kernel for part in parts)), "small kernels")
+
+
+def whole(dtype: torch.dtype, sparsities: list[float], batches: list[int], layers: int, compiled: bool) -> None:
+    """Decoding and prefill of a model of Llama-7B's shape."""
+    from alps_exp.evaluation.speed import Speed
+    from alps_exp.model.blocks import BlockModel
+
+    network = shaped(dtype, layers)
     for sparsity in sorted(sparsities):
-        for name, parameter in network.named_parameters():
-            if "proj" in name:  # more and more zeros: as many as there should be in all
-                before = 1 - int(torch.count_nonzero(parameter)) / parameter.numel()
-                parameter.data = pruned(parameter.data, (sparsity - before) / (1 - before))
+        thin(network, sparsity)
         forms = ("dense", "packed")
         speed = Speed(forms, batches, compiled=compiled)
         for figure in speed.measure(BlockModel(network, DEVICE, offload=False), (), None):
@@ -182,16 +363,23 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4,8,16")
     parser.add_argument("--layers", type=int, default=3, help="of the products, and of the whole model")
     parser.add_argument("--whole", action="store_true", help="the whole model instead of the products")
+    parser.add_argument("--others", action="store_true", help="the products by other libraries instead")
+    parser.add_argument("--profile", action="store_true", help="the whole model's time by kernel")
     parser.add_argument("--compiled", action="store_true", help="decode the whole model through torch.compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs CUDA")
     torch.manual_seed(0)
-    measure = whole if options.whole else products
-    sparsities = [float(item) for item in options.sparsities.split(",")]
-    measure(
-        getattr(torch, options.dtype), sparsities, [int(item) for item in options.batches.split(",")], options.layers
-    )
+    dtype, sparsities = getattr(torch, options.dtype), [float(item) for item in options.sparsities.split(",")]
+    batches = [int(item) for item in options.batches.split(",")]
+    if options.profile:
+        profile(dtype, sparsities, options.layers, options.compiled)
+    elif options.others:
+        others(dtype, sparsities, batches, options.layers)
+    elif options.whole:
+        whole(dtype, sparsities, batches, options.layers, options.compiled)
+    else:
+        products(dtype, sparsities, batches, options.layers)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ _DTYPES = {"float64": torch.int64, "float32": torch.int32, "bfloat16": torch.int
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # More weights kept than this share of a 2:4 layer's: below it (1:4 is also 2:4) filled groups would cost too much.
 _FULL_GROUPS = 0.75
+# Outputs that show how a whole matrix is stored: the tallest blocks are looked for in as many.
+_SEVERAL = 128
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,6 +124,26 @@ def packed_size(shape: Sequence[int], sparsity: float, itemsize: int) -> float:
     """Bytes that `pack` makes at most of a weight with this fraction of zeros, names and header left out."""
     entries = math.prod(shape)
     return min(entries * itemsize, entries * ((1 - sparsity) * itemsize + 1 / 8))
+
+
+def stored_size(tensor: Tensor) -> int:
+    """Bytes that `pack` makes of a weight, names and header left out.
+
+    Where the first outputs are best stored as a bitmask, and no output or input is without weights, so are the others
+    taken to be: then nothing is packed to know it.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.ndim < 2 or dtype not in _DTYPES or not tensor.numel():
+        return tensor.nbytes
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1])
+    held = matrix.view(_DTYPES[dtype]) != 0
+    flat = int(held.sum()) * tensor.itemsize + -(-tensor.numel() // 8)
+    if flat < tensor.nbytes:
+        some = pack({"": matrix[:_SEVERAL]})[1]
+        plain = all(entry["scheme"] == "bitmask" for entry in some.values())
+        if not plain or not bool(held.any(0).all() & held.any(1).all()):
+            return sum(part.nbytes for part in pack({"": matrix})[0].values())
+    return min(flat, tensor.nbytes)
 
 
 def unpack(stored: Mapping[str, Tensor], entries: Mapping[str, Mapping]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from ..base.checks import one_of, require
 from ..base.errors import UserError
-from ..checkpoints.packed import packed_size
+from ..checkpoints.packed import stored_size
 from ..model.blocks import BlockModel
 from ..model.loading import context_length
 from ..model.resident import FORMS, nbytes, resident_as
@@ -72,7 +72,9 @@ class Speed(Evaluation):
                 raise UserError(
                     "eval=speed measures the model as a whole, and it does not fit on the device: use a larger one"
                 )
-            disk, dense_disk = sum(_on_disk(network)), sum(tensor.nbytes for tensor in _tensors(network))
+            tensors = {id(tensor): tensor for tensor in network.parameters()}.values()
+            disk = sum(tensor.nbytes if tensor.is_meta else stored_size(tensor) for tensor in tensors)
+            dense_disk = sum(tensor.nbytes for tensor in tensors)
             for form in self.forms:
                 with resident_as(network, form, device) as became:
                     if form != "dense" and not became.layers:
@@ -209,20 +211,6 @@ def _random(network: nn.Module, shape: tuple[int, int], device: torch.device) ->
         network.get_input_embeddings().num_embeddings, shape, generator=torch.Generator().manual_seed(0)
     )
     return ids.to(device)
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in network.parameters()}.values())
-
-
-def _on_disk(network: nn.Module) -> Iterator[float]:
-    """Bytes of each parameter in a packed file."""
-    for tensor in _tensors(network):
-        if tensor.is_meta or tensor.ndim < 2 or not tensor.is_floating_point():
-            yield tensor.nbytes
-        else:
-            sparsity = 1 - int(torch.count_nonzero(tensor)) / max(1, tensor.numel())
-            yield packed_size(tensor.shape, sparsity, tensor.itemsize)
 
 
 def _name(device: torch.device) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from ..numerics.gap_codes import GapCodes
 # On a CPU, more rows of activations at once are faster through a dense copy, unless less than this share is kept.
 _FEW_ROWS, _FEW_KEPT = 64, 0.2
 FORMS = ("dense", "packed", "semi-structured")
+# Layers of one module, by name, that transformers' decoders call with the same input.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# So many times in a row may results that were made together not be fetched; then each layer goes by itself.
+_UNREAD = 3
 
 
 class _Frozen(nn.Module):
@@ -30,7 +35,6 @@ class _Frozen(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     @property
     def weight(self) -> Tensor:
@@ -42,13 +46,82 @@ class _Frozen(nn.Module):
             raise UserError(
                 "packed weights give no gradients: use torch.no_grad(), or load the model with resident=dense"
             )
-        return self._product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return self._product(x).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
+        """(n, out_features) of inputs (…, in_features), n in all."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Matrices(nn.Module):
+    """Matrices in gap codes, one below the other, that multiply the same input: one product for all of them.
+
+    The first that is asked for makes the results of all; the others' wait until they are fetched with the same tensor,
+    unchanged. Where they are not, again and again (a layer is left out, or has another input), each is multiplied by
+    itself from then on.
+
+    Args:
+        parts: of equal width, bits and dtype.
+        biases: of each; none of them None, or all.
+    """
+
+    def __init__(self, parts: Sequence[GapCodes], biases: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.sizes = [part.shape[0] for part in parts]
+        stacked = parts[0] if len(parts) == 1 else gap_codes.stack(parts)
+        for name in ("values", "codes", "starts"):
+            self.register_buffer(name, getattr(stacked, name))
+        self.register_buffer("bias", None if biases[0] is None else torch.cat([bias.detach() for bias in biases]))
+        self.bits, self.cols = stacked.bits, stacked.cols
+        self._waiting: tuple | None = None  # a weak reference to the input, its version, results by place
+        self._unread = 0
+
+    def coded(self, place: int | None = None) -> GapCodes:
+        """One matrix, or all of them."""
+        stacked = GapCodes(self.values, self.codes, self.starts, self.bits, self.cols)
+        return stacked if place is None else stacked.between(*self._rows(place))
+
+    def bias_of(self, place: int) -> Tensor | None:
+        """The bias of one matrix."""
+        return None if self.bias is None else self.bias[slice(*self._rows(place))]
+
+    def product(self, x: Tensor, place: int) -> Tensor:
+        """x Wᵀ + bias of one matrix, (n, rows); a view of a wider tensor where there are several.
+
+        Args:
+            x: (…, cols), n in all.
+            place: of the matrix.
+        """
+        flat = x.reshape(-1, self.cols)
+        if len(self.sizes) == 1:
+            return gap_codes.product(flat, self.coded(), self.bias)
+        if self._unread >= _UNREAD:
+            return gap_codes.product(flat, self.coded(place), self.bias_of(place))
+        tracing = torch.compiler.is_compiling()  # a trace knows no versions: what it sees as the same is unchanged
+        if not tracing and x.is_inference():  # such a tensor does not tell whether it was changed
+            return gap_codes.product(flat, self.coded(place), self.bias_of(place))
+        version = 0 if tracing else x._version
+        source, known, results = self._waiting or (None, 0, {})
+        if not tracing and isinstance(source, weakref.ref):
+            source = source()
+        if source is not x or known != version or place not in results:
+            self._unread += bool(results)
+            results = dict(enumerate(gap_codes.products(flat, self.coded(), self.sizes, self.bias)))
+            self._waiting = x if tracing else weakref.ref(x), version, results
+        result = results.pop(place)
+        if not results:
+            self._waiting, self._unread = None, 0
+        return result
+
+    def _rows(self, place: int) -> tuple[int, int]:
+        begin = sum(self.sizes[:place])
+        return begin, begin + self.sizes[place]
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_waiting": None}  # weak references are not copied
 
 
 class PackedLinear(_Frozen):
@@ -61,20 +134,26 @@ class PackedLinear(_Frozen):
 
     def __init__(self, linear: nn.Linear, coded: GapCodes) -> None:
         super().__init__(linear)
-        self.bits = coded.bits
-        for name in ("values", "codes", "starts"):
-            self.register_buffer(name, getattr(coded, name))
+        self.matrices, self.place = Matrices([coded], [linear.bias]), 0
 
     @property
     def weight(self) -> Tensor:
-        return gap_codes.decode(self._coded)
+        return gap_codes.decode(self.matrices.coded(self.place))
 
     @property
-    def _coded(self) -> GapCodes:
-        return GapCodes(self.values, self.codes, self.starts, self.bits, self.in_features)
+    def bias(self) -> Tensor | None:
+        """As in torch's layer."""
+        return self.matrices.bias_of(self.place)
 
     def _product(self, x: Tensor) -> Tensor:
-        return gap_codes.product(x, self._coded, self.bias)
+        return self.matrices.product(x, self.place)
+
+    @staticmethod
+    def join(layers: Sequence[PackedLinear]) -> None:
+        """Let layers that read the same input, with codes of the same bits, make one product of it."""
+        joint = Matrices([each.matrices.coded(each.place) for each in layers], [each.bias for each in layers])
+        for place, layer in enumerate(layers):
+            layer.matrices, layer.place = joint, place
 
 
 class RowsLinear(_Frozen):
@@ -87,6 +166,7 @@ class RowsLinear(_Frozen):
 
     def __init__(self, linear: nn.Linear, weight: Tensor) -> None:
         super().__init__(linear)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         with warnings.catch_warnings():  # torch calls its sparse rows a beta
             warnings.simplefilter("ignore")
             wide = weight.to_sparse_csr()
@@ -99,6 +179,7 @@ class RowsLinear(_Frozen):
         return self.rows.to_dense()
 
     def _product(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, self.in_features)
         if len(x) > _FEW_ROWS and self.rows.values().numel() > _FEW_KEPT * self.rows.numel():
             return nn.functional.linear(x, self.weight, self.bias)
         one = len(x) == 1 and torch.backends.mkl.is_available()  # without MKL, torch has no such product with a vector
@@ -166,7 +247,7 @@ def resident_as(network: nn.Module, form: str, device: torch.device) -> Iterator
 
 def _swap(network: nn.Module, form: str, device: torch.device, undo: list) -> Resident:
     """Replace the layers that can have the form; what they were is added to `undo`."""
-    names, before, after = [], 0, 0
+    found, before = {}, 0
     for full, linear in list(network.named_modules()) if form != "dense" else ():
         if type(linear) is not nn.Linear or linear.weight.ndim != 2:
             continue
@@ -178,10 +259,28 @@ def _swap(network: nn.Module, form: str, device: torch.device, undo: list) -> Re
         owner = network.get_submodule(parent)
         undo.append((owner, name, linear))
         setattr(owner, name, made.to(device))
-        names.append(full)
-        before, after = before + weight.nbytes, after + nbytes(made) - (0 if made.bias is None else made.bias.nbytes)
+        found[full] = made
+        before += weight.nbytes
         linear.weight.data = linear.weight.data.cpu()
-    return Resident(tuple(names), before, after)
+    _join(found)
+    after = nbytes(nn.ModuleList(found.values())) - sum(
+        made.bias.nbytes for made in found.values() if made.bias is not None
+    )
+    return Resident(tuple(found), before, after)
+
+
+def _join(layers: dict[str, nn.Module]) -> None:
+    """Layers in gap codes that read the same input make one product where their codes have the same bits."""
+    for parent in dict.fromkeys(full.rpartition(".")[0] for full in layers):
+        for names in _TOGETHER:
+            alike: dict[tuple, list[PackedLinear]] = {}
+            for each in (layers.get(f"{parent}.{name}") for name in names):
+                if isinstance(each, PackedLinear):
+                    key = each.matrices.bits, each.in_features, each.matrices.values.dtype, each.bias is None
+                    alike.setdefault(key, []).append(each)
+            for group in alike.values():
+                if len(group) > 1:
+                    PackedLinear.join(group)
 
 
 def _packed(linear: nn.Linear, weight: Tensor) -> nn.Module | None:

@@ -1,6 +1,7 @@
 // Products with a matrix in gap codes, and the matrix itself (gap_codes.py says what the codes are).
 // Defined by the caller: W bits of a code, B columns of activations at a time, KIND of number (0 bfloat16, 1 float16,
-// 2 float32), THREADS of a block, P groups that each thread has in flight.
+// 2 float32), THREADS of a block, BLOCKS of them on a multiprocessor, P groups that each
+// thread has in flight.
 typedef unsigned int u32;
 typedef unsigned short u16;
 #if KIND == 2
@@ -160,7 +161,7 @@ template <int J> __device__ __forceinline__ void add(const Group& group, u32& at
 
 // y = x Wᵀ + bias: x (batch, cols), batch at most B; y (batch, rows). A warp takes a row of W after the other. Shared memory
 // holds x and eight columns of zeros, which the entries that fill a row's last group meet.
-extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) product(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) product(
     const uint4* __restrict__ values, const u32* __restrict__ codes, const int* __restrict__ starts,
     const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, int rows, int cols, int batch) {
     extern __shared__ __align__(16) char shared[];
@@ -234,7 +235,7 @@ template <int J> __device__ __forceinline__ void put(const Group& group, int& co
     const T number = bits<J>(group);
     if (number && (u32)(column - from) < SPAN) span[column - from] = number;
 }
-extern "C" __global__ void __launch_bounds__(THREADS) unpack(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) unpack(
     const uint4* __restrict__ values, const u32* __restrict__ codes, const int* __restrict__ starts,
     uint4* __restrict__ dense, int rows, int cols) {
     extern __shared__ __align__(16) char shared[];

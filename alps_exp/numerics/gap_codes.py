@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,11 @@ from .nvrtc import Kernel
 BITS = (3, 4, 8)
 GROUP = 8
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-# Rows of activations beyond which unpacking the matrix for one dense product is faster than passes of eight, by bits; a
-# block's threads, the groups that each has in flight, the threads of a multiprocessor. The fastest found on an H100.
+# The fastest found on an H100: rows of activations beyond which unpacking the matrix for one dense product is faster
+# than passes of eight, by bits; a block's threads, the groups that each has in flight, the threads of a multiprocessor.
 FEW_ROWS = {3: 8, 4: 16, 8: 16}
 _THREADS, _AHEAD, _RESIDENT = 512, 2, 1024
+_BEYOND = 16  # bytes of zeros after the codes: kernels read words of 4 bytes, the last of which may lie beyond the end
 _SPAN = 4096  # bytes of a row that a warp unpacks at a time, SPAN in gap_codes.cu
 
 
@@ -59,6 +61,10 @@ class GapCodes:
     def shape(self) -> tuple[int, int]:
         """(rows, cols)."""
         return len(self.starts) - 1, self.cols
+
+    def between(self, begin: int, end: int) -> GapCodes:
+        """The rows from `begin` to before `end`, in the same memory: `starts` goes on to count from its first group."""
+        return GapCodes(self.values, self.codes, self.starts[begin : end + 1], self.bits, self.cols)
 
 
 def encode(matrix: Tensor) -> GapCodes:
@@ -94,8 +100,7 @@ def encode(matrix: Tensor) -> GapCodes:
     packed = torch.zeros(groups, dtype=torch.int64, device=matrix.device)
     for entry in range(GROUP):
         packed |= codes[entry::GROUP].long() << (bits * entry)
-    # The kernels read words of 4 bytes, the last of which may lie beyond the last group.
-    stored = torch.zeros(groups * bits + 16, dtype=torch.uint8, device=matrix.device)
+    stored = torch.zeros(groups * bits + _BEYOND, dtype=torch.uint8, device=matrix.device)
     stored[: groups * bits] = packed.view(torch.uint8).view(groups, 8)[:, :bits].reshape(-1)
     coded = GapCodes(values, stored, starts.int(), bits, cols)
     if matrix.is_cuda:  # a product may read weights before it waits for the kernels before it
@@ -103,25 +108,48 @@ def encode(matrix: Tensor) -> GapCodes:
     return coded
 
 
+def stack(parts: Sequence[GapCodes]) -> GapCodes:
+    """The matrix of these, one below the other.
+
+    Args:
+        parts: of equal width, bits and dtype.
+    """
+    first, sizes = parts[0], [len(part.values) // GROUP for part in parts]
+    if any((part.cols, part.bits, part.values.dtype) != (first.cols, first.bits, first.values.dtype) for part in parts):
+        raise ValueError("matrices in one stack want equal widths, bits and dtypes")
+    begin = 0
+    starts = [first.starts[:1]]
+    for part, size in zip(parts, sizes, strict=True):
+        starts.append(part.starts[1:] + begin)
+        begin += size
+    ends = [part.codes[: size * part.bits] for part, size in zip(parts, sizes, strict=True)]
+    codes = torch.cat([*ends, first.codes.new_zeros(_BEYOND)])
+    stacked = GapCodes(torch.cat([part.values for part in parts]), codes, torch.cat(starts), first.bits, first.cols)
+    if codes.is_cuda:  # as in encode
+        torch.cuda.synchronize(codes.device)
+    return stacked
+
+
 def decode(coded: GapCodes) -> Tensor:
     """The dense matrix, -0 being 0; by the kernel where it runs, else by torch."""
     if usable(coded.values.device):
         return _unpacked(coded)
     rows, cols = coded.shape
-    groups = len(coded.values) // GROUP
-    packed = torch.zeros(groups, 8, dtype=torch.uint8, device=coded.values.device)
-    packed[:, : coded.bits] = coded.codes[: groups * coded.bits].view(groups, coded.bits)
+    first, last = int(coded.starts[0]), int(coded.starts[-1])
+    values = coded.values[first * GROUP : last * GROUP]
+    packed = torch.zeros(last - first, 8, dtype=torch.uint8, device=values.device)
+    packed[:, : coded.bits] = coded.codes[first * coded.bits : last * coded.bits].view(-1, coded.bits)
     shifts = coded.bits * torch.arange(GROUP, device=packed.device)
     # 8 · 8 bits fill a 64-bit word, whose sign the mask takes away.
     steps = ((packed.view(torch.int64) >> shifts) & ((1 << coded.bits) - 1)).flatten() + 1
     column = steps.cumsum(0)
     counts = coded.starts.diff().long() * GROUP
     row = torch.repeat_interleave(torch.arange(rows, device=packed.device), counts)
-    begin = torch.cat([column.new_zeros(1), column])[coded.starts[:-1].long() * GROUP]
+    begin = torch.cat([column.new_zeros(1), column])[(coded.starts[:-1].long() - first) * GROUP]
     column -= begin[row] + 1
-    kept = coded.values != 0
-    dense = torch.zeros(rows, cols, dtype=coded.values.dtype, device=packed.device)
-    dense[row[kept], column[kept]] = coded.values[kept]
+    kept = values != 0
+    dense = torch.zeros(rows, cols, dtype=values.dtype, device=packed.device)
+    dense[row[kept], column[kept]] = values[kept]
     return dense
 
 
@@ -147,6 +175,26 @@ def product(x: Tensor, coded: GapCodes, bias: Tensor | None = None) -> Tensor:
     return _multiplied(x, coded, bias)  # without the dispatcher, which takes longer than the kernel
 
 
+def products(x: Tensor, coded: GapCodes, sizes: Sequence[int], bias: Tensor | None = None) -> Sequence[Tensor]:
+    """`product` with each of the matrices of a stack; views of one result where a kernel made it.
+
+    Args:
+        x: (n, cols), as in `product`.
+        coded: the stack.
+        sizes: rows of the matrices.
+        bias: (rows of all,) or None.
+
+    Returns:
+        (n, rows) of each.
+    """
+    if torch.compiler.is_compiling() or _is_few(x, coded) or x.dtype != coded.values.dtype:
+        return product(x, coded, bias).split(list(sizes), 1)
+    # One wide product would be no faster, and what follows would read its parts with gaps between their rows.
+    parts = decode(coded).split(list(sizes))
+    biases = [None] * len(parts) if bias is None else bias.split(list(sizes))
+    return [linear(x, *pair) for pair in zip(parts, biases, strict=True)]
+
+
 @torch.library.custom_op("alps_exp::gap_product", mutates_args=())
 def _product(x: Tensor, values: Tensor, codes: Tensor, starts: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     return _multiplied(x, GapCodes(values, codes, starts, bits, x.shape[1]), bias)
@@ -158,14 +206,17 @@ def _(x: Tensor, values: Tensor, codes: Tensor, starts: Tensor, bits: int, bias:
 
 
 def _multiplied(x: Tensor, coded: GapCodes, bias: Tensor | None) -> Tensor:
-    if (
-        len(x) > FEW_ROWS[coded.bits]
-        or not usable(x.device)
-        or x.shape[1] * x.element_size() > _shared(x.device) - 1024
-    ):
+    if not _is_few(x, coded):
         return linear(x, decode(coded), bias)
     x = x.contiguous()
     return _few(x if x.data_ptr() % 16 == 0 else x.clone(), coded, bias)  # it is read 16 bytes at a time
+
+
+def _is_few(x: Tensor, coded: GapCodes) -> bool:
+    """Whether the kernel multiplies so many rows of activations, and runs."""
+    if len(x) > FEW_ROWS[coded.bits] or not usable(x.device):
+        return False
+    return x.shape[1] * x.element_size() <= _shared(x.device) - 1024
 
 
 def _few(x: Tensor, coded: GapCodes, bias: Tensor | None) -> Tensor:
@@ -173,14 +224,14 @@ def _few(x: Tensor, coded: GapCodes, bias: Tensor | None) -> Tensor:
     rows, cols = coded.shape
     result = x.new_empty(len(x), rows)
     most = min(8, 2 ** int(math.log2(_shared(x.device) / ((cols + GROUP) * x.element_size()))))
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    for part, into in zip(x.split(most), result.split(most), strict=True):
+    pairs = [(x, result)] if len(x) <= most else zip(x.split(most), result.split(most), strict=True)
+    for part, into in pairs:
         batch = 1 << (len(part) - 1).bit_length()
         threads = _RESIDENT if batch == 8 else _THREADS  # eight rows leave shared memory for one block
         kernel = _kernel("product", x.device, x.dtype, coded.bits, batch, threads)
         shared = (cols + GROUP) * batch * x.element_size()
         arguments = [coded.values, coded.codes, coded.starts, part, bias, into, rows, cols, len(part)]
-        blocks = min(-(-rows * 32 // threads), processors * _RESIDENT // threads)
+        blocks = min(-(-rows * 32 // threads), _processors(x.device) * _RESIDENT // threads)
         kernel(blocks, threads, arguments, shared, early=_early(x.device))
     return result
 
@@ -222,11 +273,17 @@ def _kernel(name: str, device: torch.device, dtype: torch.dtype, bits: int, batc
         "B": batch,
         "KIND": KINDS[dtype],
         "THREADS": threads,
+        "BLOCKS": _RESIDENT // threads,  # more would leave each thread too few registers
         "P": _AHEAD,
         "PDL": int(_early(device)),
     }
     source = (Path(__file__).parent / "gap_codes.cu").read_text(encoding="utf-8")
     return Kernel(source, name, defines, device, _shared(device))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -51,6 +51,8 @@ class Kernel:
         options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
         cubin = _compiled(source, (*options, *(f"-D{key}={value}" for key, value in sorted(defines.items()))))
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._start = _driver().cuLaunchKernelEx
+        self._attribute = ctypes.pointer(_Attribute(id=_SERIALIZATION_ATTRIBUTE, value=1))
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the context is there
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin))
@@ -76,12 +78,14 @@ class Kernel:
             ctypes.c_int(item) if isinstance(item, int) else ctypes.c_void_p(None if item is None else item.data_ptr())
             for item in arguments
         ]
-        pointers = (ctypes.c_void_p * len(held))(*(ctypes.addressof(item) for item in held))
-        attribute = _Attribute(id=_SERIALIZATION_ATTRIBUTE, value=1)
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream().cuda_stream
-            launch = _Launch(blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), 1 if early else 0)
-            _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None))
+        pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch = _Launch(blocks, 1, 1, threads, 1, 1, shared, stream, self._attribute, 1 if early else 0)
+        if torch.cuda.current_device() == self._device.index:  # the usual case, without what a context takes
+            _check(self._start(ctypes.byref(launch), self._function, pointers, None))
+        else:
+            with torch.cuda.device(self._device):
+                _check(self._start(ctypes.byref(launch), self._function, pointers, None))
 
 
 @cache

@@ -44,6 +44,8 @@ def test_a_pattern_is_stored_as_its_groups(text, shape, expected, stated, dtype)
     assert sum(part.nbytes for part in stored.values()) == int(weight.count_nonzero()) * weight.itemsize + stated
     again = packed.unpack(stored, entries)["w"]
     assert torch.equal(again, weight) and again.dtype == dtype
+    for tensor in (weight, weight.repeat(300 // shape[0], 1)):  # more outputs than are looked at first
+        assert packed.stored_size(tensor) == sum(part.nbytes for part in packed.pack({"w": tensor})[0].values())
 
 
 def test_what_lies_in_kept_groups_comes_back_bit_for_bit():

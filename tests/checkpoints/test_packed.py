@@ -70,6 +70,7 @@ def test_round_trip_and_scheme(shape, written, scheme, dtype):
     stored, _ = packed.pack({"w": weight})
     size = sum(tensor.nbytes for tensor in stored.values())
     assert size == int(weight.count_nonzero()) * weight.itemsize + math.ceil(weight.numel() / 8)
+    assert packed.stored_size(weight) == size and packed.stored_size(torch.ones(shape)) == 4 * weight.numel()
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     assert math.ceil(packed.packed_size(shape, sparsity, weight.itemsize) - 1e-9) == size
 

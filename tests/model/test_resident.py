@@ -8,7 +8,8 @@ from tiny import network, tokens
 from torch import nn
 
 from alps_exp.base.errors import UserError
-from alps_exp.model.resident import PackedLinear, RowsLinear, make_resident, nbytes, resident_as
+from alps_exp.model.resident import PackedLinear, RowsLinear, _join, make_resident, nbytes, resident_as
+from alps_exp.numerics import gap_codes
 from alps_exp.numerics.gap_codes import encode
 
 CPU = torch.device("cpu")
@@ -55,6 +56,99 @@ def test_layers(kind, bias):
         made(x.requires_grad_())
     with torch.no_grad():
         made(x)
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[int]:
+    """The outputs of every product from gap codes; on the CPU each decodes what it multiplies with."""
+    made, plain = [], gap_codes.decode
+
+    def counted(coded):
+        made.append(coded.shape[0])
+        return plain(coded)
+
+    monkeypatch.setattr(gap_codes, "decode", counted)
+    return made
+
+
+def in_gap_codes(model: nn.Module) -> nn.Module:
+    """The model with all that is pruned in gap codes, as on CUDA."""
+    layers = {
+        name: PackedLinear(layer, encode(layer.weight))
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and "proj" in name
+    }
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
+    _join(layers)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "made"), [("llama", [64, 32, 96, 32]), ("opt", [96, 32])])
+def test_what_reads_the_same_input_is_one_product(family, made, products):
+    dense = pruned(family)
+    apart = nbytes(dense) - sum(
+        m.weight.nbytes for n, m in dense.named_modules() if "proj" in n and hasattr(m, "weight")
+    )
+    packed = in_gap_codes(deepcopy(dense))
+    copied = deepcopy(packed)
+    for ids in (tokens(1)[:, :3], tokens(2)):
+        for model in (packed, copied):
+            products.clear()
+            assert torch.allclose(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+            assert products == made * 2
+    codes = sum(
+        part.nbytes
+        for name, layer in dense.named_modules()
+        if "proj" in name and type(layer) is nn.Linear
+        for part in vars(encode(layer.weight)).values()
+        if isinstance(part, torch.Tensor)
+    )
+    assert nbytes(packed) < apart + codes
+    for name, layer in dense.named_modules():
+        if "proj" in name and type(layer) is nn.Linear:
+            assert torch.equal(packed.get_submodule(name).weight, layer.weight)
+
+
+@torch.no_grad()
+def test_results_made_together_are_of_the_input_that_is_given(products):
+    layers = [nn.Linear(40, rows).requires_grad_(False) for rows in (24, 8, 16)]
+    packed = [PackedLinear(layer, encode(layer.weight)) for layer in layers]
+    PackedLinear.join(packed)
+
+    def check(place: int, x: torch.Tensor) -> None:
+        assert torch.allclose(packed[place](x), layers[place](x), atol=1e-5)
+
+    x, other = torch.randn(3, 40), torch.randn(3, 40)
+    for place in range(3):
+        check(place, x)
+    check(0, x)
+    x.mul_(2)  # the same tensor, changed
+    check(1, x)
+    assert products == [48, 48, 48]
+    for _ in range(5):  # what is made together is not asked for
+        check(0, other)
+        check(1, x)
+    assert products[-2:] == [24, 8]
+    with torch.inference_mode():
+        inside = torch.randn(3, 40)
+        for place in range(3):
+            check(place, inside)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_layers_make_one_product_too(products):
+    layers = [nn.Linear(40, rows).requires_grad_(False) for rows in (24, 8)]
+    packed = [PackedLinear(layer, encode(layer.weight)) for layer in layers]
+    PackedLinear.join(packed)
+    both = torch.compile(lambda x: [layer(x) for layer in packed], backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 40)
+    assert torch.allclose(torch.cat(both(x), 1), torch.cat([layer(x) for layer in layers], 1), atol=1e-5)
+    assert products == [32]
+    torch.compiler.reset()
 
 
 def test_the_dense_layers_come_back():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from alps_exp.numerics.gap_codes import BITS, GROUP, GapCodes, decode, encode, product
+from alps_exp.numerics import gap_codes
+from alps_exp.numerics.gap_codes import BITS, GROUP, GapCodes, decode, encode, product, stack
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need CUDA")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -65,6 +66,29 @@ def test_bytes_over_those_of_the_dense_matrix(sparsity, most):
 def test_products_without_kernels_are_the_dense_ones():
     matrix, x, bias = sparse((9, 600), 0.7, torch.float32), torch.randn(3, 600), torch.randn(9)
     assert torch.equal(product(x, encode(matrix), bias), linear(x, matrix, bias))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.97])
+def test_matrices_one_below_the_other(sparsity):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrices = [sparse((rows, 600), sparsity, torch.float32, device) for rows in (9, 4, 70)]
+    stacked, x = stack([encode(matrix) for matrix in matrices]), torch.randn(3, 600, device=device)
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    assert torch.equal(decode(stacked), torch.cat(matrices))
+    assert torch.equal(read(stacked), torch.cat(matrices).cpu())
+    torch.testing.assert_close(product(x, stacked), linear(x, torch.cat(matrices)), **near)
+    bias = torch.randn(83, device=device)
+    for inputs in (x, torch.randn(40, 600, device=device)):
+        for given in (None, bias):
+            found = gap_codes.products(inputs, stacked, [9, 4, 70], given)
+            assert [part.shape[1] for part in found] == [9, 4, 70]
+            torch.testing.assert_close(torch.cat(tuple(found), 1), linear(inputs, torch.cat(matrices), given), **near)
+    for matrix, (begin, end) in zip(matrices, [(0, 9), (9, 13), (13, 83)], strict=True):
+        part = stacked.between(begin, end)
+        assert torch.equal(decode(part), matrix) and part.shape == matrix.shape
+        torch.testing.assert_close(product(x, part), linear(x, matrix), **near)
+    with pytest.raises(ValueError, match="equal widths, bits and dtypes"):
+        stack([encode(matrices[0]), encode(matrices[0].half())])
 
 
 def test_inputs_of_another_dtype_are_refused():
