@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -168,3 +169,41 @@ class Forked:
     def kill(self) -> None:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+
+class Served:
+    """A process of a team that is forked from one that has imported what it needs and computed nothing: in it, passes
+    may go backwards."""
+
+    def __init__(self, request: Path, rank: int, size: int, port: int, held: int) -> None:
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["alps_exp.runs.run", "alps_exp.pruning.team", *_FAMILIES])
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+        self._process = server.Process(target=_serve, args=(environment, os.getcwd(), request))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+_FAMILIES = [f"transformers.models.{family}.modeling_{family}" for family in ("llama", "opt", "gpt2")]
+
+
+def _serve(environment: dict[str, str], folder: str, request: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    worker.main(request)

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from helpers import Served
 from tiny import execute, load, network, tokens, weights
 
 from alps_exp import UserError, prune_model
@@ -18,6 +19,7 @@ from alps_exp.cli.plan import plan
 from alps_exp.layer import registry
 from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.patterns import parse_sparsity
+from alps_exp.runs import together
 from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 from alps_exp.training import optimisers
@@ -278,7 +280,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(words, whole, tmp_path):
+def test_two_processes_train_as_one(words, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "_start", Served)
     record = execute([*words, *SHORTER, "devices=2"], tmp_path)
     found = weights(tmp_path)
     for name, weight in found.items():

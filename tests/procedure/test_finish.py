@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import tiny_models
 import torch
+from helpers import Served
 from tiny import execute, network, tokens, weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ from alps_exp.evaluation import perplexity
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.procedure import distil as procedure_distil
+from alps_exp.runs import together
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
 from alps_exp.training.finish import BlockFinish, Distillation, Finish, build_finish
@@ -417,7 +419,8 @@ def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity):
+def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity, monkeypatch):
+    monkeypatch.setattr(together, "_start", Served)
     record = execute([*words, "finish=[block,distil]", "devices=2"], tmp_path)
     alone = execute([*words, "finish=block"], tmp_path / "alone")
     for one, other in zip(record["finish"]["blocks"], alone["finish"]["blocks"], strict=True):
@@ -429,7 +432,8 @@ def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity)
 
 
 @pytest.mark.slow
-def test_two_processes_distil_as_one(words, tmp_path, other_text):
+def test_two_processes_distil_as_one(words, tmp_path, other_text, monkeypatch):
+    monkeypatch.setattr(together, "_start", Served)
     words = [*words, "finish=distil", "method=magnitude", "losses=false", "finish.distil.batch=3"]
     words += ["finish.tokens=500", f"finish.path={other_text}"]  # 8 windows beside 8; the steps need not divide
     one = execute(words, tmp_path / "one")["finish"]["distil"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Forked
+from helpers import Forked, Served
 from tiny import execute, weights
 
 from alps_exp.runs import together
@@ -29,8 +29,8 @@ def test_the_stream_target_is_that_of_one_process(tiny_llama, text_file, tmp_pat
     text = [] if "data=generated" in more else ["data=local", f"data.path='{text_file}'"]
     words = ["model=local", f"model.path='{tiny_llama}'", *text, "nsamples=5", "seqlen=64", "eval=none", "device=cpu"]
     words += ["target=stream", "data.holdout=2", "save=true", "sparsity=0.6", *more]
-    if not any(word.startswith("sensitivity") for word in more):
-        monkeypatch.setattr(together, "_start", Forked)
+    backwards = any(word.startswith("sensitivity") for word in more)
+    monkeypatch.setattr(together, "_start", Served if backwards else Forked)
     one = execute(words, tmp_path / "one")
     two = execute(words, tmp_path / "two", "devices=2")
     assert (two["status"], two["attempts"]) == ("complete", 1)

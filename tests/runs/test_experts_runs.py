@@ -8,6 +8,7 @@ import pytest
 import tiny_experts
 import tiny_models
 import torch
+from helpers import Forked
 from safetensors.torch import load_file, save_file
 from tiny import execute, load, weights, words_for
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from alps_exp.model import loading
 from alps_exp.model.layers import find_layer
 from alps_exp.model.structure import find_blocks
 from alps_exp.pruning import loop
+from alps_exp.runs import together
 from alps_exp.runs.naming import config_hash
 from alps_exp.runs.settings import resolve
 
@@ -181,7 +183,8 @@ def test_what_cannot_be_done_is_refused_before_the_run(settings, tmp_path, word)
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("method", ["dsnot", "alps", "alps target=stream"])
-def test_several_processes_make_the_same_experts(settings, tmp_path, method):
+def test_several_processes_make_the_same_experts(settings, tmp_path, method, monkeypatch):
+    monkeypatch.setattr(together, "_start", Forked)
     words = [*settings, *f"method={method}".split(), "save=true"]
     words += ["expert_shrinkage=1", "layers.include=['layers.0.mlp.*']"]
     one = execute(words, tmp_path / "one")
