@@ -241,12 +241,15 @@ def _for_the_model(
 ) -> tuple[Method, dict[str, Pattern]]:
     """The method as it treats this model, and the pattern of each layer to prune by name."""
     from .allocation.prunable import linear_shapes, other_names
+    from .procedure.mixtures import check_method
 
     if not fitting.prunes:
         return fitting, {}
     shapes = linear_shapes(model, selection)
     patterns = selection.patterns_for(shapes, pattern, other_names(model))
-    return fitting.for_layers(patterns, shapes).for_model(model, patterns), patterns
+    fitting = fitting.for_layers(patterns, shapes)
+    check_method(model, patterns, fitting)
+    return fitting.for_model(model, patterns), patterns
 
 
 def _built(
@@ -286,9 +289,7 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
     if job.solver.trains and job.finish.name != "none":
         raise UserError(f"finish={job.finish.name} compares with the dense model, and {name} trains its weights")
     check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver)
-    check_experts(
-        model, job.patterns, job.solver, job.target, job.sensitivity, job.allocation, job.finish, job.weighting
-    )
+    check_experts(model, job.patterns, job.solver, job.finish, job.weighting)
     job.finish.check(job.propagate, len(job.held_out) if job.held_out is not None else 0, len(job.tokens))
     _check_fresh(job.finish, job.fresh, job.held_out)
     if job.finish.block is not None and isinstance(job.solver, ModelMethod):

@@ -40,6 +40,7 @@ from alps_exp.baselines.sparsegpt import reversed_cholesky
 from alps_exp.baselines.wanda import wanda_score
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
+from alps_exp.methods.alps import launches
 from alps_exp.patterns import Pattern
 
 STARTS = ("wanda", "magnitude", "sparsegpt")
@@ -83,28 +84,49 @@ class DSnoT(Solver):
         return Statistics.ALL if self.start == "sparsegpt" else Statistics.MOMENTS
 
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
-        watch = Stopwatch(problems[0].weight.device)
-        seconds, importance = {}, None
+        return self._solve_batch([problems], patterns)[0]
+
+    def _solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        # A row that has stopped waits for all others, which on a processor costs more than starting anew.
+        if not launches(groups[0][0].weight.device):
+            return super()._solve_alike(groups, patterns)
+        return self._solve_batch(groups, patterns)
+
+    def _solve_batch(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        """Groups of layers of the same shapes and patterns: of all of them the rows advance together."""
+        watch = Stopwatch(groups[0][0].weight.device)
+        seconds, importances = {}, [None] * len(groups)
         if self.start == "sparsegpt":
             # 1 / U_jj, shared by all layers of one Gram matrix; dead inputs are worth nothing.
-            diagonal = reversed_cholesky(problems[0], self.damping).diagonal().flip(0)
-            importance = diagonal.masked_fill(problems[0].dead, 0)
-            seconds["factorisation"] = watch.lap("factorisation") / len(problems)
-        solutions = []
-        for problem, pattern in zip(problems, patterns, strict=True):
-            support, swaps = self._refine(problem, pattern, self._start_score(problem, importance))
-            most = int(swaps.max())
-            solutions.append(
-                Solution(
-                    weight=problem.weight.masked_fill(~support, 0),
-                    support=support,
-                    status="converged" if most < self.max_swaps else "max_iterations",
-                    iterations=most,
-                    seconds={**seconds, "swaps": watch.lap("swaps")},
-                    stats={"start": self.start, "same_sign": self.same_sign, "swaps": int(swaps.sum())},
-                )
+            for number, problem in enumerate(problems[0] for problems in groups):
+                diagonal = reversed_cholesky(problem, self.damping).diagonal().flip(0)
+                importances[number] = diagonal.masked_fill(problem.dead, 0)
+            seconds["factorisation"] = watch.lap("factorisation") / len(groups) / len(patterns)
+        columns = []
+        for problems, pattern in zip(zip(*groups, strict=True), patterns, strict=True):
+            scores = [self._start_score(*pair) for pair in zip(problems, importances, strict=True)]
+            support, swaps = self._refine(problems, pattern, torch.cat(scores))
+            swaps = swaps.view(len(problems), -1)
+            most, every = swaps.amax(1).tolist(), swaps.sum(1).tolist()
+            spent = {**seconds, "swaps": watch.lap("swaps") / len(problems)}
+            columns.append(
+                [
+                    Solution(
+                        weight=problem.weight.masked_fill(~own, 0),
+                        support=own,
+                        status="converged" if most[number] < self.max_swaps else "max_iterations",
+                        iterations=most[number],
+                        seconds=dict(spent),
+                        stats={"start": self.start, "same_sign": self.same_sign, "swaps": every[number]},
+                    )
+                    for number, (problem, own) in enumerate(zip(problems, support.chunk(len(problems)), strict=True))
+                ]
             )
-        return solutions
+        return [list(solutions) for solutions in zip(*columns, strict=True)]
 
     def _start_score(self, problem: LayerProblem, importance: Tensor | None) -> Tensor:
         """(out, in) score whose largest entries form the first mask."""
@@ -114,21 +136,32 @@ class DSnoT(Solver):
             return problem.weight.abs()
         return problem.weight.abs() * importance  # in the order of its square, which float32 may not hold
 
-    def _refine(self, problem: LayerProblem, pattern: Pattern, score: Tensor) -> tuple[Tensor, Tensor]:
-        """The refined support (out, in) and the number of swaps of each row (out,)."""
+    def _refine(self, problems: Sequence[LayerProblem], pattern: Pattern, score: Tensor) -> tuple[Tensor, Tensor]:
+        """The refined support (rows, in) and the number of swaps of each row (rows,), of all rows of some layers of the
+        same shape, which do not know of each other.
+
+        Args:
+            problems: the layers.
+            pattern: of each.
+            score: (rows, in) that the first mask is chosen by.
+        """
         support = pattern.keep(score, "row")
-        contribution = problem.weight * (problem.mean * (problem.tokens / problem.sequences))
-        if bad := int((~torch.isfinite(contribution)).sum()):
-            raise UserError(
-                f"{problem.name}: {bad} weights times their inputs' sums overflow {contribution.dtype}: check the "
-                "checkpoint's weights"
-            )
-        # A constant input regrows first: its infinite ratio becomes the largest finite one; 0 / 0 of a dead one is 0.
-        ratio = torch.nan_to_num(contribution / problem.var**self.power, nan=0.0)
+        contributions, ratios = [], []
+        for problem in problems:
+            contribution = problem.weight * (problem.mean * (problem.tokens / problem.sequences))
+            if bad := int((~torch.isfinite(contribution)).sum()):
+                raise UserError(
+                    f"{problem.name}: {bad} weights times their inputs' sums overflow {contribution.dtype}: check the "
+                    "checkpoint's weights"
+                )
+            # A constant input regrows first: an infinite ratio becomes the largest finite one, a dead one's 0 / 0 is 0.
+            contributions.append(contribution)
+            ratios.append(torch.nan_to_num(contribution / problem.var**self.power, nan=0.0))
+        contribution, ratio = torch.cat(contributions), torch.cat(ratios)
         order = ratio.masked_fill_(support, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : int((~support[0]).sum())]  # every row has pruned as many
         if pattern.swaps is None:
-            candidates = _BySign(wanda_score(problem), contribution, support)
+            candidates = _BySign(torch.cat([wanda_score(problem) for problem in problems]), contribution, support)
         else:
             candidates = _ByGroup(score, support, pattern.swaps)
         swaps = self._swap(contribution, support, order, candidates)

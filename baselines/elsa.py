@@ -12,8 +12,8 @@
     at the end:          x = P(x)
 
 It starts with z = P(x) by magnitude, since there is no v yet, and u = 0. The score is v (x + u)², the paper's, or
-|x + u|, the released code's default. ELSA-L keeps z in 8 bits (float8 e4m3 with one scale per layer), u in bfloat16,
-and AdamW's moments in 8 bits.
+|x + u|, the released code's default. ELSA-L keeps z in 8 bits (float8 e4m3 with one scale per parameter), u in
+bfloat16, and AdamW's moments in 8 bits.
 
 Source: Lee et al., "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM", 2025.
 Deviations: counts are exact, the first entry wins among equals. A schedule begins at `penalty_start` times λ, which
@@ -23,13 +23,12 @@ must be above 0, because u is divided by λ. The text is that of the run's data 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from alps_exp.base.checks import one_of, require
 from alps_exp.model.blocks import BlockModel
@@ -104,17 +103,18 @@ class Elsa(TrainingMethod):
     def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
         self.check(model, job)
         layers = {name: find_layer(model.model, name) for name in job.patterns}
-        pruned = {layer.stored: job.patterns[name] for name, layer in layers.items()}
-        turned = {layer.stored for layer in layers.values() if isinstance(layer.module, Conv1D)}
+        pruned: dict[str, list[Part]] = {}
+        for name, layer in layers.items():
+            pruned.setdefault(layer.stored, []).append(Part(name, layer.view, job.patterns[name]))
         names = [name for name, _ in model.model.named_parameters()] if self.others else pruned
         with on_device(model, f"method={self.label}"):
             before = judged(model, job.held_out)
-            splitting = Splitting(self, pruned, turned)
+            splitting = Splitting(self, pruned)
             trainer, done = self.fit(model, job, tools, dict.fromkeys(names), [splitting])
             stats = splitting.end(trainer)
             trainer.masters.write()
             done |= {"before": before, "after": judged(model, job.held_out)}
-            result = accounted(model, job, self, done, {name: stats[layer.stored] for name, layer in layers.items()})
+            result = accounted(model, job, self, done, stats)
         counts = {row.name: round((1 - row.sparsity) * math.prod(row.shape)) for row in result.layers}
         short = [row.name for row in result.layers if row.stats["kept"] != counts[row.name]]
         if short:
@@ -122,23 +122,30 @@ class Elsa(TrainingMethod):
         return result
 
 
+class Part(NamedTuple):
+    """A layer in the weight that holds it, alone or with other experts of a mixture."""
+
+    name: str
+    view: Callable[[Tensor], Tensor]  # (out, in) of a tensor that is shaped like the weight
+    pattern: Pattern
+
+
 class Splitting(Companion):
     """z and u of ADMM.
 
     Args:
         method: with its hyperparameters.
-        patterns: weight → its pattern.
-        turned: those of the weights that are stored as (in, out).
+        parts: weight → the layers that it holds, all of them.
     """
 
-    def __init__(self, method: Elsa, patterns: Mapping[str, Pattern], turned: Collection[str] = ()) -> None:
-        self._method, self._patterns, self._turned = method, patterns, turned
+    def __init__(self, method: Elsa, parts: Mapping[str, Sequence[Part]]) -> None:
+        self._method, self._parts = method, parts
         self._points: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._duals: dict[str, Tensor] = {}
         self._penalty = method.penalty_at(0)
 
     def before_update(self, trainer: Trainer, step: int) -> None:
-        for name in self._patterns:
+        for name in self._parts:
             value = trainer.masters.values[name]
             x = value.detach()
             if name not in self._points:
@@ -151,7 +158,7 @@ class Splitting(Companion):
         if step % self._method.interval:
             return
         penalty = self._method.penalty_at(step)
-        for name in self._patterns:
+        for name in self._parts:
             x, u = trainer.masters.values[name].detach(), self._duals[name]
             reached = x + u
             self._keep(name, reached.masked_fill(~self._support(trainer, name, reached), 0), u)
@@ -160,14 +167,16 @@ class Splitting(Companion):
 
     @torch.no_grad()
     def end(self, trainer: Trainer) -> dict[str, dict]:
-        """x = P(x) in the masters; weight → how many entries are kept, and how far x was from P(x)."""
+        """x = P(x) in the masters; layer → how many entries are kept, and how far x was from P(x)."""
         stats = {}
-        for name in self._patterns:
+        for name in self._parts:
             x = trainer.masters.values[name].detach()
             support = self._support(trainer, name, x)
-            whole = float(x.double().square().sum())
-            gone = float(x.double().masked_fill(support, 0).square().sum())
-            stats[name] = {"kept": int(support.sum()), "distance": gone / whole if whole else 0.0}
+            for part in self._parts[name]:
+                own, kept = part.view(x).double(), part.view(support)
+                whole = float(own.square().sum())
+                gone = float(own.masked_fill(kept, 0).square().sum())
+                stats[part.name] = {"kept": int(kept.sum()), "distance": gone / whole if whole else 0.0}
             x.masked_fill_(~support, 0)
         return stats
 
@@ -183,8 +192,10 @@ class Splitting(Companion):
         return self._largest(name, score)
 
     def _largest(self, name: str, score: Tensor) -> Tensor:
-        pattern = self._patterns[name]
-        return pattern.keep(score.T.contiguous()).T if name in self._turned else pattern.keep(score)
+        support = torch.empty_like(score, dtype=torch.bool)
+        for part in self._parts[name]:
+            part.view(support).copy_(part.pattern.keep(part.view(score).contiguous()))
+        return support
 
     def _keep(self, name: str, z: Tensor, u: Tensor) -> None:
         point, dual = _POINTS[self._method.point], _DUALS[self._method.dual]
@@ -203,7 +214,7 @@ class Splitting(Companion):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._penalty = float(state["penalty"])
-        for name in self._patterns:
+        for name in self._parts:
             if f"z {name}" in state:
                 self._points[name] = state[f"z {name}"], state.get(f"scale {name}")
                 self._duals[name] = state[f"u {name}"]

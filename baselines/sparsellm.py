@@ -22,7 +22,7 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
@@ -138,6 +138,12 @@ class SparseLLM(Alternating, BlockMethod):
         flops += passes * (self.flops(rows, width) + 2 * self.flops(width, rows) + width**3 / 3)
         sums = 4 * (width**2 + 3 * weights + (self.rounds + 2) * 3 * weights) + 8 * 2 * width**2
         return flops, sums + 4 * _ARRAYS * TOKENS * width
+
+    def misfit_of_experts(self, names: Collection[str]) -> str | None:
+        return (
+            f"{type(self).__name__} alternates between the two sides of one activation, and a token's experts have one "
+            "each, with one sum behind them all"
+        )
 
     def for_model(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> SparseLLM:
         prefix, blocks = find_blocks(model)

@@ -15,7 +15,7 @@ choose among the weights, where there are such; otherwise the last ones are kept
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -87,6 +87,10 @@ class Tune(TrainingMethod):
                 f"{next(iter(names), 'model.layers.0.self_attn.q_proj')!r}"
             )
         return found
+
+    def misfit_of_experts(self, names: Collection[str]) -> str | None:
+        wanted = self.lora is not None and any(fnmatchcase(name, glob) for name in names for glob in self.targets)
+        return "adapters are for linear layers (method.targets)" if wanted else None
 
     def state_bytes(self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int) -> float:
         shapes = {name: find_layer(network, name).shape for name in patterns}

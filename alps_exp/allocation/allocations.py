@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -109,7 +109,7 @@ class BySensitivity(Allocation):
         require("allocation.cap", self.cap, float, 0, 1)
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
-        return _below_one_threshold({name: sensitivity.scores[name] for name in sizes}, sizes, target)
+        return _below_one_threshold(sensitivity.counts, sizes, target)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class ByLoss(Allocation):
         require("allocation.cap", self.cap, float, 0, 1)
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
-        return _below_one_threshold({name: sensitivity.relative(name) for name in sizes}, sizes, target)
+        return _below_one_threshold(sensitivity.relative, sizes, target)
 
 
 @dataclass(frozen=True)
@@ -256,13 +256,13 @@ class FromFile(Allocation):
 
 
 def _below_one_threshold(
-    counts: Mapping[str, torch.Tensor], sizes: Mapping[str, int], target: float
+    counts: Callable[[str], torch.Tensor], sizes: Mapping[str, int], target: float
 ) -> dict[str, float]:
     """Share of each layer's weights that lie below one score for all, so that of all together the target does."""
-    total = torch.stack(list(counts.values())).sum(0).cumsum(0)
+    total = sum(counts(name) for name in sizes).cumsum(0)  # one after the other: a mixture has thousands
     wanted = target * sum(sizes.values())
     bin_ = int(torch.searchsorted(total, torch.tensor(int(wanted))))
-    return {name: int(own[: bin_ + 1].sum()) / sizes[name] for name, own in counts.items()}
+    return {name: int(counts(name)[: bin_ + 1].sum()) / size for name, size in sizes.items()}
 
 
 def build_allocation(node: Mapping) -> Allocation:

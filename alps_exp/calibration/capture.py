@@ -142,6 +142,11 @@ class Accumulator:
         return Inputs(**fields)
 
 
+def _counting(part: Routed) -> Tensor:
+    """(n,) the squares of the weights of an expert's tokens, to a factor that a token's experts share."""
+    return (part.inputs.norm(dim=-1) if part.weights is None else part.weights).float().square()
+
+
 def _is_half(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
@@ -379,19 +384,21 @@ class _Mixture:
     @torch.no_grad()
     def correct(self, args: tuple, kwargs: dict, wanted: Tensor) -> None:
         """Divide among a token's experts what is wanted of their sum: to the output of each is added w r / Σ w², with w
-        the weight of the expert, the least change of the outputs that gives r."""
+        the weight of the expert, the least change of the outputs that gives r. Where inputs are multiplied by the
+        weights instead, so that outputs count as they are, w² r / Σ w² is added, with w from the inputs' norms."""
         arguments = self._experts.arguments(args, kwargs)
         parts = [part for part in self._experts.routed(arguments) if part.expert in self.sharing]
         squares = torch.zeros(len(wanted), device=wanted.device)
         for part in parts:
-            squares.index_add_(0, part.tokens, part.weights.float().square())
+            squares.index_add_(0, part.tokens, _counting(part))
         for (_, reads_hidden), sums in self._by_place.items():
             if not reads_hidden:
                 sums.expect(wanted.shape[-1])
         for part in parts:
             if (part.expert, False) not in self._by_place:
                 continue
-            share = part.weights.float() / squares[part.tokens].clamp(min=torch.finfo(torch.float32).tiny)
+            counted = _counting(part) if part.weights is None else part.weights.float()
+            share = counted / squares[part.tokens].clamp(min=torch.finfo(torch.float32).tiny)
             own = (wanted[part.tokens] * share[:, None]).to(wanted.dtype)
             inner = self._experts.inner(part.expert, part.inputs)
             self._by_place[part.expert, False].correct(self._weighted(own, part), self._weighted(inner, part))

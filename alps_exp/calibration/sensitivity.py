@@ -8,6 +8,13 @@ Glossary, for one linear layer y = Wx of the dense model and its cross-entropy L
 With f a change ΔW of the weight raises L by about ½ Σ_i f_i ΔW_i G ΔW_iᵀ / tokens (the Fisher matrix as a product of a
 diagonal factor for outputs and the Gram matrix for inputs, as in K-FAC): what layer-wise losses leave out. No gradient
 of a weight is made, and blocks visit the device one at a time: a model that can be pruned can be differentiated.
+
+For a matrix of an expert t runs over the expert's own tokens, n of all N. It counts as if it had been handed k =
+`BORROWED` tokens more, average ones of its layer's experts, so that one that no token reached in these few windows is
+not taken for one that nothing depends on; and d is given for N tokens, so that scores of all layers have one unit:
+
+    f    Σ_t (∂L/∂y_t)² + k f̄            f̄, d̄  means over the tokens of all experts of the layer
+    d    (Σ_t x_t² + k d̄) N / (n + k)
 """
 
 from __future__ import annotations
@@ -25,12 +32,15 @@ from ..base.errors import UserError
 from ..base.progress import Progress
 from ..base.resources import check_fields
 from ..model.blocks import BlockModel, hidden_of
-from ..model.layers import Layer
+from ..model.experts import Routed
+from ..model.layers import ExpertLayer, Layer
 from ..model.structure import block_layers, blocks_of
 from .ladder import naming_the_step
 
 # Scores are counted in bins of a hundredth of a power of e, from e⁻²⁰⁰ to e²⁰⁰.
 _BINS, _LOWEST, _STEP = 40_000, -200.0, 0.01
+# k, tokens that an expert borrows; docs/decisions.md has the measurement.
+BORROWED = 0.1
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,8 @@ class Sensitivity:
     Attributes:
         outputs: (out,) f; empty without a backward pass.
         inputs: (in,) d.
-        scores: how many weights have a score f_i W_ij² d_j (or W_ij² d_j) in each of the bins, from low to high; zeros
-            come first.
+        scores: how many weights have a score f_i W_ij² d_j (or W_ij² d_j) in each of the bins, from low to high, as
+            `counts` reads it: how many are zero, then the first bin that is not empty, and the counts from there on.
         exponents: () power-law exponent of the weight's spectrum.
         tokens: number of tokens.
     """
@@ -99,16 +109,25 @@ class Sensitivity:
             return torch.ones_like(f, dtype=torch.float32)
         return (f / mean).clamp_min(1e-6).pow(power / 2).float()
 
+    def counts(self, name: str) -> Tensor:
+        """(bins,) how many of a layer's weights have their score in each; zeros are in the first."""
+        zeros, first, *_ = self.scores[name][:2].tolist()
+        found = torch.zeros(_BINS, dtype=torch.int64)
+        own = self.scores[name][2:]
+        found[first : first + len(own)] = own.long()
+        found[0] += zeros
+        return found
+
     def outliers(self, names: Sequence[str], times: float) -> float:
         """Share of the weights of some layers whose |W_ij| √d_j is beyond so many times the mean of all of them."""
-        counts = torch.stack([self.scores[name] for name in names]).sum(0).double()
+        counts = sum(self.counts(name) for name in names).double()
         values = _centres(0.5)
         mean = (counts * values).sum() / counts.sum()
         return float(counts[values > times * mean].sum() / counts.sum())
 
     def relative(self, name: str) -> Tensor:
         """(bins,) the layer's counts by its scores over their sum, a score's share in the layer."""
-        counts = self.scores[name]
+        counts = self.counts(name)
         total = float((counts.double() * _centres()).sum())
         shift = round(math.log(total) / _STEP) if total > 0 else 0
         places = (torch.arange(_BINS) - shift).clamp(0, _BINS - 1)
@@ -149,8 +168,13 @@ def measure_sensitivity(
         for index in Progress(range(len(model)), "sensitivity, forwards", quiet=quiet):
             with model.block(index, changing=False) as block:
                 layers = _layers(model, index, block, names, excluded)
-                with _summing(layers, inputs):
+                with _summing(layers, inputs, tokens.numel()):
                     hidden.append([model.forward_block(index, block, h.to(model.device)).cpu() for h in hidden[-1]])
+                if uncalled := [name for name in layers if name not in inputs]:
+                    raise UserError(
+                        f"{uncalled[0]} received no calibration tokens: the model takes its weight without calling it; "
+                        f"leave it dense (layers.exclude=['*.{uncalled[0].rpartition('.')[2]}'])"
+                    )
                 if not gradients:
                     hidden.pop(0)
                 if not by_outputs:
@@ -254,37 +278,55 @@ def _backwards(model: BlockModel, index: int, block: nn.Module, hidden: Tensor, 
 
 
 @contextmanager
-def _summing(layers: Mapping[str, Layer], sums: dict[str, Tensor]):
-    """Add the squares of the layers' inputs while the block runs."""
+def _summing(layers: Mapping[str, Layer], sums: dict[str, Tensor], tokens: int):
+    """Add the squares of the layers' inputs while the block runs.
+
+    Args:
+        layers: by name.
+        sums: by name, which this fills.
+        tokens: N, of all windows.
+    """
 
     def hook_of(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = (args[0] if args else kwargs["input"]).float()
-            square = x.square().reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
+            square = _squares(args[0] if args else kwargs["input"])
             sums[name] = sums[name] + square if name in sums else square
 
         return hook
 
-    handles = [
-        layer.module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()
-    ]
+    def hook_of_experts(mixture: _Mixture) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            for part in mixture.experts.routed(mixture.experts.arguments(args, kwargs)):
+                read, inner = _squares(part.inputs), _squares(mixture.experts.inner(part.expert, part.inputs))
+                kinds = mixture.experts.projections
+                mixture.add(part, {kind: inner if kind == "down_proj" else read for kind in kinds})
+
+        return hook
+
+    plain, mixtures = _apart(layers)
+    handles = [layer.module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in plain.items()]
+    handles += [m.register_forward_pre_hook(hook_of_experts(own), with_kwargs=True) for m, own in mixtures.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for mixture in mixtures.values():
+        for name, (value, handed) in mixture.borrowing().items():
+            if name in layers:
+                sums[name] = value * (tokens / handed)
 
 
 @contextmanager
 def _squaring(layers: Mapping[str, Layer], sums: dict[str, Tensor]):
     """Add the squares of the gradients of the layers' outputs while the block runs backwards."""
-    for name, layer in layers.items():
+    plain, mixtures = _apart(layers)
+    for name, layer in plain.items():
         sums[name] = torch.zeros(layer.shape[0], dtype=torch.float64, device=layer.weight.device)
 
     def hook_of(name: str) -> Callable:
         def seen(gradient: Tensor) -> None:
-            g = gradient.detach().float()
-            sums[name] += g.square().reshape(-1, g.shape[-1]).sum(0, dtype=torch.float64)
+            sums[name] += _squares(gradient)
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             if output.requires_grad:
@@ -292,12 +334,72 @@ def _squaring(layers: Mapping[str, Layer], sums: dict[str, Tensor]):
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    def hook_of_experts(mixture: _Mixture) -> Callable:
+        experts = mixture.experts
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            arguments = experts.arguments(args, kwargs)
+
+            def seen(gradient: Tensor) -> None:
+                for part in experts.routed(arguments):
+                    found = experts.gradients(part, arguments, gradient)
+                    mixture.add(part, {kind: _squares(g) for kind, g in found.items()})
+
+            if output.requires_grad:
+                output.register_hook(seen)
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(hook_of(name)) for name, layer in plain.items()]
+    handles += [m.register_forward_hook(hook_of_experts(own), with_kwargs=True) for m, own in mixtures.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for mixture in mixtures.values():
+        sums.update({name: value for name, (value, _) in mixture.borrowing().items() if name in layers})
+
+
+class _Mixture:
+    """Sums over tokens, of all experts of a module, whichever of them are asked for."""
+
+    def __init__(self, layer: ExpertLayer) -> None:
+        self.experts = layer.experts
+        self._owner = layer.name.removesuffix(f".{layer.expert}.{layer.projection}")
+        self._tokens = dict.fromkeys(range(self.experts.count), 0)
+        self._sums: dict[str, dict[int, Tensor]] = {kind: {} for kind in self.experts.projections}
+
+    def add(self, part: Routed, squares: Mapping[str, Tensor]) -> None:
+        """Account for an expert's tokens: the sums over them by projection."""
+        self._tokens[part.expert] += len(part.tokens)
+        for kind, value in squares.items():
+            own = self._sums[kind]
+            own[part.expert] = own[part.expert] + value if part.expert in own else value
+
+    def borrowing(self) -> dict[str, tuple[Tensor, float]]:
+        """Layer name → the sums with those of the borrowed tokens, and the number of both; empty without any tokens."""
+        found, every = {}, sum(self._tokens.values())
+        for kind, own in self._sums.items():
+            more = sum(own.values()) * (BORROWED / every) if own else None
+            for expert, count in self._tokens.items() if own else ():
+                value = own[expert] + more if expert in own else more.clone()
+                found[f"{self._owner}.{expert}.{kind}"] = value, count + BORROWED
+        return found
+
+
+def _apart(layers: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[nn.Module, _Mixture]]:
+    """The linear layers among some by name, and the experts' by their module."""
+    mixtures: dict[nn.Module, _Mixture] = {}
+    for layer in layers.values():
+        if isinstance(layer, ExpertLayer) and layer.module not in mixtures:
+            mixtures[layer.module] = _Mixture(layer)
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}, mixtures
+
+
+def _squares(value: Tensor) -> Tensor:
+    """(width,) sums over tokens."""
+    return value.detach().float().square().reshape(-1, value.shape[-1]).sum(0, dtype=torch.float64)
 
 
 @contextmanager
@@ -318,8 +420,12 @@ def _centres(power: float = 1.0) -> Tensor:
 
 
 def _count(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """How many weights have their score in each bin."""
+    """How many weights have their score in each bin, as `Sensitivity.scores` has it."""
     # In logarithms: a product of three such numbers does not fit float32.
     score = weight.float().abs().log().mul_(2).add_(inputs.log().float()).add_(outputs.log().float()[:, None])
     bins = score.sub_(_LOWEST).div_(_STEP).nan_to_num_(neginf=0.0).clamp_(0, _BINS - 1).to(torch.int64)
-    return torch.bincount(bins.flatten(), minlength=_BINS).cpu()
+    counts = torch.bincount(bins.flatten(), minlength=_BINS).cpu()
+    zeros, counts[0] = counts[0].clone(), 0
+    there = counts.nonzero()
+    first, last = (int(there[0]), int(there[-1])) if len(there) else (0, 0)
+    return torch.cat([torch.stack([zeros, torch.tensor(first)]), counts[first : last + 1]]).int()

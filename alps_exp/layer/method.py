@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,6 +95,19 @@ class Method:
             UserError: a model that the method cannot prune.
         """
         return self
+
+    def misfit_of_experts(self, names: Collection[str]) -> str | None:
+        """Why the method cannot prune matrices of a mixture's experts; None where it can.
+
+        Args:
+            names: of theirs among the layers to prune.
+        """
+        if self.structured:
+            return (
+                f"{type(self).__name__} takes channels away, and experts share one parameter, with one number of "
+                "channels for all"
+            )
+        return f"{type(self).__name__} prunes blocks or the model as a whole"
 
     def digests(self) -> dict[str, str]:
         """What of the files that the method reads decides about results, by name."""

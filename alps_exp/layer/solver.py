@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -46,6 +46,9 @@ class Solver(Method, ABC):
     """Base of all layer methods. A solver holds hyperparameters only: it never prints, never touches a model, never
     changes its problem and never moves anything to another device.
     """
+
+    def misfit_of_experts(self, names: Collection[str]) -> str | None:
+        return None
 
     def parts(self) -> int:
         """Into how many parts the work on the Gram matrix alone divides, where other processes may do some of it."""

@@ -134,7 +134,7 @@ class Alps(Solver):
     def _solve_alike(
         self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
     ) -> list[list[Solution]]:
-        if not _launches(groups[0][0].weight.device) or self.schedule == "paper" or self.trace:
+        if not launches(groups[0][0].weight.device) or self.schedule == "paper" or self.trace:
             return super()._solve_alike(groups, patterns)
         return self._solve_batch(groups, patterns)
 
@@ -142,16 +142,17 @@ class Alps(Solver):
         self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
     ) -> list[list[Solution]]:
         """Groups of layers of the same shapes and patterns, each with a Gram matrix, in one stack."""
-        device, name = groups[0][0].weight.device, groups[0][0].name
+        device = groups[0][0].weight.device
         watch = Stopwatch(device)
         exact = self.exact or groups[0][0].weight.dtype == torch.float64
         leaders = [problems[0] for problems in groups]
         scaled = ScaledGram(leaders if len(groups) > 1 else leaders[0], self.damping)
+        name = leaders[0].name if len(groups) == 1 else [problem.name for problem in leaders]
         resolvent = Resolvent(scaled.gram, self.rho, exact, name, leaders[0].elsewhere)
         with nullcontext() if exact else fast_products(device):
             columns = list(zip(zip(*groups, strict=True), patterns, strict=True))
             # One by one where nothing is gained by less launches, or where ρ follows each layer's own support.
-            together = [columns] if _launches(device) and self.schedule != "paper" else [[one] for one in columns]
+            together = [columns] if launches(device) and self.schedule != "paper" else [[one] for one in columns]
             stacks = [_Stack(scaled, resolvent, own, self.rho, exact) for own in together]
             layers = [layer for stack in stacks for layer in stack.layers]
             traces = [Trace(layer.problem) for layer in layers] if self.trace else []
@@ -461,7 +462,7 @@ def _sampled(b: Tensor, target: Tensor, support: Tensor, scale: float) -> Tensor
     return torch.where(support, 0, target).mul_(scale).add_(b).abs_()
 
 
-def _launches(device: torch.device) -> bool:
+def launches(device: torch.device) -> bool:
     """Whether launching work takes time there beside the work, so that layers are solved in one stack."""
     return device.type == "cuda"
 

@@ -34,7 +34,7 @@ from ..numerics.fit import fit_on_support
 from ..numerics.precision import Multiplier
 from ..patterns import Pattern
 from .admm import DAMPING, ITERATIONS, PlainAdmm
-from .alps import Alps
+from .alps import Alps, launches
 
 _DAMPING = 1e-6
 # Numbers in the matrices that are factorised at once, 0.5 GB; a factorisation takes about three times that.
@@ -110,18 +110,44 @@ class Refitted(Solver):
             results.append(replace(solution, weight=weight, seconds=seconds, stats={**solution.stats, **stats}))
         return results
 
+    def _solve_alike(
+        self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
+    ) -> list[list[Solution]]:
+        if self.refit != "pcg" or not launches(groups[0][0].weight.device):
+            return super()._solve_alike(groups, patterns)
+        found = self.method.solve_alike(groups, patterns)
+        watch = Stopwatch(groups[0][0].weight.device)
+        fit, columns = _Pcg([problems[0] for problems in groups]), []
+        for problems, solutions in zip(zip(*groups, strict=True), zip(*found, strict=True), strict=True):
+            weights, steps = fit.together([problem.weight for problem in problems], solutions)
+            spent = watch.lap("refit") / len(solutions)
+            parts = zip(solutions, weights, steps, strict=True)
+            columns.append(
+                [
+                    replace(
+                        solution,
+                        weight=weight,
+                        seconds={**solution.seconds, "refit": spent},
+                        stats={**solution.stats, "refit_iterations": made},
+                    )
+                    for solution, weight, made in parts
+                ]
+            )
+        return [list(solutions) for solutions in zip(*columns, strict=True)]
+
 
 class _Pcg:
-    """Conjugate gradients on layers that share a Gram matrix."""
+    """Conjugate gradients on layers that share a Gram matrix, or on several that have one each."""
 
     @staticmethod
     def flops(rows: int, width: int) -> float:
         return 30 * 2 * rows * width**2  # thirty steps, about
 
-    def __init__(self, problem: LayerProblem) -> None:
-        self._gram = problem.gram
+    def __init__(self, problem: LayerProblem | Sequence[LayerProblem]) -> None:
+        problems = [problem] if isinstance(problem, LayerProblem) else problem
+        self._grams = [one.gram for one in problems]
         self._scaled = ScaledGram(problem, damping=0.0)
-        self._multiply = Multiplier(self._scaled.gram, exact=problem.weight.dtype == torch.float64)
+        self._multiply = Multiplier(self._scaled.gram, exact=problems[0].weight.dtype == torch.float64)
 
     def __call__(self, dense: Tensor, solution: Solution) -> tuple[Tensor, dict]:
         factor = power_of_two(float(dense.abs().max()))
@@ -133,7 +159,27 @@ class _Pcg:
             self._multiply, scaled, solution.support, start, Alps.pcg_iterations, Alps.pcg_tolerance
         )
         weight = torch.where(self._scaled.dead, solution.weight, self._scaled.unscale(fitted * unit) * factor)
-        return _better(self._gram, dense, solution.weight, weight), {"refit_iterations": steps}
+        return _better(self._grams[0], dense, solution.weight, weight), {"refit_iterations": steps}
+
+    def together(self, dense: Sequence[Tensor], solutions: Sequence[Solution]) -> tuple[list[Tensor], list[int]]:
+        """The same of one layer for each Gram matrix: fitted weights, and steps that each took."""
+        given = [solution.weight for solution in solutions]
+        weights, starts, support = (torch.stack(values) for values in (dense, given, [s.support for s in solutions]))
+        factor = _powers(weights)
+        scaled = self._scaled.scale(weights / factor)
+        unit = _powers(scaled)
+        scaled /= unit
+        start = self._scaled.scale(starts / factor).div_(unit)
+        fitted, steps = fit_on_support(self._multiply, scaled, support, start, Alps.pcg_iterations, Alps.pcg_tolerance)
+        found = torch.where(self._scaled.dead, starts, self._scaled.unscale(fitted * unit) * factor)
+        parts = zip(self._grams, dense, given, found, strict=True)
+        return [_better(*part) for part in parts], steps
+
+
+def _powers(weights: Tensor) -> Tensor:
+    """(layers, 1, 1) the power of two below the largest entry of each of several weights."""
+    found = [power_of_two(value) for value in weights.abs().amax((-2, -1)).tolist()]
+    return weights.new_tensor(found)[:, None, None]
 
 
 class _Exact:

@@ -80,12 +80,51 @@ class Experts(ABC):
         """Name of the parameter inside the module that holds this matrix of every expert."""
 
     @abstractmethod
+    def view(self, held: Tensor, projection: str, expert: int) -> Tensor:
+        """(out, in) the part of one expert's matrix, a view.
+
+        Args:
+            held: shaped like the parameter that holds it.
+            projection, expert: which matrix of which expert.
+        """
+
     def weight(self, projection: str, expert: int) -> Tensor:
         """(out, in) of one expert, a view."""
+        return self.view(self.module.get_parameter(self.parameter(projection)).detach(), projection, expert)
 
     @abstractmethod
+    def read(self, expert: int, inputs: Tensor) -> Tensor:
+        """(n, r) what those of an expert's matrices make of its inputs (n, h) that read them, side by side."""
+
+    @abstractmethod
+    def columns(self, projection: str) -> slice:
+        """Where the outputs of one of them are in what `read` gives."""
+
+    @abstractmethod
+    def activated(self, read: Tensor) -> Tensor:
+        """(n, f) what an expert's `down_proj` is fed, of what `read` gives."""
+
     def inner(self, expert: int, inputs: Tensor) -> Tensor:
         """(n, f) what an expert's `down_proj` is fed for its inputs (n, h)."""
+        return self.activated(self.read(expert, inputs))
+
+    def gradients(self, part: Routed, arguments: tuple[Tensor, ...], behind: Tensor) -> dict[str, Tensor]:
+        """(n, out) the gradients of a loss at the outputs of an expert's matrices, before biases, by projection.
+
+        Args:
+            part: the expert's tokens.
+            arguments: of the call.
+            behind: the gradient at the module's output.
+        """
+        rows = behind.reshape(-1, behind.shape[-1])[self.rows(part, arguments)]
+        down = rows if part.weights is None else rows * part.weights[:, None].to(rows.dtype)
+        weight = self.weight("down_proj", part.expert)
+        with torch.enable_grad():
+            read = self.read(part.expert, part.inputs.detach()).detach().requires_grad_()
+            inner = self.activated(read)
+        found = torch.autograd.grad(inner, read, (down.to(weight.dtype) @ weight).to(inner.dtype))[0]
+        readers = [kind for kind in self.projections if kind != "down_proj"]
+        return {kind: found[:, self.columns(kind)] for kind in readers} | {"down_proj": down}
 
     def arguments(self, args: tuple, kwargs: Mapping) -> tuple[Tensor, ...]:
         """A call's own arguments: tokens (n, h), and where there are such the experts of each and their weights."""
@@ -135,7 +174,7 @@ class Experts(ABC):
                 output = output + bias.to(made.dtype)
             if part.weights is not None:
                 output = output * part.weights[:, None].to(made.dtype)
-            made.index_add_(0, self._rows(part, arguments), output)
+            made.index_add_(0, self.rows(part, arguments), output)
         size = float(own.double().norm())
         difference = float((own.double() - made.double()).norm())
         if difference > _TOLERANCE[own.dtype] * size:
@@ -148,7 +187,7 @@ class Experts(ABC):
     def _down_bias(self, expert: int) -> Tensor | None:
         return None
 
-    def _rows(self, part: Routed, arguments: tuple[Tensor, ...]) -> Tensor:
+    def rows(self, part: Routed, arguments: tuple[Tensor, ...]) -> Tensor:
         """Which rows of the module's output an expert's outputs are added to."""
         return part.tokens
 
@@ -182,25 +221,29 @@ class _Flagged(Experts):
     def parameter(self, projection: str) -> str:
         return "down_proj" if projection == "down_proj" else self._readers
 
-    def weight(self, projection: str, expert: int) -> Tensor:
-        module = self.module
-        weight = getattr(module, self.parameter(projection)).detach()[expert]
-        weight = weight.T if module.is_transposed else weight
-        if projection == "down_proj" or not module.has_gate:
-            return weight
-        second = projection == "up_proj"
-        if not module.is_concatenated:
-            return weight[int(second) :: 2]
-        half = weight.shape[0] // 2
-        return weight[half:] if second else weight[:half]
+    def view(self, held: Tensor, projection: str, expert: int) -> Tensor:
+        own = held[expert].T if self.module.is_transposed else held[expert]
+        return own if projection == "down_proj" else own[self.columns(projection)]
 
-    def inner(self, expert: int, inputs: Tensor) -> Tensor:
+    def columns(self, projection: str) -> slice:
+        module, second = self.module, projection == "up_proj"
+        if not module.has_gate:
+            return slice(None)
+        if not module.is_concatenated:
+            return slice(int(second), None, 2)
+        half = self.view(module.down_proj, "down_proj", 0).shape[1]
+        return slice(half, None) if second else slice(half)
+
+    def read(self, expert: int, inputs: Tensor) -> Tensor:
         module = self.module
         weight = getattr(module, self._readers)[expert]
         output = nn.functional.linear(inputs.to(weight.dtype), weight.T if module.is_transposed else weight)
         if module.has_bias:
             output = output + getattr(module, f"{self._readers}_bias")[expert]
-        return module._apply_gate(output) if module.has_gate else module.act_fn(output)
+        return output
+
+    def activated(self, read: Tensor) -> Tensor:
+        return self.module._apply_gate(read) if self.module.has_gate else self.module.act_fn(read)
 
     def _down_bias(self, expert: int) -> Tensor | None:
         return self.module.down_proj_bias[expert] if self.module.has_bias else None
@@ -224,15 +267,18 @@ class _Scored(Experts):
     def parameter(self, projection: str) -> str:
         return "down_proj" if projection == "down_proj" else "gate_up_proj"
 
-    def weight(self, projection: str, expert: int) -> Tensor:
-        weight = getattr(self.module, self.parameter(projection)).detach()[expert].T
-        if projection == "down_proj":
-            return weight
-        half = weight.shape[0] // 2
-        return weight[half:] if projection == "up_proj" else weight[:half]
+    def view(self, held: Tensor, projection: str, expert: int) -> Tensor:
+        return held[expert].T if projection == "down_proj" else held[expert].T[self.columns(projection)]
 
-    def inner(self, expert: int, inputs: Tensor) -> Tensor:
-        gate, up = (inputs @ self.module.gate_up_proj[expert]).chunk(2, dim=-1)
+    def columns(self, projection: str) -> slice:
+        half = self.module.down_proj.shape[1]
+        return slice(half, None) if projection == "up_proj" else slice(half)
+
+    def read(self, expert: int, inputs: Tensor) -> Tensor:
+        return inputs @ self.module.gate_up_proj[expert]
+
+    def activated(self, read: Tensor) -> Tensor:
+        gate, up = read.chunk(2, dim=-1)
         return up * self.module.act_fn(gate)
 
     def arguments(self, args: tuple, kwargs: Mapping) -> tuple[Tensor, ...]:
@@ -254,7 +300,7 @@ class _Scored(Experts):
             if len(tokens):
                 yield Routed(expert, tokens, by_expert[expert, tokens], None)
 
-    def _rows(self, part: Routed, arguments: tuple[Tensor, ...]) -> Tensor:
+    def rows(self, part: Routed, arguments: tuple[Tensor, ...]) -> Tensor:
         return part.tokens + part.expert * self.count_tokens(arguments)
 
 
@@ -278,13 +324,20 @@ class _Flat(Experts):
     def parameter(self, projection: str) -> str:
         return f"mlp.{self._NAMES[projection]}"
 
-    def weight(self, projection: str, expert: int) -> Tensor:
-        weight = getattr(self.module.mlp, self._NAMES[projection]).detach()
-        weight = weight.view(self.count, -1, weight.shape[-1])[expert]
-        return weight.T if projection == "down_proj" else weight
+    def view(self, held: Tensor, projection: str, expert: int) -> Tensor:
+        own = held.view(self.count, -1, held.shape[-1])[expert]
+        return own.T if projection == "down_proj" else own
 
-    def inner(self, expert: int, inputs: Tensor) -> Tensor:
-        gate, up = (nn.functional.linear(inputs, self.weight(name, expert)) for name in ("gate_proj", "up_proj"))
+    def columns(self, projection: str) -> slice:
+        half = self.module.mlp.w1.shape[0] // self.count
+        return slice(half, None) if projection == "up_proj" else slice(half)
+
+    def read(self, expert: int, inputs: Tensor) -> Tensor:
+        own = [self.weight(name, expert) for name in ("gate_proj", "up_proj")]
+        return torch.cat([nn.functional.linear(inputs, weight) for weight in own], dim=-1)
+
+    def activated(self, read: Tensor) -> Tensor:
+        gate, up = read.chunk(2, dim=-1)
         return self.module.mlp.activation_fn(gate) * up
 
 

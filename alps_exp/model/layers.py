@@ -26,8 +26,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """(out, in), a view; GPT-2's Conv1D stores the transpose."""
-        weight = self.module.weight.detach()
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return self.view(self.held.detach())
 
     @property
     def held(self) -> Tensor:
@@ -38,6 +37,10 @@ class Layer:
     def stored(self) -> str:
         """Full name of that parameter."""
         return f"{self.name}.weight"
+
+    def view(self, held: Tensor) -> Tensor:
+        """(out, in) the layer's part of a tensor that is shaped like that parameter, a view."""
+        return held.T if isinstance(self.module, Conv1D) else held
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,10 +68,6 @@ class ExpertLayer(Layer):
     projection: str
 
     @property
-    def weight(self) -> Tensor:
-        return self.experts.weight(self.projection, self.expert)
-
-    @property
     def held(self) -> Tensor:
         return self.module.get_parameter(self.experts.parameter(self.projection))
 
@@ -76,6 +75,9 @@ class ExpertLayer(Layer):
     def stored(self) -> str:
         owner = self.name.removesuffix(f".{self.expert}.{self.projection}")
         return f"{owner}.{self.experts.parameter(self.projection)}"
+
+    def view(self, held: Tensor) -> Tensor:
+        return self.experts.view(held, self.projection, self.expert)
 
     @property
     def reads_hidden(self) -> bool:

@@ -8,8 +8,8 @@ through norms too, since in some models (OPT-350m) they stand in it. Where two w
 (attention and MLP in parallel), both write to what their sum is added to.
 
 The experts of a mixture write together: what their module gives is followed like the output of a layer, under the name
-of the first of their layers that write. What else is added to it on its way (a shared expert behind a gate of its own)
-counts as part of the stream.
+of the first of their layers that write. Where it gives the output of each (Llama 4), the sum over them is. What else is
+added to it on its way (a shared expert behind a gate of its own) counts as part of the stream.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .layers import ExpertLayer, Layer
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _FACTORS = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor, torch.ops.aten.mul.Scalar)
+_SUM = torch.ops.aten.sum.dim_IntList
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
 
@@ -81,7 +82,7 @@ class Additions(TorchDispatchMode):
 
     Attributes:
         found: what the layers write, by the names of `writers_of`.
-        outputs: (tokens, out) what modules of experts have given, by the same.
+        outputs: (tokens, out) the sums over the experts of a module, by the same.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Additions(TorchDispatchMode):
         self._stream = {_address(hidden): hidden}
         self._wanted, self._full, self._instead = set(wanted), full, dict(instead or {})
         self._terms: dict[int, _Term] = {}
+        self._apart: dict[int, tuple[Tensor, str]] = {}  # outputs of experts that are summed outside of their module
         self._handles: list = []
 
     def __enter__(self):
@@ -119,17 +121,25 @@ class Additions(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._terms.clear()
+        self._apart.clear()
         self._stream.clear()
         return super().__exit__(*error)
 
     def _written(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output) -> None:
             output = output if isinstance(output, Tensor) else output[0]
-            self._remember(_Term(output, {name: output}, 1.0))
-            if name in self._experts and name in self._wanted:  # something may be added to it in place
-                self.outputs[name] = output.clone()
+            layer = self._layers[name]
+            if module is layer.module and isinstance(layer, ExpertLayer) and not layer.experts.sums:
+                self._apart[_address(output)] = output, name
+            else:
+                self._write(output, name)
 
         return hook
+
+    def _write(self, output: Tensor, name: str) -> None:
+        self._remember(_Term(output, {name: output}, 1.0))
+        if name in self._experts and name in self._wanted:  # something may be added to it in place
+            self.outputs[name] = output.clone()
 
     def _normed(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """A norm between a layer and its addition multiplies each token by something of its own."""
@@ -170,6 +180,10 @@ class Additions(TorchDispatchMode):
             self._stream[_address(output)] = output
         elif function in _FACTORS:
             self._scaled(args, output)
+        elif function is _SUM and list(args[1]) == [0]:
+            _, name = self._apart.get(_address(args[0]), (None, None))
+            if name is not None and args[0].shape[0] == self._layers[name].experts.count:
+                self._write(output, name)
         return output
 
     def _scaled(self, args: tuple, output: Tensor) -> None:

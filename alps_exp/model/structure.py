@@ -137,7 +137,7 @@ def block_layers(
             if _is_large(parameter, whole) and not excluded(f"{name}.{own}") and not excluded(name):
                 fused[f"{name}.{own}"] = parameter
     for name, parameter in fused.items():
-        globs = ",".join(f"'*{'.'.join(other.rsplit('.', 2)[1:])}'" for other in fused)
+        globs = ",".join(dict.fromkeys(f"'*{'.'.join(other.rsplit('.', 2)[1:])}'" for other in fused))
         raise UserError(
             f"{name} is a fused weight of shape {tuple(parameter.shape)}, not a linear layer, and cannot be pruned: "
             f"leave such weights, {count(fused.values()) / whole:.0%} of the block's, dense by layers.exclude=[{globs}]"

@@ -34,7 +34,7 @@ class Resolvent:
         gram: (…, in, in) H, symmetric positive definite; several are worked on at once, for one ρ.
         start: the first ρ; spans of interpolation begin there.
         exact: one factorisation for every ρ, no interpolation.
-        name: the layer's, for messages.
+        name: the layer's, for messages; of several matrices a sequence with one for each.
         elsewhere: number of a node of the first span → function that waits for another process to make it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Resolvent:
         gram: Tensor,
         start: float,
         exact: bool,
-        name: str = "the layer",
+        name: str | Sequence[str] = "the layer",
         elsewhere: Mapping[int, Callable[[], Tensor | None]] | None = None,
     ) -> None:
         self._gram = gram
@@ -130,8 +130,8 @@ def _place(index: int) -> float:
     return 0.5 - 0.5 * math.cos(math.pi * (index + 0.5) / NODES)
 
 
-def inverse(gram: Tensor, rho: float, name: str = "the layer") -> Tensor:
-    """(H + ρI)⁻¹ by Cholesky, of each H (…, in, in).
+def inverse(gram: Tensor, rho: float, name: str | Sequence[str] = "the layer") -> Tensor:
+    """(H + ρI)⁻¹ by Cholesky, of each H (…, in, in), whose names are given where there are several.
 
     Raises:
         UserError: H + ρI is not positive definite.
@@ -156,7 +156,7 @@ def _small(gram: Tensor) -> bool:
     return gram.ndim > 2 or (gram.is_cuda and gram.shape[-1] <= _SMALL)
 
 
-def _inverses(gram: Tensor, rhos: Sequence[float], name: str) -> Tensor:
+def _inverses(gram: Tensor, rhos: Sequence[float], name: str | Sequence[str]) -> Tensor:
     """(ρ, …, in, in) (H + ρI)⁻¹ for each ρ, by one batch of factorisations."""
     damped = torch.stack([gram] * len(rhos))
     for part, rho in zip(damped, rhos, strict=True):
@@ -168,8 +168,10 @@ def _inverses(gram: Tensor, rhos: Sequence[float], name: str) -> Tensor:
         return torch.matmul(lower.mT, lower, out=damped)
 
 
-def _check(failed: Tensor, name: str) -> None:
+def _check(failed: Tensor, name: str | Sequence[str]) -> None:
     if bool(failed.any()):
+        if not isinstance(name, str):
+            name = name[int(failed.reshape(-1, len(name)).any(0).nonzero()[0])]
         raise UserError(
             f"{name}: the Gram matrix is not positive semi-definite: pass XᵀX summed in float32 or better, undamped, "
             "or raise method.damping"

@@ -6,59 +6,53 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..allocation.allocations import Allocation
 from ..base.errors import UserError
-from ..calibration.sensitivity import SensitivityChoice
 from ..layer.method import Method
-from ..layer.solver import Solver
-from ..methods.target import Target
 from ..model.layers import ExpertLayer, find_layer
 from ..training.finish import Finish
 
 
-def check_experts(
-    model: nn.Module,
-    names: Iterable[str],
-    method: Method,
-    target: Target,
-    sensitivity: SensitivityChoice,
-    allocation: Allocation,
-    finish: Finish,
-    weighting: str,
-) -> None:
-    """Raise UserError for what needs every layer to be a module of its own, if an expert is to be pruned.
+def check_method(model: nn.Module, names: Iterable[str], method: Method) -> None:
+    """Raise UserError if an expert is to be pruned by a method that cannot.
 
     Args:
         model: the model, or its skeleton.
         names: of the layers to prune.
-        method, target, sensitivity, allocation, finish, weighting: the job's.
+        method: to prune them by.
     """
+    found = _experts(model, names)
+    if found and (misfit := method.misfit_of_experts(found)) is not None:
+        raise UserError(
+            f"{misfit}, and {next(iter(found))} is stored with the other experts of its layer: give another method, or "
+            "leave the experts dense (layers.exclude=['*experts*'])"
+        )
+
+
+def check_experts(model: nn.Module, names: Iterable[str], method: Method, finish: Finish, weighting: str) -> None:
+    """Raise UserError for what else cannot be done with an expert that is to be pruned.
+
+    Args:
+        model: the model, or its skeleton.
+        names: of the layers to prune.
+        method, finish, weighting: the job's.
+    """
+    found = _experts(model, names)
+    weighed = next((name for name, layer in found.items() if not layer.experts.sums), None)
+    if weighting != "none" and weighed is not None:
+        raise UserError(
+            f"expert_weighting={weighting} counts tokens by the weights of experts' outputs, and {weighed} is handed "
+            "weighted inputs: leave that out, or leave the experts dense (layers.exclude=['*experts*'])"
+        )
+    if method.trains or finish.name != "none":
+        _check_whole(found, "the method" if method.trains else f"finish={finish.name}")
+
+
+def _experts(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertLayer]:
     layers = (find_layer(model, name) for name in names)
-    found = {layer.name: layer for layer in layers if isinstance(layer, ExpertLayer)}
-    if not found:
-        return
-    expert, layer = next(iter(found.items()))
-    asked = {
-        "target=stream follows the sum over a token's experts into the residual stream, which is made outside of their "
-        "module here": target.beside and not layer.experts.sums,
-        f"expert_weighting={weighting} counts tokens by the weights of experts' outputs, and inputs are weighed here": (
-            weighting != "none" and not layer.experts.sums
-        ),
-        "sensitivity=outputs takes gradients at the outputs of single layers": sensitivity.used,
-        "this allocation reads the inputs and gradients of single layers": allocation.needs in ("inputs", "gradients"),
-        f"{type(method).__name__} prunes blocks or the model as a whole": not isinstance(method, Solver),
-    }
-    for words, given in asked.items():
-        if given:
-            raise UserError(
-                f"{words}, and {expert} is stored with the other experts of its layer: leave that out, or leave the "
-                "experts dense (layers.exclude=['*experts*'])"
-            )
-    if finish.name != "none":
-        _check_whole(found, finish)
+    return {layer.name: layer for layer in layers if isinstance(layer, ExpertLayer)}
 
 
-def _check_whole(layers: Mapping[str, ExpertLayer], finish: Finish) -> None:
+def _check_whole(layers: Mapping[str, ExpertLayer], what: str) -> None:
     """Raise UserError if a parameter that holds experts is pruned in part: training it would change the rest, too."""
     parts: dict[str, int] = {}
     for layer in layers.values():
@@ -68,6 +62,6 @@ def _check_whole(layers: Mapping[str, ExpertLayer], finish: Finish) -> None:
         own = [kind for kind in experts.projections if experts.parameter(kind) == experts.parameter(layer.projection)]
         if parts[layer.stored] != experts.count * len(own):
             raise UserError(
-                f"finish={finish.name} trains {layer.stored} as a whole, of which some experts or matrices stay dense: "
-                "prune all of them, or leave finish out"
+                f"{what} trains {layer.stored} as a whole, of which some experts or matrices stay dense: prune all of "
+                f"them, or none (layers.exclude=['*experts*'])"
             )

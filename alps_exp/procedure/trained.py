@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,6 +100,9 @@ class TrainingMethod(ModelMethod):
         if self.state == "8bit":
             eight_bit()
         return super().for_layers(patterns, shapes)
+
+    def misfit_of_experts(self, names: Collection[str]) -> str | None:
+        return None
 
     @abstractmethod
     def state_bytes(self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int) -> float:

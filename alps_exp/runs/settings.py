@@ -31,7 +31,7 @@ from ..model.loading import ModelSettings
 from ..patterns import Pattern
 from ..patterns.written import pattern_of
 from ..procedure.distil import refuse_streamed
-from ..procedure.mixtures import check_experts
+from ..procedure.mixtures import check_experts, check_method
 from ..procedure.scope import check_scope
 from ..procedure.strength import check_strength
 from ..procedure.trained import refuse_streamed as refuse_untrainable
@@ -171,11 +171,11 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     if prunes:
         shapes = linear_shapes(model.skeleton, selection)
         patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
-        solver = solver.for_layers(patterns, shapes).for_model(model.skeleton, patterns)
+        solver = solver.for_layers(patterns, shapes)
+        check_method(model.skeleton, patterns, solver)
+        check_experts(model.skeleton, patterns, solver, finish, cfg["expert_weighting"])
+        solver = solver.for_model(model.skeleton, patterns)
         check_weighing(allocation, sensitivity, cfg["nsamples"], solver)
-        check_experts(
-            model.skeleton, patterns, solver, target, sensitivity, allocation, finish, cfg["expert_weighting"]
-        )
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
             sizes = {name: math.prod(shape) for name, shape in shapes.items()}
             allocation.allocate(selection.shared(patterns), sizes, Sensitivity())

@@ -63,7 +63,7 @@ def test_moments_are_those_of_a_plain_backward_pass(family):
         for share in (0.1, 0.5, 0.9):  # bins of one per cent
             place = int(share * len(order))
             below = int((order <= order[place] * 1.02).sum())
-            counted = found.scores[name].cumsum(0)
+            counted = found.counts(name).cumsum(0)
             bin_ = int(torch.searchsorted(counted, torch.tensor(place)))
             assert abs(int(counted[bin_]) - below) <= max(3, 0.03 * len(order))
     assert found.tokens == 3 * 24

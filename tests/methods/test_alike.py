@@ -11,12 +11,12 @@ from helpers import out_of_memory, planted
 
 import alps_exp
 from alps_exp.base.errors import UserError
-from alps_exp.baselines import sparsegpt
+from alps_exp.baselines import dsnot, sparsegpt
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.scaled import ScaledGram
-from alps_exp.methods import alps
+from alps_exp.methods import alps, refit
 from alps_exp.numerics import resolvent, triangular
 from alps_exp.numerics.resolvent import Resolvent, inverse
 from alps_exp.numerics.triangular import inverse_cholesky
@@ -42,7 +42,7 @@ def groups(count: int, dtype: torch.dtype = torch.float64, rows: tuple = (40, 24
 
 @pytest.fixture
 def stacked(monkeypatch):
-    monkeypatch.setattr(alps, "_launches", lambda device: True)
+    monkeypatch.setattr(alps, "launches", lambda device: True)
 
 
 def compare(together, apart, exact: bool) -> None:
@@ -67,7 +67,7 @@ def test_on_a_processor_layers_keep_the_bits_that_they_have_alone(method):
 def test_a_stack_of_layers_gives_what_each_gives_alone(monkeypatch, written, count):
     solver, patterns, asked = registry.solver("alps"), [parse_sparsity(w) for w in written], groups(count)
     apart = [solver.solve_group(one, patterns) for one in asked]
-    monkeypatch.setattr(alps, "_launches", lambda device: True)
+    monkeypatch.setattr(alps, "launches", lambda device: True)
     compare(solver.solve_alike(asked, patterns), apart, False)
 
 
@@ -75,7 +75,7 @@ def test_layers_of_a_stack_end_when_each_does_alone(monkeypatch):
     solver, patterns, asked = registry.solver("alps", update_every=1, stop_rho=0.1), [parse_sparsity("0.7")], groups(3)
     asked = [one[:1] for one in asked]
     apart = [solver.solve_group(one, patterns) for one in asked]
-    monkeypatch.setattr(alps, "_launches", lambda device: True)
+    monkeypatch.setattr(alps, "launches", lambda device: True)
     together = solver.solve_alike(asked, patterns)
     assert len({solution[0].iterations for solution in together}) > 1
     assert len({solution[0].stats["pcg_iterations"] for solution in together}) > 1
@@ -126,6 +126,24 @@ def test_sparsegpt_walks_several_groups_at_once(monkeypatch, written):
         assert float((one.weight - other.weight).norm() / other.weight.norm()) < 0.02
 
 
+@pytest.mark.parametrize("written", ["0.6", "2:4"])
+@pytest.mark.parametrize("start", ["wanda", "sparsegpt"])
+def test_dsnot_swaps_in_the_rows_of_several_layers_to_the_same_bits(monkeypatch, written, start):
+    monkeypatch.setattr(dsnot, "launches", lambda device: True)
+    solver, patterns = registry.solver("dsnot", start=start, threshold=1e-3), [parse_sparsity(written)] * 2
+    apart = [solver.solve_group(one, patterns) for one in groups(3)]
+    assert len({solution.stats["swaps"] for solution in chain.from_iterable(apart)}) > 1
+    compare(solver.solve_alike(groups(3), patterns), apart, True)
+
+
+def test_weights_of_several_layers_are_fitted_together(monkeypatch):
+    monkeypatch.setattr(refit, "launches", lambda device: True)
+    solver, patterns = refit.refitted(registry.solver("magnitude"), "pcg"), [parse_sparsity("0.6")] * 2
+    apart = [solver.solve_group(one, patterns) for one in groups(3)]
+    assert len({solution.stats["refit_iterations"] for solution in chain.from_iterable(apart)}) > 1
+    compare(solver.solve_alike(groups(3), patterns), apart, False)
+
+
 def test_matrices_are_factorised_at_once(monkeypatch):
     monkeypatch.setattr(triangular, "_LEAF", 32)
     generator = torch.Generator().manual_seed(0)
@@ -149,8 +167,10 @@ def test_resolvents_of_several_matrices_are_those_of_each():
         alone = Resolvent(gram, 0.1, exact=False)
         for rho in (0.1, 0.7, 1.7):
             torch.testing.assert_close(every.at(rho)[number], alone.at(rho), rtol=1e-9, atol=1e-11)
-    with pytest.raises(UserError, match="two: the Gram matrix is not positive semi-definite"):
-        inverse(-torch.eye(3).expand(2, 3, 3), 0.1, "two")
+    several = torch.eye(3).repeat(3, 1, 1)
+    several[1] *= -1
+    with pytest.raises(UserError, match=r"^two: the Gram matrix is not positive semi-definite"):
+        inverse(several, 0.1, ["one", "two", "three"])
 
 
 @pytest.mark.slow
@@ -165,7 +185,7 @@ def test_experts_solved_together_are_those_solved_one_by_one(monkeypatch, method
         lambda self, *args: alike.append(len(args[0])) or original(self, *args),
     )
     for stack in (True, False):
-        monkeypatch.setattr(alps, "_launches", lambda device, stack=stack: stack)
+        monkeypatch.setattr(alps, "launches", lambda device, stack=stack: stack)
         network = tiny_experts.network("mixtral", torch.float32)
         found.append(alps_exp.prune_model(network, ids, method=method, sparsity=0.6, expert_shrinkage=0.1))
     assert alike == [4, 4, 4, 4] * 2  # what experts read and what they write, in two blocks

@@ -12,7 +12,6 @@ from torch import nn
 import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.ladder import Ladder
-from alps_exp.calibration.sensitivity import SensitivityChoice
 from alps_exp.layer.inputs import Inputs
 from alps_exp.model.experts import Experts
 from alps_exp.model.layers import ExpertLayer, find_layer
@@ -271,11 +270,11 @@ def test_tokens_count_by_the_squares_of_their_weights(family):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"sensitivity": SensitivityChoice("outputs", windows=2)}, "sensitivity=outputs takes gradients"),
-        ({"allocation": "owl"}, "allocation reads the inputs"),
-        ({"method": "sparsellm"}, "SparseLLM prunes blocks|has no feed-forward part"),
+        ({"method": "sparsellm"}, "SparseLLM alternates between the two sides of one activation"),
         ({"expert_weighting": "squares"}, "expert_weighting"),
-        ({"method": "osscar"}, "is no part of separate heads"),
+        ({"method": "osscar"}, "Osscar takes channels away, and experts share one parameter"),
+        ({"method": "tune-lora"}, "adapters are for linear layers"),
+        ({"method": "elsa", "exclude": ["*experts.2.*"]}, "the method trains model.layers.0.mlp.experts.gate_up_proj"),
         (
             {"finish": "block", "held_out": tokens(2), "exclude": ["*layers.1.*experts.2.gate_proj"]},
             "finish=block trains model.layers.1.mlp.experts.gate_up_proj as a whole",

@@ -20,9 +20,10 @@ def records(model, index: int, path: str) -> dict:
     """What block `index` gives, and what its experts and a shared one are handed and give, in one forward."""
     block, found = find_blocks(model)[1][index], {}
     watched = {"block": block, "experts": block.get_submodule(path)}
-    shared = path.replace("experts", "shared_experts")
-    if shared in dict(block.named_modules()):
-        watched["shared"] = block.get_submodule(shared)
+    for shared in ("shared_experts", "shared_expert"):
+        name, inside = path.replace("experts", shared), dict(block.named_modules())
+        if name in inside and f"{name}_gate" not in inside:
+            watched["shared"] = inside[name]
 
     def keep(name):
         def hook(module, args, kwargs, output):
@@ -39,14 +40,24 @@ def records(model, index: int, path: str) -> dict:
     return found
 
 
-# Plain; a shared expert behind a gate; a factor on the way; biases; a shared expert that is a writer of its own; flat.
+def weights_of(part) -> torch.Tensor:
+    """To a factor that a token's experts share, which the inputs of Llama 4's have been multiplied by."""
+    return part.weights if part.weights is not None else part.inputs.norm(dim=1)
+
+
+# Plain; a shared expert behind a gate; a factor on the way; biases; a shared expert that is a writer of its own; flat;
+# experts that are handed inputs multiplied by their scores and are summed outside of their module, one or two a token.
 @pytest.mark.parametrize(
     ("family", "weighting"),
     [(name, "none") for name in ("mixtral", "qwen2_moe", "granitemoe", "gpt_oss", "deepseek_v3", "dbrx")]
-    + [("mixtral", "squared")],
+    + [("mixtral", "squared"), ("llama4", "none"), ("llama4", "two a token")],
 )
 def test_downs_are_fitted_to_what_the_stream_lacks(family, weighting):
     ours, path = network(family), FAMILIES[family][2]
+    if weighting == "two a token":
+        weighting = "none"
+        for block in find_blocks(ours)[1]:
+            block.feed_forward.router.top_k = 2
     dense = copy.deepcopy(ours)
     words = {"target": StreamTarget(strength=0.7, ridge=RIDGE), "expert_shrinkage": 0.0, "include": ["*experts.*"]}
     words["expert_weighting"] = weighting
@@ -63,18 +74,19 @@ def test_downs_are_fitted_to_what_the_stream_lacks(family, weighting):
     factor = getattr(ours.config, "residual_multiplier", 1.0)
     lacking = (one["block"][2] - other["block"][2]) / factor
     if "shared" in one:
-        lacking = lacking - (one["shared"][2] - other["shared"][2])
+        lacking = lacking - (one["shared"][2] - other["shared"][2]).view_as(lacking)
     lacking = lacking.reshape(-1, lacking.shape[-1])
     experts = Experts.of(before.get_submodule(name))
     parts = list(experts.routed(experts.arguments(*other["experts"][:2])))
     squares = torch.zeros(len(lacking), dtype=torch.float64)
     for part in parts:
-        squares[part.tokens] += part.weights**2
+        squares[part.tokens] += weights_of(part) ** 2
     assert len(parts) == 4
     for part in parts:
         down = f"{name}.{part.expert}.down_proj"
         weight, z = find_layer(dense, down).weight, experts.inner(part.expert, part.inputs).detach()
-        wanted = lacking[part.tokens] * (part.weights / squares[part.tokens])[:, None]
+        counted = part.weights if part.weights is not None else weights_of(part) ** 2
+        wanted = lacking[part.tokens] * (counted / squares[part.tokens])[:, None]
         if weighting == "squared":
             wanted, z = wanted * part.weights[:, None], z * part.weights[:, None]
         gram = z.T @ z
@@ -100,6 +112,16 @@ def test_the_stream_comes_nearer_to_the_dense_one():
     assert drifts[1] < 0.95 * drifts[0]
 
 
-def test_experts_whose_sum_is_made_elsewhere_are_refused():
-    with pytest.raises(UserError, match="target=stream follows the sum over a token's experts"):
-        alps_exp.prune_model(network("llama4"), tokens(), method="wanda", sparsity=0.5, target="stream")
+def mean_of_experts(own, hidden):
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    scores, logits = own.router(hidden)
+    routed = own.experts((hidden[None] * scores.T[..., None]).flatten(0, 1)).view(4, *hidden.shape)
+    return own.shared_expert(hidden) + routed.mean(0), logits
+
+
+def test_experts_whose_sum_does_not_reach_the_stream_are_refused():
+    model = network("llama4")
+    for block in model.model.layers:
+        block.feed_forward.forward = lambda hidden, own=block.feed_forward: mean_of_experts(own, hidden)
+    with pytest.raises(UserError, match="its experts are not seen to add their sum to the hidden states"):
+        alps_exp.prune_model(model, tokens(), method="wanda", sparsity=0.5, target="stream")

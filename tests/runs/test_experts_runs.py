@@ -174,10 +174,9 @@ def test_the_key_is_part_of_a_run_only_where_it_says_something(settings, tmp_pat
             execute(settings, tmp_path, f"expert_shrinkage={value}")
 
 
-@pytest.mark.parametrize("word", ["sensitivity=outputs", "method=sparsellm"])
-def test_what_cannot_be_done_is_refused_before_the_run(settings, tmp_path, word):
+def test_what_cannot_be_done_is_refused_before_the_run(settings, tmp_path):
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.0\.gate_proj is stored with"):
-        execute(settings, tmp_path, "method=wanda", "nsamples=8", *word.split())
+        execute(settings, tmp_path, "method=sparsellm")
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
@@ -200,8 +199,8 @@ def test_several_processes_make_the_same_experts(settings, tmp_path, method, mon
 
 @pytest.mark.slow
 def test_methods_keep_their_order_on_a_trained_mixture(tmp_path, text_file):
-    """In the losses of experts, and in perplexity but for the two that leave values as they are: which of them is the
-    better one on this text differs from model to model."""
+    """In the losses of experts, and in perplexity but for the two that leave values as they are: Wanda selects within
+    rows and magnitude in whole layers, which is worth more here than the score (docs/decisions.md)."""
     folder = tiny_models.build("qwen2_moe", tmp_path / "model", steps=300)
     words = words_for(folder, text_file, "nsamples=24", "seqlen=64", "eval.windows=12", "eval.sample_tokens=0")
     losses, perplexities = [], []
@@ -210,5 +209,7 @@ def test_methods_keep_their_order_on_a_trained_mixture(tmp_path, text_file):
         own = [row["relative_loss"] for row in record["layers"] if ".mlp.experts." in row["name"]]
         losses.append(sum(own) / len(own))
         perplexities.append(record["evaluations"][0]["value"])
-    assert losses == sorted(losses)
-    assert perplexities[0] < perplexities[1] < min(perplexities[2:])
+    alps, sparsegpt, wanda, magnitude = losses
+    assert 4 * alps < sparsegpt and 1.2 * sparsegpt < wanda and 1.05 * wanda < magnitude
+    alps, sparsegpt, wanda, magnitude = perplexities
+    assert 1.05 * alps < sparsegpt < min(wanda, magnitude) / 1.1 and 1 / 1.3 < wanda / magnitude < 1.3
