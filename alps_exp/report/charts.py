@@ -19,7 +19,15 @@ from ..tables import figures, looks
 from .gather import Sweep, columns
 
 _OTHERS = ("#E69F00", "#AA4499", "#44AA99", "#882255", "#56B4E9", "#999933", "#CC6677", "#332288", "#DDCC77", "#117733")
-_OTHERS += ("#CC79A7", "#661100", "#88CCEE", "#009E73", "#D55E00", "#0072B2", "#888888")
+_OTHERS += ("#CC79A7", "#661100", "#88CCEE", "#009E73", "#D55E00", "#0072B2")
+_SHAPES = ["circle", "square", "triangle-up", "cross", "diamond", "triangle-right", "triangle-down", "triangle-left"]
+_SHAPES += [
+    "M-.9,0L-.45,-.8L.45,-.8L.9,0L.45,.8L-.45,.8Z",
+    "M-.9,-.5H.9V.5H-.9Z",
+    "M-.5,-.9V.9H.5V-.9Z",
+    "arrow",
+    "wedge",
+]
 _INK, _GRID = "currentColor", "light-dark(#dfe2e6, #3d434b)"
 _HEIGHT = 260
 _LISTED = 8  # series that a legend lists whole; of more, those of the measure that is shown
@@ -71,15 +79,23 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
             title=None,
             orient="bottom",
             columns=alt.ExprRef("windowSize()[0] > 800 ? 4 : 1"),
-            labelLimit=340,
+            labelLimit=alt.ExprRef(
+                "windowSize()[0] > 800 ? min(windowSize()[0], 1440) / 4 - 75 : windowSize()[0] - 150"
+            ),
             values=alt.ExprRef("labels[panel]"),
         ),
     )
     patterns = sorted({row["pattern"] for row in rows if not row["dense"]} - {"unstructured"}, key=written.order)
     shape = alt.Shape(
         "pattern:N",
-        scale=alt.Scale(domain=["unstructured", *patterns]),
-        legend=alt.Legend(title=None, orient="bottom", symbolFillColor=_INK, symbolStrokeColor=_INK),
+        scale=alt.Scale(domain=["unstructured", *patterns], range=_SHAPES),
+        legend=alt.Legend(
+            title=None,
+            orient="bottom",
+            columns=alt.ExprRef("windowSize()[0] > 800 ? 8 : 2"),
+            symbolFillColor=_INK,
+            symbolStrokeColor=_INK,
+        ),
     )
     parts = [
         _scatter(x, title, colour, shape, picked, legend, **more)
@@ -106,8 +122,11 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
         .configure_view(stroke=None)
         .configure_title(color=_INK, anchor="start", fontWeight=600)
     )
+    found = whole.to_dict()
+    # One legend below the other: beside a wide one there is no room. Altair has no word for it.
+    found["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 12}}
     # Beside Altair, which would look at every row.
-    return whole.to_dict() | {"datasets": {"runs": rows, "depth": depth}}, ticked
+    return found | {"datasets": {"runs": rows, "depth": depth}}, ticked
 
 
 def _rows(sweep: Sweep) -> list[dict]:

@@ -109,7 +109,7 @@ def _sweep(found: archive.RunSet, place: int) -> Sweep:
         )
         for index, (record, series) in enumerate(sorted(drawn, key=_order))
     ]
-    return Sweep(found.name, runs, table, notes)
+    return Sweep(found.name, runs, table, archive.without_paths(notes))
 
 
 def _order(drawn: tuple[Mapping, str]) -> tuple:

@@ -318,7 +318,7 @@ def provenance(record: Mapping) -> dict[str, object]:
 def _refuse_mixtures(key: tuple[str, ...], records: Sequence[Mapping]) -> None:
     seeds: dict[int, Mapping] = {}
     first = provenance(records[0]) if records else {}
-    label = " ".join(key)
+    label = " ".join(key[:3])
     for record in records:
         facts = provenance(record)
         for name in sorted({*first, *facts}):

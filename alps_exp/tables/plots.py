@@ -150,8 +150,8 @@ def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, l
 
 
 def labels(records: Sequence[Mapping]) -> list[str]:
-    """What plots call each of the records: its method, and what else tells it from the others."""
-    settings = varying(records)
+    """What plots call each of the records: its method, and what else was done otherwise than to the others."""
+    settings = [key for key in varying(records) if not key.startswith("eval.")]
     keys = [key_of(record, settings) for record in records]
     groups = [Group(key, [], "complete") for key in dict.fromkeys(keys)]
     found = Aggregate(settings, groups, pd.DataFrame(), False, {})

@@ -90,12 +90,13 @@ def test_what_a_sweep_varies_names_its_series():
     found = [table_records.record("alps", run=str(n)) for n in (8, 16)]
     for number, record in zip((8, 16), found, strict=True):
         record["config"] = record["config"] | {"nsamples": number}
+    found[1]["config"] = found[1]["config"] | {"eval": {"name": "speed"}}  # says nothing about what was done
     assert [run.series for run in sweep(found).runs] == ["alps nsamples=8", "alps nsamples=16"]
 
 
 def test_sets_without_a_table_of_means_say_why():
     twice = [table_records.record("alps", run="one"), table_records.record("alps", run="two")]
-    found = sweep(twice, unreadable={"three": "three is not a readable record"})
+    found = sweep(twice, unreadable={"three": "/home/me/three is not a readable record"})
     assert found.table is None and len(found.runs) == 2
     assert found.notes[0].startswith("three") and "same configuration and seed" in found.notes[1]
 
