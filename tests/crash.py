@@ -1,6 +1,7 @@
 """Kills runs of a tiny model with SIGKILL, lets the same command go on, and compares the end with an undisturbed run.
 
     python tests/crash.py --kills 36 --sweep-kills 24 --seed 0          (make crash)
+    python tests/crash.py --more "target=stream sensitivity=outputs allocation=sensitivity"
 
 A kill is aimed at a phase: at a random moment within a random call of that phase's function. Every run is killed twice
 before it may end, the second time while it resumes. Recovered means: bit-identical weights, losses, perplexity and
@@ -46,9 +47,12 @@ PHASES = {
     "clean-up": "alps_exp.pruning.store.ProgressStore.clear",
     "restore": "alps_exp.pruning.loop._replay",
     "any": "alps_exp.cli.command.main",
+    # Where the words of --more ask for them.
+    "weigh": "alps_exp.procedure.weighing._found",
+    "strength": "alps_exp.procedure.strength._tried",
 }
 # Those that a sweep which saves nothing goes through, and moments of its whole length most of all.
-SWEPT = ["any"] * 6 + [phase for phase in PHASES if phase not in ("any", "save", "restore")]
+SWEPT = ["any"] * 6 + [phase for phase in PHASES if phase not in ("any", "save", "restore", "weigh", "strength")]
 BLOCKS = 4
 
 
@@ -76,11 +80,12 @@ class Bench:
 
     Args:
         folder: everything is written below it.
+        more: words of the command beside the usual ones.
     """
 
     more: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: Sequence[str] = ()) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         model = tiny_models.build("llama", folder / "model", blocks=BLOCKS)
@@ -88,7 +93,7 @@ class Bench:
         text.write_text("\n".join(tiny_models.documents(60, seed=3)) + "\n", encoding="utf-8")
         data = ["model=local", f"model.path={model}", "data=local", f"data.path={text}", "nsamples=8", "seqlen=48"]
         self.words = [*data, "eval.windows=6", "eval.sample_tokens=4", "device=cpu", "save=true", "batch_size=2"]
-        self.words += self.more
+        self.words += [*self.more, *more]
         for phase in PHASES.values():
             importlib.import_module(_owner(phase)[0])
         self._number = 0
@@ -116,6 +121,11 @@ class Bench:
         place = self.folder / f"run{self._number}"
         place.mkdir()
         return place
+
+    @property
+    def phases(self) -> list[str]:
+        """Those that an undisturbed run goes through."""
+        return [phase for phase, function in PHASES.items() if self.calls.get(function)]
 
     def draw(self, generator: random.Random, phase: str) -> Kill:
         """A kill at a random moment of a phase."""
@@ -316,9 +326,8 @@ def _same(one, other) -> bool:
     return one == other
 
 
-def plan(kills: int, generator: random.Random) -> list[tuple[str, str]]:
+def plan(kills: int, generator: random.Random, phases: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of phases, all as often as possible; nothing can be restored before a first kill."""
-    phases = [phase for phase in PHASES if phase != "restore"]
     pairs = []
     while 2 * len(pairs) < kills:
         order = generator.sample(phases, len(phases))
@@ -335,15 +344,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=36, help="of single runs, at least so many")
     parser.add_argument("--sweep-kills", type=int, default=24, help="of sweeps, at least so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", default="", help="words for the command of single runs")
     options = parser.parse_args()
     generator = random.Random(options.seed)
     start, trials, sweeps = time.perf_counter(), [], []
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
-        bench = Bench(Path(folder) / "runs")
+        bench = Bench(Path(folder) / "runs", options.more.split())
         while (done := sum(trial.fired for trial in trials)) < options.kills:
-            for first, second in plan(options.kills - done, generator):
+            for first, second in plan(options.kills - done, generator, bench.phases):
                 kills = [bench.draw(generator, first), bench.draw(generator, second)]
-                streamed = generator.random() < 0.5
+                streamed = generator.random() < 0.5 and "strength" not in bench.phases  # it needs the model in memory
                 trials += bench.trial(kills, f"stream={str(streamed).lower()}")
         bench = SweepBench(Path(folder) / "sweeps")
         while sum(trial.fired for trial in sweeps) < options.sweep_kills:

@@ -135,7 +135,8 @@ def unknown_key(key: str, words: Sequence[str], config_name: str) -> str:
     if path[0] in names:
         return f"unknown key {key!r}: {known}{path[0]} is a value and has no keys of its own"
     if others := _with_key(where := known.removesuffix("."), path[0]):
-        return f"unknown key {key!r}: {where}={node.get('name')} has none; give {' or '.join(others)}, too"
+        named = f"{where}={node.get('name')}"
+        return f"unknown key {key!r}: {named} has none, but {' or '.join(others)}: give such a choice, or leave it out"
     own = f" (and configuration {config_name!r} begins its defaults with - config)" if config_name != "config" else ""
     return f"unknown key {key!r}; {nearest(known + path[0], [known + name for name in names])}{own}"
 

@@ -82,6 +82,7 @@ class Configuration:
         kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
         kept = {key: value for key, value in kept.items() if NEUTRAL.get(key, ...) != value}
         kept["method"] = {k: v for k, v in kept["method"].items() if _NEUTRAL_OF_METHODS.get(k, ...) is not v}
+        kept["layers"] = {**kept["layers"], "sparsity": _in_order(kept["layers"]["sparsity"])}
         decides = json.dumps(kept if solver.prunes else _evaluated(kept, "_target_" in content["eval"]), sort_keys=True)
         digest, model = sha256(decides), _model_name(content["model"])
         words = f"{model}-{content['method']['name']}"
@@ -205,6 +206,12 @@ def _level(value):
         return parse_sparsity(value).written
     except UserError:
         return value
+
+
+def _in_order(levels):
+    """The layers' own sparsities so that their order counts, the last match being the one that does: pairs where it is
+    another than that of the alphabet, in which a hash has the keys."""
+    return list(levels.items()) if isinstance(levels, Mapping) and list(levels) != sorted(levels) else levels
 
 
 def _that_decides(content: dict) -> dict:

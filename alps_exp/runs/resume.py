@@ -89,10 +89,10 @@ def _flat(content: Mapping, prefix: str = "") -> dict[str, str]:
     for key, value in content.items():
         if (not prefix and key in NOT_HASHED) or str(key).startswith("_"):
             continue
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" != "layers.sparsity":  # whose order counts
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+            flat[f"{prefix}{key}"] = json.dumps(value, default=str)
     return flat
 
 

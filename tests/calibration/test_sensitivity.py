@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from tiny import CONFIGS, execute, network, tokens, weights
-from transformers import AutoModelForCausalLM
+from tiny_models import documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alps_exp
 from alps_exp.allocation.allocations import BySensitivity, FromFile, Progression, Uniform, exact_levels
@@ -15,6 +16,7 @@ from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.sensitivity import Sensitivity, SensitivityChoice, measure_sensitivity
+from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 
@@ -110,6 +112,19 @@ def test_rows_change_nothing_where_scores_do_not_compete_over_them(method, spars
     alps_exp.prune_model(other, tokens(), method, sparsity)
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, other.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_a_trained_model_gains_perplexity(tiny_opt):
+    encoder = AutoTokenizer.from_pretrained(tiny_opt)
+    text = encoder(" ".join(documents(200, seed=5)), return_tensors="pt").input_ids[0]
+    ids, held_out = text[: 48 * 64].view(48, 64), text[-40 * 64 :].view(40, 64)
+    found = []
+    for weighed in ({}, {"sensitivity": "outputs", "allocation": "sensitivity"}):
+        model = AutoModelForCausalLM.from_pretrained(tiny_opt).eval()
+        alps_exp.prune_model(model, ids, "magnitude", 0.7, batch_size=8, **weighed)
+        found.append(perplexity(BlockModel(model, torch.device("cpu")), held_out, 8, quiet=True))
+    assert found[1] < 0.98 * found[0], found
 
 
 def test_kept_weights_that_a_method_does_not_change_stay_the_dense_ones_to_the_bit():

@@ -57,7 +57,7 @@ MISTAKES = [
     (["+method.rhoo=0.3"], ["method alps has no hyperparameter 'rhoo'", "did you mean rho"]),
     (["method=wanda", "method.rho=0.3"], ["method wanda has no hyperparameter 'rho'"]),
     (["eval.widows=3"], ["unknown key 'eval.widows'", "eval.windows"]),
-    (["target.strength=1"], ["unknown key 'target.strength': target=layer has none; give target=stream, too"]),
+    (["target.strength=1"], ["unknown key 'target.strength': target=layer has none, but target=stream: give"]),
     (["+foo=3"], ["unknown key 'foo'"]),
     (["seed.x=3"], ["seed is a value"]),
     (["+seed=3"], ["seed exists already"]),

@@ -22,7 +22,7 @@ from alps_exp.cli.overrides import compose, prepare
 from alps_exp.cli.repository import Repository
 from alps_exp.patterns import NM, Unstructured
 from alps_exp.patterns.written import pattern_of
-from alps_exp.runs import naming
+from alps_exp.runs import naming, resume
 
 SMALL = ["model=opt-125m", "data=wikitext2"]
 
@@ -304,6 +304,16 @@ def test_the_hash_is_that_of_what_would_be_computed():
     hashes = {naming.config_hash(compose(SMALL + other)) for other in others}
     assert len(hashes) == len(others)
     assert default not in hashes
+
+
+def test_the_order_of_layers_own_sparsities_decides_about_the_run():
+    one, other = ('"*.fc1":0.3,"*.0.*":0.6', '"*.0.*":0.6,"*.fc1":0.3')
+    first, second = (naming.Configuration.of(compose([*SMALL, f"layers.sparsity={{{text}}}"])) for text in (one, other))
+    assert first.digest != second.digest
+    again = naming.Configuration.of(json.loads(json.dumps(first.content)))
+    assert again.digest == first.digest, "as a record has it"
+    told = resume._differences({"config_hash": first.digest, "config": first.content}, second)
+    assert told.startswith("layers.sparsity")
 
 
 @pytest.mark.slow
