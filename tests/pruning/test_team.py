@@ -100,7 +100,7 @@ def test_work_goes_to_whoever_has_least():
 def test_idle_processes_take_parts_of_the_costliest_group(tmp_path):
     """ALPS's four inverses of the wide layer are divided over two processes; a part is taken once."""
     port = together._free_port()
-    torch.multiprocessing.spawn(_divide, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(_divide, (port, tmp_path), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert (one["own"], one["share"], two["own"], two["share"]) == ([1], [0, 1], [0], [2, 3])
     assert one["taken"] == [2, 3] and one["again"] is None
