@@ -118,7 +118,8 @@ def _tasks(options: Mapping) -> TaskSettings:
         raise UserError(f"eval.tasks={names} is not allowed: give a list, as in 'eval.tasks=[arc_easy,mmlu@5]'")
     if options["task_batch_size"] != "auto":
         require("eval.task_batch_size", options["task_batch_size"], int, 1, float("inf"))
-    one_of("eval.truncate", options["truncate"], (True, False))
+    for key in ("truncate", "run_code"):
+        one_of(f"eval.{key}", options.get(key, False), (True, False))
     by_name = limit if isinstance(limit, Mapping) else {}
     for value in by_name.values() if isinstance(limit, Mapping) else [limit]:
         if value is not None:
@@ -134,6 +135,7 @@ def _tasks(options: Mapping) -> TaskSettings:
         limit_seed=options["limit_seed"],
         truncate=options["truncate"],
         bos=options["bos"],
+        run_code=options.get("run_code", False),
     )
 
 

@@ -39,6 +39,7 @@ class TaskSettings:
     limit_seed: int | None = None
     truncate: bool = False
     bos: str | bool = "auto"
+    run_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lm_eval.tasks import __file__ as _lm_eval_tasks
 
 from ..base.errors import UserError
 from ..checkpoints import hub
+from . import running_code
 from .task_data import INSTALL, Leaf, cached_tasks, open_source
 
 # Where the usual tasks are defined: reading all of lm-eval's 14,000 task files takes ten seconds and more.
@@ -34,6 +35,7 @@ _USUAL = (
     "openbookqa",
     "mmlu/default",
     "gsm8k",
+    "humaneval",
 )
 
 
@@ -112,13 +114,16 @@ def _leaves(manager: TaskManager, name: str, shots: int | None) -> list[Leaf]:
     return [Leaf(name, entry.cfg, Path(entry.yaml_path), examples)]
 
 
-def load(names: list[str], shots: int | None, source: str) -> tuple[Mapping, dict]:
+def load(names: list[str], shots: int | None, source: str, run_code: bool = False) -> tuple[Mapping, dict]:
     """lm-eval's tasks and groups with their data, and where local data come from (task → facts, see `write_tasks`).
 
     Raises:
-        UserError: an unknown name, data that cannot be had or read, a task named twice.
+        UserError: an unknown name, data that cannot be had or read, a task named twice, or one that runs programs of
+            the model without `run_code`.
     """
     manager = _manager(tuple(names))
+    for name in names:
+        running_code.refuse_unless(run_code or not _runs_code(manager, name), name)
     sources: dict[str, dict] = {}
     if source == "hub":
         _check_hub(manager, names, shots)
@@ -130,14 +135,25 @@ def load(names: list[str], shots: int | None, source: str) -> tuple[Mapping, dic
         with calling_lm_eval():
             manager = TaskManager(include_path=[*roots, folder], include_defaults=False)
     try:
-        with calling_lm_eval():
-            return manager.load(list(names)), sources
+        with calling_lm_eval(), running_code.standing_in() if run_code else contextlib.nullcontext():
+            loaded = manager.load(list(names))
     except Exception as error:  # datasets, jinja and the tasks' own code raise whatever they stumble on
         where = "the hub" if source == "hub" else f"eval.task_source={source}"
         raise UserError(
             f"tasks {', '.join(names)} cannot be loaded from {where} ({hub.first_line(error)}): check the data, or "
             "name each task once"
         ) from error
+    for name, task in loaded["tasks"].items():  # also those that no YAML file describes
+        running_code.refuse_unless(run_code or not getattr(task, "UNSAFE_CODE", False), name)
+    return loaded, sources
+
+
+def _runs_code(manager: TaskManager, name: str) -> bool:
+    """Whether a task, or one of a group or tag, runs programs of the model, as far as YAML files say it."""
+    try:
+        return any(leaf.config.get("unsafe_code") for leaf in _leaves(manager, name, None))
+    except UserError:  # made in Python
+        return False
 
 
 def _check_hub(manager: TaskManager, names: list[str], shots: int | None) -> None:

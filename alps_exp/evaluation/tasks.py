@@ -84,7 +84,7 @@ def _prepared(model: ModelSettings, options: TaskSettings, files: tuple) -> tupl
     for shots, group in by_shots.items():
         suffix = "" if shots is None else f"@{shots}"
         names = [asked.name for asked in group]
-        loaded, sources = load(names, shots, options.source)
+        loaded, sources = load(names, shots, options.source, options.run_code)
         samples, sampling = {}, {}
         for name, task in loaded["tasks"].items():
             task.set_config("num_fewshot", task.config.num_fewshot or 0 if shots is None else shots)
@@ -220,11 +220,11 @@ def measure(passes: tuple[Pass, ...], options: TaskSettings, model: BlockModel, 
             bos=options.bos,
         )
         for step in passes:
-            rows += _rows(step, _evaluate(step, network), network.describe_bos())
+            rows += _rows(step, _evaluate(step, network, options.run_code), network.describe_bos())
     return rows
 
 
-def _evaluate(step: Pass, network) -> Mapping:
+def _evaluate(step: Pass, network, run_code: bool) -> Mapping:
     random.seed(_RANDOM_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
@@ -232,8 +232,9 @@ def _evaluate(step: Pass, network) -> Mapping:
         task.set_fewshot_seed(seed=_SEED)
     print(f"tasks: {', '.join(step.requested)}", file=sys.__stderr__, flush=True)
     return evaluator.evaluate(
-        network, dict(step.loaded), samples=dict(step.samples), bootstrap_iters=_BOOTSTRAP, log_samples=False
-    )
+        network, dict(step.loaded), samples=dict(step.samples), bootstrap_iters=_BOOTSTRAP, log_samples=False,
+        confirm_run_unsafe_code=run_code,
+    )  # fmt: skip
 
 
 def _rows(step: Pass, results: Mapping, bos: str) -> list[dict]:

@@ -78,6 +78,7 @@ class Configuration:
 
         content = canonical(cfg)
         content.pop("table", None)
+        content["eval"] = {key: value for key, value in content["eval"].items() if key != "run_code"}  # a permission
         solver, pattern = build(content["method"]), pattern_of(content["sparsity"])
         kept = _that_decides({key: value for key, value in content.items() if key not in NOT_HASHED})
         kept = {key: value for key, value in kept.items() if NEUTRAL.get(key, ...) != value}
