@@ -2,7 +2,8 @@
 
 With `refit` they become the best ones on that mask, wherever it comes from. A layer's mask is the tensor of its name
 there, in safetensors or `.bin` files or in the packed form; names may differ by what stands before them, as in
-`model.decoder.layers.0…` and `decoder.layers.0…`.
+`model.decoder.layers.0…` and `decoder.layers.0…`. Where a family stores its experts in another way, the model's class
+tells which tensors they are in.
 
 The sparsity of the run says what the mask is expected to have: an unstructured one each layer's share of zeros within
 `tolerance`, another pattern zeros where it has them, or more. The record's measured sparsity is the mask's. All masks
@@ -13,17 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alps_exp.base.checks import local_path, require
 from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import LayerSolver, Solution, Solver
+from alps_exp.model.layers import ExpertLayer, find_layer
 from alps_exp.patterns import Pattern, Unstructured
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "BOOL")
@@ -75,7 +77,12 @@ class Given(LayerSolver):
     def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
         super().for_layers(patterns, shapes)
         entries, read = _opened(self.folder)
-        keys = {name: self._key(name, entries) for name in patterns}
+        found = {name: _keys(name, entries) for name in patterns}
+        # What an expert's parameter is made of, only the model tells.
+        apart = tuple(
+            name for name, keys in found.items() if not keys and re.search(r"\.\d+\.(gate|up|down)_proj$", name)
+        )
+        keys = {name: self._key(name, entries) for name in patterns if name not in set(apart)}
         stored = {name: tuple(entries[key].shape) for name, key in keys.items()}
         turned = self._turned(shapes, entries)
         for name, key in keys.items():
@@ -88,11 +95,11 @@ class Given(LayerSolver):
                 raise UserError(
                     f"method.mask={self.mask} stores {key} as {entries[key].dtype}: give an unquantised checkpoint"
                 )
-        masks = Masks(self, {name: partial(read, key) for name, key in keys.items()}, turned)
+        masks = Masks(self, {name: partial(read, key) for name, key in keys.items()}, turned, apart)
         known = (self.mask, self.tolerance, tuple(sorted(self.digests().items())), tuple(patterns.items()), turned)
         if known not in _FITTING:  # of a sweep's runs the first one looks
-            for name, pattern in patterns.items():
-                masks.support(name, pattern)
+            for name in keys:
+                masks.support(name, patterns[name])
             _FITTING.add(known)
         return masks
 
@@ -130,6 +137,7 @@ class Masks(LayerSolver):
         given: what was asked.
         read: layer name → function that reads the tensor.
         turned: whether they are (in, out).
+        apart: experts' layers that the checkpoint has no tensor of their name for.
     """
 
     statistics: ClassVar[Statistics] = Given.statistics
@@ -139,6 +147,28 @@ class Masks(LayerSolver):
     given: Given
     read: Mapping[str, Callable[[], Tensor]] = field(repr=False)
     turned: bool
+    apart: tuple[str, ...] = ()
+
+    def for_model(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> Masks:
+        if not self.apart:
+            return self
+        entries, read = _opened(self.given.folder)
+        layers = {name: find_layer(model, name) for name in self.apart}
+        held = _held(model, entries, read)
+        for name, layer in layers.items():
+            if not isinstance(layer, ExpertLayer) or held(layer.stored) is None:
+                self.given._key(name, entries)
+            if (shape := tuple(held(layer.stored).shape)) != tuple(layer.held.shape):
+                raise UserError(
+                    f"method.mask={self.given.mask}: {layer.stored} is {shape} there, and {tuple(layer.held.shape)} in "
+                    "the model: give a pruned copy of this model"
+                )
+        # Read as a layer of its own, which is not turned.
+        views = {name: partial(_view, layer, held, self.turned) for name, layer in layers.items()}
+        masks = replace(self, read={**self.read, **views}, apart=())
+        for name in layers:
+            masks.support(name, patterns[name])
+        return masks
 
     def support(self, name: str, pattern: Pattern) -> Tensor:
         """(out, in) bool, on the CPU.
@@ -168,6 +198,28 @@ class Masks(LayerSolver):
     def _solve(self, problem: LayerProblem, pattern: Pattern) -> Solution:
         support = self.support(problem.name, pattern).to(problem.weight.device)
         return Solution(weight=problem.weight.masked_fill(~support, 0), support=support)
+
+
+def _held(model: nn.Module, entries: Mapping, read: Callable[[str], Tensor]) -> Callable[[str], Tensor | None]:
+    """A function that gives the checkpoint's values of a parameter of the model, None where it has none; it keeps the
+    last two, since a module's experts come one after the other."""
+    from alps_exp.checkpoints.checkpoint import match
+
+    found = match(model, entries)
+
+    @lru_cache(maxsize=2)
+    def held(name: str) -> Tensor | None:
+        if name in found.keys:
+            return read(found.keys[name])
+        merged = found.merged.get(name)
+        return None if merged is None else merged.made({key: read(key) for key in merged.keys})
+
+    return held
+
+
+def _view(layer: ExpertLayer, held: Callable[[str], Tensor], turned: bool) -> Tensor:
+    own = layer.view(held(layer.stored))
+    return own.T if turned else own
 
 
 def _keys(name: str, entries: Mapping) -> list[str]:

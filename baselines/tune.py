@@ -88,6 +88,10 @@ class Tune(TrainingMethod):
             )
         return found
 
+    @property
+    def whole(self) -> bool:
+        return self.lora is None
+
     def misfit_of_experts(self, names: Collection[str]) -> str | None:
         wanted = self.lora is not None and any(fnmatchcase(name, glob) for name in names for glob in self.targets)
         return "adapters are for linear layers (method.targets)" if wanted else None

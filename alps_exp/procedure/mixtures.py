@@ -10,6 +10,7 @@ from ..base.errors import UserError
 from ..layer.method import Method
 from ..model.layers import ExpertLayer, find_layer
 from ..training.finish import Finish
+from .trained import TrainingMethod
 
 
 def check_method(model: nn.Module, names: Iterable[str], method: Method) -> None:
@@ -43,8 +44,9 @@ def check_experts(model: nn.Module, names: Iterable[str], method: Method, finish
             f"expert_weighting={weighting} counts tokens by the weights of experts' outputs, and {weighed} is handed "
             "weighted inputs: leave that out, or leave the experts dense (layers.exclude=['*experts*'])"
         )
-    if method.trains or finish.name != "none":
-        _check_whole(found, "the method" if method.trains else f"finish={finish.name}")
+    whole = isinstance(method, TrainingMethod) and method.whole
+    if whole or finish.name != "none":
+        _check_whole(found, type(method).__name__ if whole else f"finish={finish.name}")
 
 
 def _experts(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertLayer]:

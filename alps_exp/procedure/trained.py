@@ -101,6 +101,11 @@ class TrainingMethod(ModelMethod):
             eight_bit()
         return super().for_layers(patterns, shapes)
 
+    @property
+    def whole(self) -> bool:
+        """Whether parameters are trained as they are, with all that they hold."""
+        return True
+
     def misfit_of_experts(self, names: Collection[str]) -> str | None:
         return None
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import alps_exp
 from alps_exp.base.errors import UserError
+from alps_exp.baselines.given import Given
 from alps_exp.calibration.ladder import Ladder
 from alps_exp.layer.inputs import Inputs
 from alps_exp.model.experts import Experts
@@ -274,7 +275,10 @@ def test_tokens_count_by_the_squares_of_their_weights(family):
         ({"expert_weighting": "squares"}, "expert_weighting"),
         ({"method": "osscar"}, "Osscar takes channels away, and experts share one parameter"),
         ({"method": "tune-lora"}, "adapters are for linear layers"),
-        ({"method": "elsa", "exclude": ["*experts.2.*"]}, "the method trains model.layers.0.mlp.experts.gate_up_proj"),
+        (
+            {"method": "elsa", "exclude": ["*experts.2.*"]},
+            "Elsa trains model.layers.0.mlp.experts.gate_up_proj as a whole",
+        ),
         (
             {"finish": "block", "held_out": tokens(2), "exclude": ["*layers.1.*experts.2.gate_proj"]},
             "finish=block trains model.layers.1.mlp.experts.gate_up_proj as a whole",
@@ -335,3 +339,17 @@ def test_nemotron_without_gates():
 
 def test_the_reference_is_no_module_of_experts():
     assert Experts.of(Unrolled("mixtral", network("mixtral").model.layers[0].mlp.experts)) is None
+
+
+# Saved expert by expert under names of their own, as they are in memory (with biases), and flat.
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx"])
+def test_the_mask_of_a_saved_mixture_is_found(family, tmp_path):
+    pruned, ours = network(family, torch.float32), network(family, torch.float32)
+    rows = alps_exp.prune_model(pruned, tokens(), method="wanda", sparsity="2:4")["layers"]
+    pruned.save_pretrained(tmp_path)
+    alps_exp.prune_model(ours, tokens(), Given(mask=str(tmp_path)), "2:4", losses=False)
+    assert any(".experts.3.down_proj" in row["name"] for row in rows)
+    for name, weight in pruned.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    with pytest.raises(UserError, match=r"experts.* is not 1:4: give its sparsity"):
+        alps_exp.prune_model(network(family), tokens(), Given(mask=str(tmp_path)), "1:4", include=["*experts.*"])
