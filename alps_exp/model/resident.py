@@ -187,6 +187,28 @@ class RowsLinear(_Frozen):
         return result if self.bias is None else result + self.bias
 
 
+class SemiStructuredLinear(_Frozen):
+    """Its weight is one of torch's semi-structured tensors, which multiply matrices only.
+
+    Args:
+        linear: its bias and sizes.
+        converted: its weight.
+    """
+
+    def __init__(self, linear: nn.Linear, converted: Tensor) -> None:
+        super().__init__(linear)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.converted = nn.Parameter(converted, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.converted.to_dense()
+
+    def _product(self, x: Tensor) -> Tensor:
+        result = nn.functional.linear(x.reshape(-1, self.in_features), self.converted)
+        return result if self.bias is None else result + self.bias
+
+
 @dataclass(frozen=True)
 class Resident:
     """What a model's weights became.
@@ -305,10 +327,7 @@ def _semi_structured(linear: nn.Linear, weight: Tensor) -> nn.Module | None:
         converted = torch.sparse.to_sparse_semi_structured(weight)
     except (RuntimeError, ValueError):  # a shape or a card that it does not take
         return None
-    made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(converted, requires_grad=False)
-    made.bias = linear.bias
-    return made
+    return SemiStructuredLinear(linear, converted)
 
 
 def nbytes(network: nn.Module) -> int:

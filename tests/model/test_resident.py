@@ -195,3 +195,35 @@ def test_on_cuda_with_a_static_cache_and_a_graph(dtype):
     assert decoder._cache.layers[0].cumulative_length == 12
     generated = packed.generate(ids[:, :5], max_new_tokens=6, do_sample=False, cache_implementation="static")
     assert generated.shape == (1, 11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_semi_structured_on_cuda(dtype):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from alps_exp.evaluation.speed import _Graph
+    from alps_exp.model.resident import SemiStructuredLinear
+
+    device = torch.device("cuda", 0)
+    sizes = {"vocab_size": 90, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, attention_bias=True)
+    dense = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(device, dtype)
+    for name, parameter in dense.named_parameters():
+        if parameter.ndim == 2 and ".layers." in name:
+            parameter.view(-1, 4)[:, ::2] = 0
+    made = deepcopy(dense)
+    try:
+        torch.sparse.to_sparse_semi_structured(torch.eye(128, device=device, dtype=dtype))
+    except RuntimeError:
+        pytest.skip("torch has no semi-structured products here")
+    report = make_resident(made, "semi-structured", device)
+    assert report.layers and all(isinstance(made.get_submodule(name), SemiStructuredLinear) for name in report.layers)
+    assert torch.equal(made.get_submodule(report.layers[0]).weight, dense.get_submodule(report.layers[0]).weight)
+    for ids in (tokens(1).to(device), tokens(3).to(device)[:, :1]):
+        one, other = (model(ids).logits.float() for model in (made, dense))
+        assert (one - other).norm() < 8 * torch.finfo(dtype).eps * other.norm()
+    decoder = _Graph(made, device, 2, 8, 4)
+    decoder.reset()
+    decoder.run()
