@@ -282,6 +282,9 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
         raise UserError(
             "target strength 'auto' is chosen by the loss on held-out windows: give held_out=TOKENS, or a number"
         )
+    used = job.losses or job.finish.name != "none" or getattr(job.target, "strength", 0) == "auto" or job.solver.trains
+    if job.held_out is not None and not used:
+        raise UserError("held_out measures losses and needs losses=True")
     if not job.patterns:
         return
     name = type(job.solver).__name__

@@ -64,6 +64,8 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
     if teacher is not None:
         distil(model, job, tools, teacher, result)
+    if job.target.beside and all(row.target == "layer" for row in result.layers):
+        result.notes.append("none was fitted to the stream: no layer that writes to the hidden states is pruned")
     if job.sensitivity.used and not read:
         result.notes.append("no backward pass was made: no rows compete, and no allocation reads the sensitivity")
     if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.shared) is None:

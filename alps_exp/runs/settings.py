@@ -238,6 +238,7 @@ def _check_values(cfg: Mapping) -> None:
     together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
     used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
+    used = used or build(cfg["method"]).trains
     if cfg["data"]["holdout"] and not used:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
     if (repo := cfg.get("push")) is not None:

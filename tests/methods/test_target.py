@@ -10,6 +10,7 @@ from tiny import CONFIGS, network, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import alps_exp
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.base.errors import UserError
@@ -256,6 +257,13 @@ def test_rows_tell_what_was_fitted_and_how_well():
     for row in result.layers:
         assert (row.target_loss is not None) == (row.target == "stream")
         assert 0 < row.relative_loss < 1 and (row.target_loss is None or 0 < row.target_loss < 1)
+
+
+@pytest.mark.parametrize(("glob", "told"), [("*q_proj", True), ("*o_proj", False)])
+def test_a_target_without_writers_to_fit_is_told(glob, told):
+    options = {"target": "stream", "include": [glob]}
+    record = alps_exp.prune_model(network("llama").float(), tokens(2), "wanda", 0.5, **options)
+    assert any("none was fitted to the stream" in note for note in record["warnings"]) == told
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from tiny import words_for
 from transformers import AutoModelForCausalLM
 
+import alps_exp
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.data import windows as data
@@ -103,6 +104,17 @@ def test_refused(settings, words):
 
 
 @pytest.mark.slow
+def test_windows_that_nothing_reads_are_refused_from_python(tiny_llama):
+    network, ids = AutoModelForCausalLM.from_pretrained(tiny_llama), torch.zeros(1, 4).long()
+    with pytest.raises(UserError, match="held_out measures losses and needs losses=True"):
+        alps_exp.prune_model(network, ids, "magnitude", 0.5, losses=False, held_out=ids)
+
+
+def test_training_reads_them_without_losses(settings):
+    words = [word for word in settings if word != "method=wanda"]
+    assert resolve(compose([*words, "method=tune", "losses=false"])).calibration.data.holdout == 3
+
+
 def test_tables_and_plot(settings, tmp_path):
     for method in ("wanda", "magnitude"):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)
