@@ -298,7 +298,8 @@ def _draw_perplexity(axis, panel: dict, handles: dict) -> None:
     if levels and apart:
         axis.axvline(levels[-1] + step / 2, color="#999999", linewidth=0.8, linestyle=":")
     axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log")
-    axis.set_xticks([*levels, *places.values()], [f"{level:g}" for level in levels] + apart)
+    turned = {"rotation": 90, "fontsize": 7} if len(levels) + len(apart) > 10 else {}  # so many overlap side by side
+    axis.set_xticks([*levels, *places.values()], [f"{level:g}" for level in levels] + apart, **turned)
 
 
 def _losses(found: Aggregate, spec: Spec) -> list[dict]:
@@ -650,7 +651,8 @@ def _structure(found: Aggregate, spec: Spec) -> list[dict]:
 
 
 def _draw_structure(axis, panel: dict, handles: dict) -> None:
-    """A colour and a marker for each kind of pattern, every point under its pattern's name."""
+    """A colour and a marker for each kind of pattern. Those with about as many zeros have their names beside them, from
+    the smallest loss to the largest."""
     kinds = list(written.kinds())
     for kind in dict.fromkeys(point[0] for point in panel["points"]):
         place = kinds.index(kind) if kind in kinds else len(kinds)
@@ -663,9 +665,19 @@ def _draw_structure(axis, panel: dict, handles: dict) -> None:
             markersize=5, capsize=2, elinewidth=1,
         )  # fmt: skip
         handles.setdefault(kind, handle)
-        for _, text, zeros, loss, *_ in found:
-            axis.annotate(text, (zeros, loss), (0, -4), textcoords="offset points", ha="center", va="top", fontsize=6)
-    axis.margins(0.12)
+    stacks: list[list] = []
+    for point in sorted(panel["points"], key=lambda point: point[2]):
+        if not stacks or point[2] - stacks[-1][-1][2] > 0.03:
+            stacks.append([])
+        stacks[-1].append(point)
+    for stack in stacks:
+        right = max(point[2] for point in stack) + 0.02
+        for rank, (_, text, zeros, loss, *_) in enumerate(sorted(stack, key=lambda point: point[3])):
+            axis.annotate(
+                text, (zeros, loss), (right, (rank + 0.5) / len(stack)), textcoords=axis.get_xaxis_transform(),
+                va="center", fontsize=6, arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "0.6"},
+            )  # fmt: skip
+    axis.margins(x=0.35, y=0.12)
     axis.set(xlabel="zeros", ylabel=panel["loss"].partition(" (")[0], yscale="log")
 
 
