@@ -34,6 +34,7 @@ from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
 from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.precision import nearly_product, subtract_product
 from alps_exp.numerics.triangular import inverse_cholesky, triangular_inverse
 from alps_exp.patterns import Pattern
 
@@ -131,7 +132,7 @@ class SparseGPT(Solver):
             here, later = slice(begin, end), slice(end, None)
             own = (work[..., here, :], keep[..., here, :], factor[..., here, here])
             errors = _sweep_block(*own, rows, pattern, step)
-            _subtract(work[..., later, :], factor[..., here, later].mT, errors)
+            subtract_product(work[..., later, :], factor[..., here, later].mT, errors)
         work.masked_fill_(~keep, 0)
         layers = zip(work.split(rows, dim=-1), keep.split(rows, dim=-1), strict=True)
         return [(weight.mT.contiguous(), support.mT.contiguous()) for weight, support in layers]
@@ -158,15 +159,13 @@ def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pa
         end = min(begin + step, work.shape[-2])
         former, here = slice(0, begin), slice(begin, end)
         if begin:
-            _subtract(work[..., here, :], factor[..., former, here].mT, errors[..., former, :])
+            own = work[..., here, :]
+            (own.addmm_ if own.ndim == 2 else own.baddbmm_)(
+                factor[..., former, here].mT, errors[..., former, :], alpha=-1
+            )
         parts = (part[..., here, :] for part in (work, keep, factor[..., here], errors, inverse))
         _sweep_step(*parts, rows, pattern)
     return errors
-
-
-def _subtract(work: Tensor, left: Tensor, right: Tensor) -> None:
-    """work -= left @ right."""
-    (work.addmm_ if work.ndim == 2 else work.baddbmm_)(left, right, alpha=-1)
 
 
 def _sweep_step(
@@ -215,7 +214,7 @@ def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
-    return triangular_inverse(reversed_cholesky(problem, damping)).flip(0, 1)
+    return triangular_inverse(reversed_cholesky(problem, damping), nearly_product).flip(0, 1)
 
 
 def _inverse_factors(problems: Sequence[LayerProblem], damping: float) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import UserError
+from ..numerics.precision import quadratic
 from .inputs import Inputs, Statistics, require_dense
 
 
@@ -169,8 +170,7 @@ class LayerProblem:
         # Squares of 1e-20 and 1e20 do not fit float32: both factors are first brought near 1, exactly.
         scale = power_of_two(float(delta.abs().max()))
         delta = (delta / scale).div_(self._root_scale)
-        value = float(((delta @ self.gram) * delta).sum(dtype=torch.float64))
-        return max(value, 0.0) * (scale * self._root_scale) ** 2
+        return max(quadratic(delta, self.gram), 0.0) * (scale * self._root_scale) ** 2
 
 
 def power_of_two(value: float) -> float:

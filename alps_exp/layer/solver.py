@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..patterns import Pattern
@@ -50,8 +51,9 @@ class Solver(Method, ABC):
     def misfit_of_experts(self, names: Collection[str]) -> str | None:
         return None
 
-    def parts(self) -> int:
-        """Into how many parts the work on the Gram matrix alone divides, where other processes may do some of it."""
+    def parts(self, device: torch.device) -> int:
+        """Into how many parts the work on the Gram matrix alone divides, where other processes may do some of it; 0
+        where one had better do all."""
         return 0
 
     def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:

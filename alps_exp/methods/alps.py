@@ -47,12 +47,16 @@ from ..layer.solver import Solution, Solver
 from ..layer.trace import Trace
 from ..numerics.fit import fit_on_support
 from ..numerics.kernels import kernels_for
-from ..numerics.precision import Multiplier, fast_products, low_precision
-from ..numerics.resolvent import NODES, Resolvent, first_node
+from ..numerics.precision import Multiplier, fast_products, halves, low_precision
+from ..numerics.resolvent import NODES, Resolvent, first_node, multiplies
 from ..patterns import Pattern
 from ..patterns.tracker import Tracker
+from .recorded import recording_for
 
 SCHEDULES = ("geometric", "paper")
+
+# In half precision, differences of weights are brought to this size, and ρ(H + ρI)⁻¹, which is below 1, to this one.
+_UNIT, _LIFT = 64.0, 2.0**14
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Alps(Solver):
         iterations = min(self.max_iterations, self.update_every * tenfold)
         return 4 * (5 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
 
-    def parts(self) -> int:
-        return 0 if self.exact else NODES
+    def parts(self, device: torch.device) -> int:
+        return 0 if self.exact or multiplies(device) else NODES
 
     def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
         scaled = ScaledGram(problem, self.damping)
@@ -200,7 +204,8 @@ class Alps(Solver):
         """ADMM on all stacks in lockstep, so that they share the resolvent at every ρ, until each layer has stopped."""
         layers = [layer for stack in stacks for layer in stack.layers]
         traced = dict(zip(layers, traces, strict=True)) if traces else {}
-        for iteration in range(1, self.max_iterations + 1):
+        first = 1 if traces or self.schedule == "paper" else self._replayed(stacks[0]) + 1
+        for iteration in range(first, self.max_iterations + 1):
             active = [stack for stack in stacks if stack.active]
             if not active:
                 return
@@ -209,11 +214,26 @@ class Alps(Solver):
                 for layer in stack.active if traced else ():
                     traced[layer].add(scaled.unscale(layer.d * layer.unit) * layer.factor, layer.support, stack.rho)
                 if iteration % self.update_every == 0:
-                    self._test_support(stack, iteration)
+                    self._test_support(stack, iteration, stack.changes())
 
-    def _test_support(self, stack: _Stack, iteration: int) -> None:
+    def _replayed(self, stack: _Stack) -> int:
+        """The first iterations of small layers on a GPU, if such were solved before; returns how many."""
+        if not stack.w.is_cuda or stack.exact:
+            return 0
+        stack.resolvent.half_at(stack.rho, _LIFT)  # factorised here, where the time is told
+        if (recording := recording_for(stack, self.growth, self.update_every)) is None:
+            return 0
+        for number in range(self.max_iterations // self.update_every):
+            if not stack.active or not stack.resolvent.covers(stack.rho):
+                break
+            self._test_support(stack, stack.iterations + self.update_every, recording.advance(stack, number))
+        return stack.iterations
+
+    def _test_support(self, stack: _Stack, iteration: int, changes: Tensor) -> None:
         ending = []
-        for layer, (changed, kept) in stack.support_changes():
+        for layer, (changed, kept) in zip(stack.layers, changes.tolist(), strict=True):
+            if layer.stopped:
+                continue
             stable = changed <= self.support_tolerance * kept
             if self.schedule == "paper":
                 ended = _paper_rho(stack, changed / max(kept, 1)) or (stable and iteration >= self.min_iterations)
@@ -294,7 +314,9 @@ class _Stack:
 
     B is computed as W + (ρ(D - W) - V)(H + ρI)⁻¹, the same in exact arithmetic: what is multiplied is then the small
     difference from W, and R is not needed. Within one ρ, B changes by ρ(2D - B - D_former)(H + ρI)⁻¹, which is smaller
-    still: low precision serves that product as well as float32 would. At every new ρ, B is computed afresh.
+    still: low precision serves that product as well as float32 would. At every new ρ, B is computed afresh, on
+    a GPU from factors in half precision, which has TF32's ten bits of mantissa at twice its rate. Powers of two keep
+    both within its range: the weights carry their product.
 
     Layers that have stopped are carried along until all have; what they were is kept.
 
@@ -312,10 +334,13 @@ class _Stack:
     ) -> None:
         self.rho, self.exact, self.iterations = rho, exact, 0
         self.shrinking = True  # the paper's rule: no large change of the support was seen yet
-        self._resolvent = resolvent
+        self.resolvent = resolvent
         device, self._groups = scaled.gram.device, len(columns[0][0])
         self._low = None if exact else low_precision(device)
         self._kernels = kernels_for(device) if self._low is not None else None
+        self._halves = self._low is not None and halves(device)
+        if self._halves:
+            self._low = torch.float16
         self.layers: list[_Layer] = []
         end = 0
         for problems, pattern in columns:
@@ -332,10 +357,11 @@ class _Stack:
         del weights
         self._measure("unit", [layer.part(self.w) for layer in self.layers])
         for layer in self.layers:
+            layer.unit /= _UNIT * _LIFT if self._halves else 1
             layer.part(self.w).div_(layer.unit)
         self._step = self._rule()
         self.restart()
-        self._remembered = self.support.clone()
+        self.remembered = self.support.clone()
 
     def _measure(self, name: str, weights: Sequence[Tensor]) -> None:
         for layer, largest in zip(self.layers, torch.stack([w.abs().max() for w in weights]).tolist(), strict=True):
@@ -379,7 +405,7 @@ class _Stack:
     def step(self) -> None:
         """One iteration."""
         if self._change is not None and self._target_rho == self.rho:
-            self.b = _add_product(self.b, self._change, self._resolvent.low_at(self.rho, self._low))
+            self.b = self._corrected(self.b, self._change)
         else:
             self.b = self._restarted_b()
         self._select()
@@ -387,9 +413,23 @@ class _Stack:
 
     def _restarted_b(self) -> Tensor:
         # With V = ρ_former(T - D), ρ(D - W) - V is (ρ + ρ_former)D - ρ_former T - ρW.
-        difference = (self.target * self.support).mul_(self.rho + self._target_rho)
-        difference.sub_(self.target, alpha=self._target_rho).sub_(self.w, alpha=self.rho)
-        return (difference @ self._resolvent.at(self.rho)).add_(self.w)
+        own, former = self._factor, self._target_rho * (self._factor / self.rho)
+        difference = (self.target * self.support).mul_(own + former)
+        difference.sub_(self.target, alpha=former).sub_(self.w, alpha=own)
+        if self._halves:
+            return self._corrected(self.w, difference.half())
+        return (difference @ self.resolvent.at(self.rho)).add_(self.w)
+
+    @property
+    def _factor(self) -> float:
+        """What differences of weights are multiplied by before the resolvent: ρ, where that is not in the resolvent."""
+        return 1 / _LIFT if self._halves else self.rho
+
+    def _corrected(self, base: Tensor, difference: Tensor) -> Tensor:
+        """base + difference · (H + ρI)⁻¹, of a difference in low precision that was multiplied by `_factor`."""
+        if self._halves:
+            return _add_product(base, difference, self.resolvent.half_at(self.rho, _LIFT))
+        return _add_product(base, difference, self.resolvent.low_at(self.rho, self._low))
 
     def _select(self) -> None:
         """D and V for the new B. The support of an iterate need not have exactly its count; that of the result has."""
@@ -397,14 +437,14 @@ class _Stack:
         if self._step is not None:
             if self._change is None:
                 self._change = torch.empty_like(self.b, dtype=self._low)
-            self._step(self.b, self.target, self.support, scale, self.rho, self._change)
+            self._step(self.b, self.target, self.support, scale, self._factor, self._change)
         else:
             former = self.target * self.support
             target = torch.add(self.b, torch.sub(self.target, former), alpha=scale)
             self.support = self._chosen(lambda layer, score: layer.tracker(score), target)
             if self._low is not None:
                 change = (target * self.support).mul_(2).sub_(self.b).sub_(former)
-                self._change = change.mul_(self.rho).to(self._low)
+                self._change = change.mul_(self._factor).to(self._low)
             self.target = target
         self._target_rho = self.rho
 
@@ -440,15 +480,37 @@ class _Stack:
             kept = self._kernels.threshold_step(b, target, support, scale, rho, change, tracker.threshold(sample))
             tracker.observe(kept, b.numel(), stride)
 
-    def support_changes(self) -> list[tuple[_Layer, tuple[int, int]]]:
-        """Of each active layer, how many positions of the support differ from the last call's, and how many it has."""
-        parts = [(self.support ^ self._remembered), self.support]
-        # Row by row first, so that the sums of many layers are few passes and one wait for the device.
-        rows = [part.sum(-1) for part in parts]
-        self._remembered = self.support.clone()
-        active = self.active
-        counts = torch.stack([torch.stack([layer.part(row).sum() for row in rows]) for layer in active]).tolist()
-        return list(zip(active, map(tuple, counts), strict=True))
+    def changes(self) -> Tensor:
+        """(layers, 2): at how many places each layer's support differs from what it was at the last call, and how many
+        entries it has."""
+        # Row by row first, so that the sums of many layers are few passes.
+        rows = [part.sum(-1) for part in (self.support ^ self.remembered, self.support)]
+        self.remembered.copy_(self.support)
+        counts = [[row[..., column[0].rows].sum(-1).view(-1) for row in rows] for column in self.columns()]
+        return torch.stack([torch.stack(column, -1) for column in counts]).view(-1, 2)
+
+    def repeated(self, b: Tensor, iterations: int) -> None:
+        """A recording has made some iterations on this stack's state.
+
+        Args:
+            b: B after them.
+            iterations: how many.
+        """
+        self.b, self._change, self._target_rho = b, None, self.rho
+        self.iterations += iterations
+
+    def counters(self) -> list[Tensor] | None:
+        """What kernels remember of former iterations beside the state; None where not all is done by kernels."""
+        if not isinstance(self._step, partial) or self._step.func == self._sampled_step:
+            return None
+        segments = self._step.keywords.get("segments")
+        return [] if segments is None else [segments.ranks, segments.kept]
+
+    @property
+    def description(self) -> tuple:
+        """What iterations depend on beside the numbers in memory."""
+        layers = tuple((layer.rows.start, layer.rows.stop, layer.pattern) for layer in self.layers)
+        return self.w.device, tuple(self.w.shape), layers, self.rho
 
     def end(self, layers: Sequence[_Layer]) -> None:
         """Stop these layers."""

@@ -81,8 +81,8 @@ class Refitted(Solver):
     def flops(self, rows: int, width: int) -> float:
         return self.method.flops(rows, width) + _FITS[self.refit].flops(rows, width)
 
-    def parts(self) -> int:
-        return self.method.parts()
+    def parts(self, device: torch.device) -> int:
+        return self.method.parts(device)
 
     def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
         return self.method.make_parts(problem, indices)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..base.errors import UserError
 from ..base.memory import free_device, trim_host
+from ..base.staging import Staging
 from ..checkpoints.checkpoint import assign
 from ..checkpoints.hub import first_line
 from .structure import find_blocks
@@ -81,6 +82,7 @@ class BlockModel:
         self.model = model
         self.device = device
         self.source = source
+        self._staging = Staging(device)
         self.hidden_states = hidden_states
         self.scratch = scratch
         self.prefix, self.blocks = find_blocks(model)
@@ -133,7 +135,7 @@ class BlockModel:
         """
         block = self.blocks[index]
         if self.source is None:
-            with _visiting(block, self.device, changing):
+            with _visiting(block, self._staging, changing):
                 yield block
             return
         tensors = self.source.take(index, dense)
@@ -392,18 +394,19 @@ def _same_device(one: torch.device | str | int, other: torch.device) -> bool:
 
 
 @contextmanager
-def _visiting(block: nn.Module, device: torch.device, changing: bool) -> Iterator[None]:
+def _visiting(block: nn.Module, staging: Staging, changing: bool) -> Iterator[None]:
     """The block on the device for the length of the context. Its memory at home is kept: fresh pages would cost more
     than the copy."""
-    homes = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers()) if tensor.device != device]
+    tensors = (*block.parameters(), *block.buffers())
+    homes = [(tensor, tensor.data) for tensor in tensors if tensor.device != staging.device]
     try:
         for tensor, home in homes:
-            tensor.data = home.to(device)
+            tensor.data = staging.bring(home)
         yield
     finally:
         for tensor, home in homes:
             if changing and tensor.data is not home:
-                home.copy_(tensor.data)
+                staging.send(tensor.data, home)
             tensor.data = home
 
 

@@ -6,6 +6,8 @@ vanish is not made. Of many small matrices the factorisation itself is made by h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,40 +17,38 @@ _SMALL = 1024
 _LEAF = 256
 
 
-def triangular_inverse(factor: Tensor) -> Tensor:
-    """L⁻¹ of a lower triangular matrix: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹CA⁻¹, B⁻¹]].
+Product = Callable[[Tensor, Tensor], Tensor]
 
-    Products are in the precision that the process allows float32 products.
+
+def triangular_inverse(factor: Tensor, product: Product = torch.matmul) -> Tensor:
+    """L⁻¹ of a lower triangular matrix: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹CA⁻¹, B⁻¹]].
 
     Args:
         factor: (n, n) L; its upper triangle is not read.
+        product: of two matrices; by default in the precision that the process allows float32 products.
     """
     out = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)  # row-major, whatever L is
-    _invert(factor, out)
+    _invert(factor, out, product)
     return out
 
 
-def _invert(factor: Tensor, out: Tensor) -> None:
+def _invert(factor: Tensor, out: Tensor, product: Product) -> None:
     size = len(factor)
     if size <= _SMALL:
         out.diagonal().fill_(1.0)
         out.copy_(torch.linalg.solve_triangular(factor, out, upper=False))
         return
     half = size // 2
-    _invert(factor[:half, :half], out[:half, :half])
-    _invert(factor[half:, half:], out[half:, half:])
-    middle = _times_lower(factor[half:, :half], out[:half, :half])
-    torch.matmul(out[half:, half:], middle, out=out[half:, :half])
-    out[half:, :half].neg_()
+    _invert(factor[:half, :half], out[:half, :half], product)
+    _invert(factor[half:, half:], out[half:, half:], product)
+    middle = _times_lower(factor[half:, :half], out[:half, :half], product)
+    torch.neg(product(out[half:, half:], middle), out=out[half:, :half])
 
 
-def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
+def _times_lower(left: Tensor, lower: Tensor, product: Product) -> Tensor:
     """left @ lower, without the product by the block of zeros above the diagonal."""
     half = lower.shape[1] // 2
-    result = left.new_empty(left.shape[0], lower.shape[1])
-    torch.matmul(left, lower[:, :half], out=result[:, :half])
-    torch.matmul(left[:, half:], lower[half:, half:], out=result[:, half:])
-    return result
+    return torch.cat([product(left, lower[:, :half]), product(left[:, half:], lower[half:, half:])], 1)
 
 
 def lower_gram(lower: Tensor) -> Tensor:
@@ -76,6 +76,25 @@ def _gram(lower: Tensor, out: Tensor) -> None:
     out[:half, :half].addmm_(corner.T, corner)
     torch.matmul(lower[half:, half:].T, corner, out=out[half:, :half])
     out[:half, half:].copy_(out[half:, :half].T)
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """AB of symmetric matrices of which one is a polynomial in the other, so that AB is symmetric, too: of a large one
+    only the part below the diagonal is made, and mirrored.
+
+    Args:
+        left, right: (…, n, n).
+    """
+    size = left.shape[-1]
+    if left.ndim > 2 or size <= 2 * _SMALL:
+        return left @ right
+    out = torch.empty_like(left)
+    step = max(_SMALL, size // 8)
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        torch.matmul(left[begin:end], right[:, :end], out=out[begin:end, :end])
+        out[:begin, begin:end].copy_(out[begin:end, :begin].T)
+    return out
 
 
 def inverse_cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _BLOCK = 2048
 # A sample of so many entries at most lies in the registers of one program, which selects from it by itself.
-SELECTED = 1 << 15
+SELECTED = 1 << 14
 
 
 class Segments:
@@ -178,20 +178,19 @@ def best_pairs(gram: Tensor, s: Tensor, regrow: Tensor, prune: Tensor, bound: Te
     return best, p, k
 
 
-def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Σ weight · part in float32, and the same rounded to a lower precision, in one pass.
+def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype) -> Tensor:
+    """Σ weight · part, rounded to a lower precision, in one pass.
 
     Args:
         parts: four contiguous float32 tensors of one shape.
         weights: their weights.
         low: the lower precision.
     """
-    full = torch.empty_like(parts[0])
-    rounded = torch.empty_like(full, dtype=low)
-    size = full.numel()
-    with torch.cuda.device_of(full):
-        _combine[(triton.cdiv(size, _BLOCK),)](*parts, *weights, full, rounded, size, BLOCK=_BLOCK)
-    return full, rounded
+    rounded = torch.empty_like(parts[0], dtype=low)
+    size = rounded.numel()
+    with torch.cuda.device_of(rounded):
+        _combine[(triton.cdiv(size, _BLOCK),)](*parts, *weights, rounded, size, BLOCK=_BLOCK)
+    return rounded
 
 
 @triton.jit
@@ -362,10 +361,9 @@ def _best_pairs(
 
 
 @triton.jit
-def _combine(a_at, b_at, c_at, d_at, a, b, c, d, full_at, low_at, size, BLOCK: tl.constexpr):
+def _combine(a_at, b_at, c_at, d_at, a, b, c, d, low_at, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = a * tl.load(a_at + at, mask=inside, other=0.0) + b * tl.load(b_at + at, mask=inside, other=0.0)
     total += c * tl.load(c_at + at, mask=inside, other=0.0) + d * tl.load(d_at + at, mask=inside, other=0.0)
-    tl.store(full_at + at, total, mask=inside)
     tl.store(low_at + at, total.to(low_at.dtype.element_ty), mask=inside)

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# Entries up to which a GPU sorts in less time than it takes to look at counts on the way.
+_SORTED = 1 << 20
+
 
 def keep_largest(score: Tensor, count: int) -> Tensor:
     """Mask of exactly `count` largest entries of the whole tensor, first entries first among equals."""
@@ -15,6 +18,8 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
     if count >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
     score = score.contiguous()
+    if score.is_cuda and score.numel() <= _SORTED:
+        return _first_largest(score.view(1, -1), count).view_as(score)
     threshold = _kth_largest(score.view(-1), count)
     mask = score >= threshold
     surplus = int(mask.count_nonzero()) - count

@@ -72,7 +72,7 @@ class ThresholdTracker(Tracker):
             return size >> 14 | 1
         # Of small layers no more than a kernel selects from by itself (`triton_kernels.SELECTED`): launches, not
         # entries, take the time there.
-        return size >> 18 | 1 if size >= 1 << 22 else -(-size >> 15) | 1
+        return size >> 18 | 1 if size >= 1 << 22 else -(-size >> 14) | 1
 
     @property
     def sparsity(self) -> float:

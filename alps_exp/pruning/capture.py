@@ -278,7 +278,7 @@ def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | No
     team, solver = block.tools.team, block.job.solver
     pools = _pools(block, {sums.pool: names[0] for names, sums in reversed(groups) if sums is not None})
     costs = [sum(1 + solver.flops(*block.layers[name].shape) for name in names) for names, _ in groups]
-    own = team.divide(groups, costs, solver.parts() if isinstance(solver, Solver) else 0)
+    own = team.divide(groups, costs, solver.parts(block.model.device) if isinstance(solver, Solver) else 0)
     found = [
         Group(names, _inputs(names[0], sums, pools) if sums is not None else Inputs(name=names[0]))
         for names, sums in (groups[index] for index in own)

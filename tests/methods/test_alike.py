@@ -191,7 +191,8 @@ def test_experts_solved_together_are_those_solved_one_by_one(monkeypatch, method
     assert alike == [4, 4, 4, 4] * 2  # what experts read and what they write, in two blocks
     for one, other in zip(*(record["layers"] for record in found), strict=True):
         assert one["name"] == other["name"] and one["sparsity"] == other["sparsity"]
-        assert one["relative_loss"] == pytest.approx(other["relative_loss"], rel=1e-2)
+        rounding = 3e-2 if torch.cuda.is_available() else 1e-2  # few weights, and other products when stacked
+        assert one["relative_loss"] == pytest.approx(other["relative_loss"], rel=rounding)
 
 
 def test_experts_that_do_not_fit_together_are_solved_one_by_one(monkeypatch):

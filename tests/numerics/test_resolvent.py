@@ -9,6 +9,7 @@ from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.scaled import ScaledGram
+from alps_exp.numerics import resolvent
 from alps_exp.numerics.resolvent import Resolvent, inverse
 from alps_exp.patterns import Unstructured, parse_sparsity
 
@@ -35,8 +36,6 @@ def test_interpolation_is_close_at_every_eigenvalue(rho):
 
 
 def test_a_span_is_factorised_once(monkeypatch):
-    from alps_exp.numerics import resolvent
-
     made = []
     monkeypatch.setattr(resolvent, "inverse", lambda h, rho, name: made.append(rho) or inverse(h, rho))
     shared = Resolvent(gram(), 0.1, exact=False)
@@ -46,6 +45,33 @@ def test_a_span_is_factorised_once(monkeypatch):
     assert len(made) == 4
     shared.at(2.5)
     assert len(made) == 8
+
+
+# The powers of one inverse stand for four inverses where products are cheap.
+@pytest.mark.parametrize("rho", [0.1, 0.12, 0.38729, 0.5, 1.49, 1.5, 2.3, 22.0, 0.02, 0.0001])
+def test_powers_are_closer_yet_relative_to_each_eigenvalue(monkeypatch, rho):
+    monkeypatch.setattr(resolvent, "multiplies", lambda device: True)
+    h = gram()
+    values, vectors = torch.linalg.eigh(h)
+    found = torch.diagonal(vectors.T @ Resolvent(h, 0.1, exact=False).at(rho) @ vectors)
+    assert float((found * (values + rho) - 1).abs().max()) < 0.023
+
+
+def test_the_middle_of_a_span_is_factorised_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(resolvent, "multiplies", lambda device: True)
+    monkeypatch.setattr(resolvent, "inverse", lambda h, rho, name: made.append(rho) or inverse(h, rho))
+    shared = Resolvent(gram(), 0.1, exact=False)
+    assert [shared.covers(rho) for rho in (0.1, 1.49, 1.51)] == [True, True, False]
+    for step in range(16):
+        shared.at(0.1 * 1.2**step)
+    assert made == pytest.approx([0.1 * 15**0.5, 0.1 * 15**1.5])
+
+
+def test_half_precision_keeps_what_is_tiny():
+    shared = Resolvent(gram().float() * 1e-3 + torch.eye(48), 0.1, exact=False)
+    half = shared.half_at(0.3, 2.0**14)
+    torch.testing.assert_close(half.float() / 0.3 / 2**14, shared.at(0.3), rtol=1e-3, atol=1e-9)
 
 
 def test_lower_precision_is_the_rounded_inverse():
@@ -66,8 +92,10 @@ def wide_layer() -> LayerProblem:
     return LayerProblem(problem.weight, Inputs(gram=problem.gram))
 
 
+@pytest.mark.parametrize("powers", [False, True])
 @pytest.mark.parametrize("written", ["0.5", "0.7", "0.9", "2:4"])
-def test_the_fast_path_is_as_good_as_the_exact_one(written):
+def test_the_fast_path_is_as_good_as_the_exact_one(monkeypatch, written, powers):
+    monkeypatch.setattr(resolvent, "multiplies", lambda device: powers)
     problem, pattern = wide_layer(), parse_sparsity(written)
     fast, exact = (registry.solver("alps", exact=value).solve(problem, pattern) for value in (False, True))
     assert int(fast.support.sum()) == int(exact.support.sum())

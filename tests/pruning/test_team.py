@@ -117,7 +117,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
         inputs = planted_inputs(400, width, 0).float()
         sums.add(team.windows(inputs.view(4, 100, width)))
         groups.append(([f"layer{width}"], sums))
-    own = team.divide(groups, [solver.flops(24, width) for width in (16, 96)], solver.parts())
+    own = team.divide(groups, [solver.flops(24, width) for width in (16, 96)], solver.parts(team.device))
     gram, found = groups[1][1].inputs("one").gram, {"own": own, "share": team.share}
     weight = planted(rows=24, width=96, tokens=400, dtype=torch.float32).weight
     problem = LayerProblem(weight, Inputs(gram=gram))
