@@ -171,9 +171,11 @@ def _shown(record: Mapping, as_json: bool) -> str:
         return json.dumps(about, indent=2, ensure_ascii=False)
     depth, worst, phases = (about.pop(key) for key in ("loss by block", "worst layers", "seconds by phase"))
     warnings, error = about.pop("warnings"), about.pop("error")
-    lines = [f"{key:<28}  {_text(value, key)}" for key, value in about.items() if value is not None]
+    width = max(map(len, (*about, "seconds by phase")))
+    lines = [f"{key:<{width}}  {_text(value, key)}" for key, value in about.items() if value is not None]
     if phases:
-        lines.append(f"{'seconds by phase':<28}  " + ", ".join(f"{key} {value:.1f}" for key, value in phases.items()))
+        text = ", ".join(f"{key} {value:.1f}" for key, value in phases.items())
+        lines.append(f"{'seconds by phase':<{width}}  {text}")
     if depth:
         lines += ["", f"relative loss by block, {min(depth):.3g} to {max(depth):.3g}", picture(depth)]
     if worst:
