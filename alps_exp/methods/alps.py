@@ -17,8 +17,9 @@ The support is that of P(B) at the end; conjugate gradients (Algorithm 2 of the 
 Differences from the released code, all deliberate:
 - `schedule: geometric` (the default) multiplies ρ by `growth` every `update_every` iterations; `schedule: paper` is
   the released rule (`_paper_rho`).
-- (H + ρI)⁻¹ is interpolated between Cholesky inverses, and products are in low precision where that changes no loss;
-  there one eigendecomposition serves all in float32 (`exact: true` factorises for every ρ, in full precision).
+- (H + ρI)⁻¹ is interpolated between Cholesky inverses, on a GPU made of one and its powers, and products are in low
+  precision where that hardly changes a loss; there one eigendecomposition serves all in float32 (`exact: true`
+  factorises for every ρ, in full precision).
 - damping is 0.003; there 0.01.
 - dead inputs are zeroed before the selection; there the ridge lets them survive and spend budget.
 - the fit goes on until `pcg_tolerance`, at most `pcg_iterations`; there always 10 iterations, which end up to 2.6 %
@@ -29,6 +30,7 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,7 +53,7 @@ from ..numerics.precision import Multiplier, fast_products, halves, low_precisio
 from ..numerics.resolvent import NODES, Resolvent, first_node, multiplies
 from ..patterns import Pattern
 from ..patterns.tracker import Tracker
-from .recorded import recording_for
+from .recorded import forget, recording_for
 
 SCHEDULES = ("geometric", "paper")
 
@@ -77,7 +79,7 @@ class Alps(Solver):
         damping: λ₂ over the mean of the Gram matrix's diagonal.
         pcg_iterations: at most, of the fit on the support.
         exact: factorise for every ρ and multiply in the problem's own precision (always so in float64); otherwise the
-            resolvent is interpolated and most products run in bfloat16 or TF32 where the device has them.
+            resolvent is interpolated and most products run in float16, bfloat16 or TF32 where the device has them.
         trace: record the loss of D, the change of its support, and ρ, of every iteration.
         pcg_tolerance: the fit stops once an iteration lowers the objective by less than this fraction of it.
     """
@@ -221,12 +223,19 @@ class Alps(Solver):
         if not stack.w.is_cuda or stack.exact:
             return 0
         stack.resolvent.half_at(stack.rho, _LIFT)  # factorised here, where the time is told
-        if (recording := recording_for(stack, self.growth, self.update_every)) is None:
-            return 0
-        for number in range(self.max_iterations // self.update_every):
-            if not stack.active or not stack.resolvent.covers(stack.rho):
-                break
-            self._test_support(stack, stack.iterations + self.update_every, recording.advance(stack, number))
+        try:
+            if (recording := recording_for(stack, self.growth, self.update_every)) is None:
+                return 0
+            for number in range(self.max_iterations // self.update_every):
+                if not stack.active or not stack.resolvent.covers(stack.rho):
+                    break
+                self._test_support(stack, stack.iterations + self.update_every, recording.advance(stack, number))
+        except RuntimeError as error:  # most likely for want of memory; the stack is where the last replay has left it
+            forget()
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"small layers are solved without recorded iterations, which is slower ({reason})", stacklevel=2
+            )
         return stack.iterations
 
     def _test_support(self, stack: _Stack, iteration: int, changes: Tensor) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import cache
 from threading import get_ident
 from types import SimpleNamespace
 from typing import Protocol
@@ -29,6 +31,7 @@ _STATE = ("w", "target", "support", "remembered")
 class Iterated(Protocol):
     """What is asked of ADMM's state (`alps._Stack`)."""
 
+    _step: Callable
     w: Tensor
     b: Tensor
     rho: float
@@ -63,7 +66,7 @@ class Recording:
         self._out = torch.empty_like(stack.w)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._changes: list[Tensor] = []
-        self._stream = torch.cuda.Stream(stack.w.device)
+        self._stream = _stream(get_ident(), stack.w.device)
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self._stream):  # libraries take their working memory, which no graph may own
             for dtype in (torch.float32, torch.bfloat16):
@@ -79,6 +82,7 @@ class Recording:
             setattr(stack, name, getattr(own, name))
         for kept, given in zip(own.counters(), stack.counters(), strict=True):
             kept.copy_(given)
+        stack._step = own._step  # which has the counters that the graphs go on with
         for kept, given in zip(own.resolvent.basis(own.rho), stack.resolvent.basis(stack.rho), strict=True):
             kept.copy_(given)
 
@@ -106,13 +110,22 @@ class Recording:
                         self._own.step()
                     self._out.copy_(self._own.b)
                     changes = self._own.changes()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # which would hide what has failed
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except BaseException:  # for want of memory: what comes next must not go on from here
             forget()
             raise
         self._graphs.append(graph)
         self._changes.append(changes)
+
+
+@cache
+def _stream(thread: int, device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a thread: libraries keep working memory for every stream."""
+    return torch.cuda.Stream(device)
 
 
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()

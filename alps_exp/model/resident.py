@@ -99,6 +99,7 @@ class Matrices(nn.Module):
         if len(self.sizes) == 1:
             return gap_codes.product(flat, self.coded(), self.bias)
         if self._unread >= _UNREAD:
+            self._waiting = None
             return gap_codes.product(flat, self.coded(place), self.bias_of(place))
         tracing = torch.compiler.is_compiling()  # a trace knows no versions: what it sees as the same is unchanged
         if not tracing and x.is_inference():  # such a tensor does not tell whether it was changed

@@ -90,7 +90,6 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     with on_device(model, "finish=distil"), Checkpointing(model.blocks) as checkpointing:
         layers = (find_layer(model.model, name) for name in job.patterns)
         held = {layer.stored: layer.held for layer in layers}  # experts share theirs
-        masks = {name: weight != 0 for name, weight in held.items()}
         width = teacher.states.width if teacher.states is not None else _text_config(model).hidden_size
         recipe = choice.recipe(teacher.windows, width, choice.minutes, ladder.micro)
 
@@ -99,7 +98,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
 
         trainer = Trainer(
             model.model,
-            masks,
+            {name: weight != 0 for name, weight in held.items()},  # a byte per weight, not kept
             _loss(model, teacher),
             teacher.windows,
             recipe,

@@ -379,7 +379,7 @@ def test_what_is_written_in_another_way_is_the_same_run(tmp_path, monkeypatch):
         key: value for key, value in copy.deepcopy(content).items() if key not in {*naming.NOT_HASHED, *naming.NEUTRAL}
     }
     assert kept["method"].pop("_target_") and kept["method"].pop("_look_") and kept["sparsity"].pop("_target_")
-    assert kept["method"].pop("trace") is False
+    assert kept["method"].pop("trace") is False and kept["eval"].pop("run_code") is False
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     assert naming.config_hash(compose(SMALL)) == naming.config_hash(content) == digest
 

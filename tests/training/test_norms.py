@@ -32,8 +32,27 @@ def test_norms_are_known_by_what_they_do(kind, offset, dtype):
     assert norms.matching_offset(weighted(kind, dtype, **options)) == offset
 
 
+class Gated(LlamaRMSNorm):
+    """A norm that takes more than the hidden states."""
+
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * gate
+
+
 def test_a_layer_norm_is_none():
-    assert norms.matching_offset(weighted(nn.LayerNorm, bias=False)) is None
+    norm = weighted(nn.LayerNorm, bias=False)
+    assert norms.matching_offset(norm) is None
+    nn.init.zeros_(norm.weight)
+    assert norms.matching_offset(norm) is None
+
+
+def test_norms_that_are_more_are_left_alone(monkeypatch):
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    found = {"plain": weighted(LlamaRMSNorm), "gated": weighted(Gated), "hooked": weighted(LlamaRMSNorm)}
+    found["hooked"].register_forward_hook(lambda *_: None)
+    found |= {str(dtype): weighted(Gemma3RMSNorm, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    offsets = {name: norms._offset(norm) for name, norm in found.items()}
+    assert offsets == {"plain": 0, "gated": None, "hooked": None, "torch.float32": 1, "torch.bfloat16": None}
 
 
 @pytest.mark.parametrize(("kind", "offset"), [(LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
