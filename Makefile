@@ -29,7 +29,7 @@ demo: setup ## Prune a part of a real model with every method and print the tabl
 test: setup ## Run the tests but the heavy ones, as many at a time as there are cores
 	@$(python) -m pytest -n auto -m "not heavy" $(ARGS)
 
-quick: setup ## Run the tests of less than a second each, the loop while you write
+quick: setup ## Run the tests of less than half a second each, the loop while you write
 	@$(python) -m pytest -n auto -m "not slow" $(ARGS)
 
 testall: setup ## Run all tests, also the heavy ones: many processes, launchers, wheels, a real model

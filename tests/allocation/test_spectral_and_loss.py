@@ -33,6 +33,7 @@ def test_exponents_are_hills_estimate(shape, tail):
     assert spectral_exponent(weight, tail) == pytest.approx(1 + count / total, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [2.0, 3.5])
 def test_exponents_are_those_that_were_planted(exponent):
     # The quantiles of a density proportional to λ^-exponent above 1.
@@ -81,6 +82,7 @@ def shares_of(folder, ids):
     return {name: score / score.sum() for name, score in scores.items()}
 
 
+@pytest.mark.slow
 def test_by_loss_the_marginal_share_is_the_same_in_all_layers(tiny_llama, ids):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     record = alps_exp.prune_model(model, ids, "magnitude", 0.6, allocation=ByLoss(cap=1.0))
@@ -102,6 +104,7 @@ def test_by_loss_the_marginal_share_is_the_same_in_all_layers(tiny_llama, ids):
     assert all(abs(row["sparsity_target"] - 0.6) < 0.051 for row in capped["layers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", [ByOutliers(outlier=2.0), ByLoss()], ids=["owl", "loss"])
 def test_gradients_take_no_part_in_what_is_of_the_inputs(allocation, tiny_llama, ids):
     found = [

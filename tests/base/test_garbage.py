@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
 from alps_exp.base import garbage
 
 
+@pytest.mark.slow
 def test_it_waits_until_libraries_are_there_and_then_leaves_them_alone():
     before = gc.get_freeze_count()
     garbage.settle()

@@ -42,6 +42,7 @@ class Worker:
         self.process.join()
 
 
+@pytest.mark.slow
 def test_processes_take_one_each_and_share_evenly(tmp_path):
     workers = [Worker(tmp_path) for _ in range(4)]
     try:

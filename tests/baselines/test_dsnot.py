@@ -124,6 +124,7 @@ def test_power_of_the_variance(power):
     assert assert_equals_reference(planted(rows=16, width=96, seed=32), "0.6", power=power) > 0
 
 
+@pytest.mark.slow
 def test_rows_run_out_of_candidates_without_losing_their_count():
     # 6 inputs: after a few swaps a row has none left of the right sign, or nothing left to regrow.
     for seed in range(10):

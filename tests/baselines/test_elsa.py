@@ -357,6 +357,7 @@ def test_8_bits_need_a_library(words, monkeypatch):
         resolve(compose([*words, "method.state=8bit"]))
 
 
+@pytest.mark.slow
 def test_too_little_text_is_refused_before_training(words, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "run", None)
     short = "the training text has only .* windows of seqlen=64 tokens, 3992 were asked; lower method.tokens"

@@ -49,6 +49,7 @@ def words(model, mask, text_file, *more) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "llama", "gpt2"))]
 )
@@ -72,6 +73,7 @@ def test_rows_of_a_mask_do_not_compete(tiny_llama, tmp_path):
     assert any(note.startswith("no backward pass was made") for note in record["warnings"])
 
 
+@pytest.mark.slow
 def test_a_run_fits_the_dense_weights_to_the_mask(tiny_opt, text_file, tmp_path):
     mask, _ = pruned(tiny_opt, tmp_path / "pruned", "magnitude", "2:4")
     losses = {}
@@ -132,6 +134,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BAD)
 def test_a_mask_of_another_model_is_refused_before_anything_runs(what, tiny_llama, text_file, tmp_path):
     mask, _ = pruned(tiny_llama, tmp_path / "pruned")
@@ -164,6 +167,7 @@ def test_the_sparsity_is_that_of_the_mask(tiny_llama, text_file, tmp_path):
         resolve(compose(words(tiny_llama, uneven, text_file, "sparsity=0.5")))
 
 
+@pytest.mark.slow
 def test_a_mask_of_the_hub(tiny_llama, text_file, tmp_path, monkeypatch):
     mask, _ = pruned(tiny_llama, tmp_path / "hub" / "models" / "somebody" / "pruned")
     with fake_hub.serving(tmp_path / "hub") as (address, _):

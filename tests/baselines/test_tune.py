@@ -84,6 +84,7 @@ def test_all_weights_are_trained_as_by_a_plain_loop(family, others):
     assert record["training"]["sparsity_before"] == record["training"]["sparsity_after"] == 0.5
 
 
+@pytest.mark.slow
 @needs_peft
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_adapters_are_trained_as_by_a_plain_loop(family):
@@ -247,6 +248,7 @@ def test_mistakes_are_refused_before_anything_runs(words, more, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_is_not_pruned_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(Trainer, "run", None)
     with pytest.raises(UserError, match=r"has none in the layers of this run: give the model\.path of a"):

@@ -105,6 +105,7 @@ def test_no_power_is_no_sensitivity_to_the_bit(method):
         assert torch.equal(weight, other.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "sparsity"), [("wanda", "0.6"), ("alps", "2:4"), ("dsnot", "0.5")])
 def test_rows_change_nothing_where_scores_do_not_compete_over_them(method, sparsity):
     one, other = network("llama").float(), network("llama").float()

@@ -209,6 +209,7 @@ def _work(root: str, seed: int, failures) -> None:
         failures.put(repr(error))
 
 
+@pytest.mark.slow
 def test_several_processes_read_write_and_evict(tmp_path):
     context = multiprocessing.get_context("fork")
     failures = context.Queue()
@@ -233,6 +234,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_run_goes_on(settings, tmp_path, monkeypatch):
     def full(tensors, path, **options):
         Path(path).write_bytes(b"half")
@@ -378,6 +380,7 @@ def test_statistics_that_do_not_fit_on_the_device_wait_in_host_memory(settings, 
     assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_once_memory_has_run_short(settings, tmp_path, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:

@@ -134,6 +134,7 @@ def test_an_adapter_is_refused_and_how_to_merge_it_is_said(words, copy, beside):
         loading.load_model(loading.resolve(node(copy)))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_refused(copy, tmp_path, monkeypatch):
     shutil.copytree(copy, tmp_path / "hub/models/owner/adapted")
     (tmp_path / "hub/models/owner/adapted/adapter_config.json").write_text("{}")
@@ -261,6 +262,7 @@ def test_a_folder_is_a_commit_only_in_the_hubs_cache_and_its_files_count_anyway(
     assert (hub.commit(folder) is not None) == commit
 
 
+@pytest.mark.slow
 def test_a_sweep_sees_changed_weights_below_snapshots_and_a_changed_tokenizer(words, copy, tmp_path):
     folder = Path(shutil.copytree(copy, tmp_path / "snapshots/latest"))
     cfg = compose([*words, f"model.path={folder}", "save=false"])
@@ -312,6 +314,7 @@ def test_generation_settings_in_config_json_are_kept(words, copy, tmp_path, form
     assert json.loads((tmp_path / "run/model/generation_config.json").read_text())["temperature"] == 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "cache"), [*((form, False) for form in FORMS), ("whole", True)])
 def test_the_saved_configuration_is_the_checkpoints(words, copy, tmp_path, form, cache):
     change_config(copy, use_cache=cache)
@@ -343,6 +346,7 @@ def test_the_checkpoints_dtype_is_kept_where_it_holds_the_weights(words, copy, t
     assert again["status"] == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_head_that_is_not_tied_is_saved_as_such(words, copy, tmp_path, form):
     change_config(copy, tie_word_embeddings=True)
@@ -353,6 +357,7 @@ def test_a_head_that_is_not_tied_is_saved_as_such(words, copy, tmp_path, form):
     assert torch.equal(again.lm_head.weight, load_file(copy / "model.safetensors")["lm_head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o700), (0o002, 0o775), (0o022, 0o755)])
 def test_the_saved_folder_respects_the_umask(words, tmp_path, mask, mode):
     before = os.umask(mask)

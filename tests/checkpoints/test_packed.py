@@ -167,6 +167,7 @@ def test_sizes_are_those_of_the_files(saved, capsys):
     assert json.loads((folder / "record.json").read_text())["saved"] == sizes
 
 
+@pytest.mark.slow
 def test_a_packed_folder_is_evaluated_like_any_model(saved, tmp_path):
     folder, _, record, words = saved
     again = run.run(compose([*words[:-3], f"model.path={folder}", "method=dense"]), tmp_path)

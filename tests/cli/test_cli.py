@@ -419,6 +419,7 @@ def test_an_interrupt_ends_in_one_line(here, capsys, tiny, monkeypatch):
     assert one_line(capsys) == "alps_exp: interrupted\n"
 
 
+@pytest.mark.slow
 def test_one_configuration_is_not_run_twice_in_a_sweep(here, capsys, tiny):
     assert call("-m", *tiny, "sparsity=0.5,0.50") == 2
     assert "the same configuration" in one_line(capsys)

@@ -55,6 +55,7 @@ def test_a_group_lists_its_choices_and_their_meaning():
     assert "ADMM finds the support" in text and "default: alps" in text
 
 
+@pytest.mark.slow
 def test_sparsity_lists_every_pattern_with_an_example_that_composes():
     text = told("sparsity")
     for line in text.splitlines():

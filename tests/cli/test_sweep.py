@@ -258,6 +258,7 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(words, capsys
     assert "3 complete before, 0 run now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_single_run_keeps_nothing(single, capsys, monkeypatch):
     made = []
     monkeypatch.setattr(runs, "Workspace", lambda: made.append(Workspace()) or made[-1])
@@ -300,6 +301,7 @@ def test_a_failed_run_leaves_nothing_to_the_next(single, tmp_path, monkeypatch):
     assert again["attempts"] == 2 and again["evaluations"] == whole["evaluations"]
 
 
+@pytest.mark.slow
 def test_what_is_in_memory_is_not_read_from_files(single, tmp_path, monkeypatch):
     cfg, shared = compose([*single, "method=dense"]), Workspace(keep=True)
     network = shared.network(resolve(cfg))
@@ -456,6 +458,7 @@ def refuse(*arguments):
     raise UserError("no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -179,6 +179,7 @@ def test_splitting_off_the_end(documents):
     assert end[0] and 0 < sum(map(len, end)) <= 0.1 * len(whole) + 1
 
 
+@pytest.mark.slow
 def test_evaluation_windows(gpt2, tmp_path, text_file):
     stream = ids(gpt2, text_file.read_text().removesuffix("\n"))
     local = node("local", path="unused")
@@ -298,6 +299,7 @@ def test_the_hubs_files(gpt2, tmp_path, monkeypatch):
         refused(lambda name=name: data.evaluation_tokens(DataSettings.named(name), gpt2, seqlen=64), *words)
 
 
+@pytest.mark.slow
 def test_too_short_texts_say_how_many_windows_there_are(gpt2, tmp_path, text_file):
     local = node("local", path=text_file, sampling="concatenated")
     available = len(ids(gpt2, texts.calibration_text(local).joined)) // 200

@@ -51,6 +51,7 @@ def other_text(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_they_are_the_texts_own_in_any_order_without_those_spoken_for(tiny_llama, text_file, other_text):
     tokenizer, path = AutoTokenizer.from_pretrained(tiny_llama), other_text(text_file)
     ids = tokenizer(text_file.read_text(encoding="utf-8"), verbose=False)["input_ids"][: 64 * 40]
@@ -79,6 +80,7 @@ def words(tiny_llama, text_file) -> list[str]:
     return [*found, "data.holdout=4", "losses=false", "finish=distil", "finish.distil.epochs=1"]
 
 
+@pytest.mark.slow
 def test_a_distillation_reads_text_of_another_file(words, tmp_path, text_file, other_text):
     path = other_text(text_file)
     words = [*words, "finish.tokens=900", f"finish.path={path}"]
@@ -93,6 +95,7 @@ def test_a_distillation_reads_text_of_another_file(words, tmp_path, text_file, o
     assert "fresh_windows" not in record["calibration"] and "text finish" in record["environment"]["inputs"]
 
 
+@pytest.mark.slow
 def test_more_of_the_calibrations_own_text_is_free_of_what_judges_it(words, tmp_path, text_file):
     # Evaluated on the text that is calibrated on: what both have is left out, and the record says so.
     asked = ["finish.tokens=1000", f"eval.path={text_file}", "eval.windows=20"]
@@ -123,6 +126,7 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_too_little_text_is_refused_before_anything_is_pruned(words, tmp_path, text_file, other_text):
     with pytest.raises(UserError, match=r"finish.data=local: the text has only \d+ windows of seqlen=64 tokens"):
         execute([*words, "finish.tokens=9999999", f"finish.path={other_text(text_file)}"], tmp_path / "other")
@@ -131,6 +135,7 @@ def test_too_little_text_is_refused_before_anything_is_pruned(words, tmp_path, t
     assert not list(tmp_path.glob("*/.progress/block*"))
 
 
+@pytest.mark.slow
 def test_a_run_without_fresh_text_has_the_name_that_it_had(words):
     one, other = (Configuration.of(compose([*words, *more])).digest for more in ([], ["finish.tokens=null"]))
     assert one == other != Configuration.of(compose([*words, "finish.tokens=99"])).digest

@@ -109,6 +109,7 @@ def test_held_out_windows_are_others_and_change_nothing(tiny_llama):
     assert len(torch.unique(both, dim=0)) == 5
 
 
+@pytest.mark.slow
 def test_windows_begin_with_prompts_or_random_tokens(tiny_gpt2, tiny_llama):
     tokenizer = loading.load_tokenizer(loading.locate({"name": "local", "path": str(tiny_llama)}))
     prompts = ("The old sailor", "In", "A young painter")

@@ -105,6 +105,7 @@ def magnitude(tiny, tmp_path) -> list[str]:
     return [mine, *tiny, "method=magnitude", "sparsity=0.5", "losses=false"]
 
 
+@pytest.mark.slow
 @each
 def test_the_figures_are_rows_of_the_record_and_columns_of_tables(magnitude, name, tmp_path):
     record = execute([*magnitude, f"eval={name}", *SMALL, *THRIFT.get(name, [])], tmp_path)

@@ -45,6 +45,7 @@ class Writer(LM):
     loglikelihood_rolling = loglikelihood
 
 
+@pytest.mark.slow
 def test_programs(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert running_code.passes("import os\nassert 'HF_TOKEN' not in os.environ and os.listdir() == []")

@@ -112,6 +112,7 @@ def test_mistakes_are_one_line_before_anything_runs(settings, monkeypatch, words
         assert part in message
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_special_tokens(settings, tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "bare")
     for tokenizer, names, part in (

@@ -156,6 +156,7 @@ def test_a_seeded_sample_is_those_rows_and_always_the_same(settings, tmp_path, s
     assert [row["value"] for row in sample["evaluations"]] == [row["value"] for row in alone["evaluations"]]
 
 
+@pytest.mark.slow
 def test_tasks_are_prepared_once_until_the_tokenizer_changes(tiny_llama, source, tmp_path):
     from alps_exp.evaluation import tasks
 

@@ -91,6 +91,7 @@ def test_what_follows_each_layer_by_itself_is_solved_by_itself(stacked, options)
     assert [s.iterations for s in chain.from_iterable(found)] == [s.iterations for s in chain.from_iterable(apart)]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("written", ["0.6", "2:4"])
 def test_a_stack_in_fused_passes_loses_what_layers_lose_in_float64(stacked, monkeypatch, written):
@@ -111,6 +112,7 @@ def test_a_stack_in_fused_passes_loses_what_layers_lose_in_float64(stacked, monk
         assert 0.95 < ratio < 1.05
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("written", ["0.6", "2:4"])
 def test_sparsegpt_walks_several_groups_at_once(monkeypatch, written):

@@ -158,6 +158,7 @@ def test_degenerate_layers_never_lose(method, how, data):
     assert loss(problem, after.weight) <= loss(problem, before.weight) * (1 + 1e-9) + 1e-15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_fewer_tokens_than_inputs_are_fitted_in_float32_too(rows, tokens):

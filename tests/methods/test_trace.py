@@ -83,6 +83,7 @@ def test_the_trace_of_admm_grad_is_that_of_a_plain_loop():
     assert trace["rho"] == [1.0] * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alps", "alps-paper", "alps-simple", "admm-grad"])
 def test_a_trace_changes_no_result_and_without_one_no_hash(name):
     for written in ("0.7", "2:4"):

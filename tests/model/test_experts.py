@@ -208,6 +208,7 @@ def test_shrinkage_is_a_plain_sum():
     assert inputs.shrunk(0.0) is inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["layer", "stream"])
 def test_statistics_that_take_several_passes_are_the_same(monkeypatch, target):
     """What experts borrow, and what a token lacks, is that of all experts, also where a pass collects for some."""

@@ -100,6 +100,7 @@ def test_downs_are_fitted_to_what_the_stream_lacks(family, weighting):
         assert rows[down]["target"] == "stream"
 
 
+@pytest.mark.slow
 def test_the_stream_comes_nearer_to_the_dense_one():
     drifts = []
     for target in ("layer", StreamTarget(strength=1.0)):

@@ -94,6 +94,7 @@ def test_trained_tiny_models_have_learned_the_text(kind, request, text_file):
     assert math.exp(model(input_ids=tokens, labels=tokens).loss) < 4 < tiny_models.VOCABULARY / 4
 
 
+@pytest.mark.slow
 def test_building_is_deterministic(tmp_path):
     folders = [tiny_models.build("opt", tmp_path / name, steps=2) for name in "ab"]
     assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
@@ -200,6 +201,7 @@ def test_hub_unreachable_says_so_at_once(no_network, monkeypatch):
     refused(lambda: loading.resolve(node("opt-125m")), "facebook/opt-125m", "HF_HUB_OFFLINE", "model.path=DIR")
 
 
+@pytest.mark.slow
 def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
     shutil.copytree(tiny_llama, tmp_path / "hub/models/owner/tiny")
     remote = {"name": "tiny", "path": "owner/tiny"}
@@ -215,6 +217,7 @@ def test_hub_download_and_then_its_cache(tiny_llama, tmp_path, monkeypatch):
     load_tokenizer(remote)
 
 
+@pytest.mark.slow
 def test_hub_refusals(tiny_llama, tmp_path, monkeypatch):
     for name in ("open", "closed"):
         shutil.copytree(tiny_llama, tmp_path / f"hub/models/owner/{name}")
@@ -273,6 +276,7 @@ def test_pieces_of_gemma_merge_as_sentencepiece_does():
     assert tokenizer.convert_ids_to_tokens(ids) == ["t", "he", "▁", "<b>", "\t", "<0x41>"]
 
 
+@pytest.mark.slow
 def test_a_folder_is_made_once_by_processes_that_want_it_together_and_after_a_kill(tmp_path):
     """Four at once, of which the first is killed half-way."""
     script = (

@@ -134,6 +134,7 @@ def test_bin_checkpoints_are_converted_once(tiny_opt, tmp_path, monkeypatch, sha
     assert safetensors_folder(folder).is_relative_to(tmp_path / "assets")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["single", "sharded", "bin"])
 def test_checkpoints_on_the_hub_are_downloaded_once(tiny_opt, tmp_path, monkeypatch, form):
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))

@@ -105,6 +105,7 @@ def test_sweep_step(kernels, columns, out, written, transposed):
     torch.testing.assert_close(errors.double(), expected_errors, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [None, "2:4"])
 def test_sweep_steps_of_several_layers_are_those_of_each(kernels, written):
     generator = torch.Generator(DEVICE).manual_seed(1)

@@ -45,6 +45,7 @@ def test_a_step_equals_its_equations(text, shape):
     torch.testing.assert_close(change.float(), 0.3 * (2 * new * expected - b - former), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "width", "down", "across"), [(2, 8, 2, 3), pytest.param(5, 16, 1, 2, marks=pytest.mark.slow)]
 )

@@ -26,6 +26,7 @@ def scores(shape: tuple[int, int], seed: int, distinct: int) -> torch.Tensor:
     return torch.randint(0, distinct, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(written=levels, shape=shapes, seed=st.integers(0, 99), distinct=st.sampled_from([1, 2, 10, 10**6]))
 def test_unstructured_counts_are_exact_and_ties_keep_the_first(written, shape, seed, distinct):

@@ -104,6 +104,7 @@ def follow(loss, layers: list[nn.Module], recipe: Recipe, windows: int) -> None:
         layer.weight.data.copy_(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "opt-350m", "gpt-neox"])
 def test_blocks_are_finished_as_by_a_plain_loop(family):
     ours, plain = network(family), network(family)
@@ -130,6 +131,7 @@ def test_blocks_are_finished_as_by_a_plain_loop(family):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt-350m"])
 def test_the_model_is_distilled_as_by_a_plain_loop(family):
     ours, plain, dense, ids = network(family), network(family), network(family), tokens(15)
@@ -154,6 +156,7 @@ def test_the_model_is_distilled_as_by_a_plain_loop(family):
     assert (found["steps"], found["windows"], found["tokens"]) == (6, 24, 24 * 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt-350m"])
 def test_logits_in_pieces_make_the_same_distillation(family, monkeypatch):
     whole, pieces = network(family), network(family)
@@ -271,6 +274,7 @@ def test_the_hidden_states_go_on_from_the_finished_block(method):
     assert all(block["after"] < block["before"] for block in record["finish"]["blocks"])
 
 
+@pytest.mark.slow
 def test_a_device_that_is_short_of_memory_takes_smaller_steps(monkeypatch):
     expected = network("llama").float()
     prune(expected, BOTH)
@@ -290,6 +294,7 @@ def test_a_device_that_is_short_of_memory_takes_smaller_steps(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_activations_can_be_made_again(monkeypatch):
     expected = network("llama").float()
     prune(expected, CHOICES["distil"])
@@ -489,6 +494,7 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_too_short_is_refused_before_anything_is_pruned(words, tmp_path):
     with pytest.raises(UserError, match=r"the held-out text has only \d+ windows of seqlen=64"):
         execute([*words, "finish=block", "data.holdout=99999"], tmp_path / "one")

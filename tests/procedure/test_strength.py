@@ -125,6 +125,7 @@ class Spoiling(Stage):
                 parameter.mul_(0.9)
 
 
+@pytest.mark.slow
 def test_the_model_is_put_back_whole():
     """Biases and norms too, which a method may change beside the layers' weights."""
     model, dense = network("opt"), network("opt")

@@ -115,6 +115,7 @@ def test_training_reads_them_without_losses(settings):
     assert resolve(compose([*words, "method=tune", "losses=false"])).calibration.data.holdout == 3
 
 
+@pytest.mark.slow
 def test_tables_and_plot(settings, tmp_path):
     for method in ("wanda", "magnitude"):
         runs.run(compose([*settings, f"method={method}"]), tmp_path / "runs" / method)

@@ -53,6 +53,7 @@ def plain_loop(network: nn.Module, ids: torch.Tensor, method: str, sparsity: str
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "sparsity"),
     [
@@ -84,6 +85,7 @@ def test_alps_losses_are_those_of_a_plain_loop(tiny_llama):
     assert record["summary"]["mean_relative_loss"] == pytest.approx(sum(losses.values()) / len(losses), rel=0.03)
 
 
+@pytest.mark.slow
 def test_dense_propagation_calibrates_on_the_dense_model(tiny_llama):
     ids, network, expected = tokens(), load(tiny_llama), load(tiny_llama)
     record = alps_exp.prune_model(network, ids, method="sparsegpt", sparsity=0.5, propagate="dense")
@@ -174,6 +176,7 @@ def test_dense_changes_nothing(tiny_llama):
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_dead_inputs_and_few_tokens_are_counted_and_named(tiny_llama):
     network = load(tiny_llama)
     network.model.layers[0].post_attention_layernorm.weight.data[:3] = 0
@@ -223,6 +226,7 @@ def trace_blocks(monkeypatch, ran: list[int]) -> None:
     monkeypatch.setattr(BlockModel, "forward_block", forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 def test_blocks_behind_the_last_pruned_one_are_not_run(tiny_gemma3, monkeypatch, propagate):
     options = {"method": "sparsegpt", "sparsity": 0.5, "propagate": propagate}

@@ -72,6 +72,7 @@ TARGETS = {name: node for name, node in choices("target").items()}
 ALLOCATIONS = {name: node for name, node in choices("allocation").items() if name != "file"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["0.3", "0.5", "0.7"])
 @pytest.mark.parametrize("method", SINGLE.values(), ids=list(SINGLE))
 def test_counts_are_exact_and_rows_complete(method, level):
@@ -118,6 +119,7 @@ def wide(tiny) -> list[str]:
     return [*tiny, "sparsity=0.5", *named("Whole")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_a_users_block_method_runs_and_saves(wide, tmp_path, stream):
     record = execute(wide, tmp_path / "run", f"stream={stream}", "save=true")
@@ -125,6 +127,7 @@ def test_a_users_block_method_runs_and_saves(wide, tmp_path, stream):
     assert all(0 < row["relative_loss"] < 1 for row in record["layers"])
 
 
+@pytest.mark.slow
 def test_a_users_model_method_runs(tiny, tmp_path):
     record = execute([*tiny, "sparsity=0.5", *named("Model")], tmp_path)
     assert record["summary"]["sparsity"] == pytest.approx(0.5, abs=1e-3) and record["method"] == "model"

@@ -38,6 +38,7 @@ def assert_close(one: dict, other: dict) -> None:
         assert a["relative_loss"] == pytest.approx(b["relative_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 3])
 def test_forwards_of_fewer_windows(tiny_llama, monkeypatch, limit):
     expected, network = prune(tiny_llama, batch_size=6)
@@ -61,6 +62,7 @@ def test_embedding_and_perplexity_of_fewer_windows(tiny_opt, monkeypatch):
     assert perplexity(BlockModel(load(tiny_opt), CPU), tokens(), 6, quiet=True) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_in_several_passes(tiny_llama, monkeypatch):
     expected, _ = prune(tiny_llama)
     out_of_memory(monkeypatch, Collector, "begin", lambda self, hidden: len(self._layers) > 2)
@@ -149,6 +151,7 @@ def test_the_device_may_be_kept_for_what_comes_after_them(monkeypatch, room, pla
     assert choose_place(torch.device("cuda"), 100, room) == place
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch):
     """Memory is short in the first attempt only; the second goes on in the same small steps, bit by bit the same."""
 
@@ -179,6 +182,7 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_llama, tmp_path, monkeypatch):
     """Memory is too short for more than one held-out window, whose batches are told from others by their number."""
     from alps_exp.allocation.selection import Selection

@@ -165,6 +165,7 @@ def test_a_plan_knows_what_part_of_the_tokens_an_expert_is_handed(settings):
     assert sum(_running(block, 2 / 8) for block in blocks) == every - held * 6 / 8
 
 
+@pytest.mark.slow
 def test_the_key_is_part_of_a_run_only_where_it_says_something(settings, tmp_path):
     plain = config_hash(compose(settings))
     assert plain == config_hash(compose([*settings, "expert_shrinkage=0.03"]))

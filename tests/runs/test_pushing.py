@@ -56,6 +56,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("repo", "token", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_pushed_is_refused(hub, monkeypatch, repo, token, words):
     root, asked = hub
@@ -69,6 +70,7 @@ def test_what_cannot_be_pushed_is_refused(hub, monkeypatch, repo, token, words):
     assert not any(line.startswith(("POST", "PUT")) for line in asked)
 
 
+@pytest.mark.slow
 def test_what_can_be_pushed(hub, monkeypatch):
     root, _ = hub
     (root / "models" / "me" / "ours").mkdir(parents=True)
@@ -79,6 +81,7 @@ def test_what_can_be_pushed(hub, monkeypatch):
     upload.check("me/allowed")
 
 
+@pytest.mark.slow
 def test_without_network(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
@@ -136,6 +139,7 @@ def test_a_commit_that_fails_leaves_nothing_and_the_same_command_goes_on(hub, ti
     assert load_file(root / "models" / "me" / "ours" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_refused_before_the_run(hub, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", READER)
     assert start(tiny, tmp_path, monkeypatch, "save.push=me/new") == 2
@@ -147,6 +151,7 @@ def test_refused_before_the_run(hub, tiny, tmp_path, monkeypatch, capsys):
     assert "names one repository for all runs of a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_goes_where_and_asks_no_hub(hub, tiny, tmp_path, monkeypatch, capsys):
     root, asked = hub
     words = ("save=packed", "save.push=me/new", "plan=true")
@@ -160,6 +165,7 @@ def test_a_plan_says_what_goes_where_and_asks_no_hub(hub, tiny, tmp_path, monkey
     assert asked == [] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_more_files_than_one_commit_takes(hub, tmp_path, monkeypatch):
     """A push that fails after its first commit leaves a repository that the next one knows as its own."""
     root, _ = hub
@@ -181,6 +187,7 @@ def test_more_files_than_one_commit_takes(hub, tmp_path, monkeypatch):
     assert found.pop(".gitattributes") and found == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_card_names_base_licence_and_layers(hub, tmp_path):
     root, _ = hub
     (root / "models" / "them" / "base").mkdir(parents=True)

@@ -22,6 +22,7 @@ def settings(tiny_llama: Path, text_file: Path) -> list[str]:
     return words_for(tiny_llama, text_file, "nsamples=8", "seqlen=64", "eval.windows=6", "eval.sample_tokens=4")
 
 
+@pytest.mark.slow
 def test_record_of_a_run(settings, tmp_path, capsys):
     record = execute(settings, tmp_path, "sparsity=0.6")
     assert record == json.loads((tmp_path / "record.json").read_text())

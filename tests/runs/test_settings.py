@@ -93,6 +93,7 @@ def test_data_settings_ignore_what_is_not_theirs():
     assert DataSettings.parse({"name": "a", "evaluate_on": ["a"]}) == DataSettings("a")
 
 
+@pytest.mark.slow
 def test_no_configuration_goes_below_the_command_line():
     """No module but those that resolve it imports OmegaConf or Hydra, or has a parameter called cfg."""
     found = []

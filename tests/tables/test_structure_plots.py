@@ -14,6 +14,7 @@ def of(sparsity: str, method: str = "alps", seed: int = 0) -> dict:
     return record(method, sparsity, seed, loss=LOSSES[sparsity] * (1 if method == "alps" else 2) * (1 + 0.1 * seed))
 
 
+@pytest.mark.slow
 def test_a_panel_for_each_method_with_a_point_for_each_pattern(tmp_path):
     runs = [of(text, method, seed) for text in LOSSES for method in ("alps", "magnitude") for seed in (0, 1)]
     found, spec = figures.aggregate(runs), layout.Spec(plots=("structure",))

@@ -170,6 +170,7 @@ class TestScales:
         assert plots.draw(figures.aggregate(records), spec, tmp_path, "a")
         return found
 
+    @pytest.mark.slow
     def test_panels_share_scales_and_every_decade_has_a_label(self, tmp_path, monkeypatch):
         grown = [
             record(method, sparsity, perplexity=p, loss=loss)

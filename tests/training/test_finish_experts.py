@@ -10,6 +10,7 @@ from alps_exp.baselines.tune import Tune
 from alps_exp.model.layers import find_layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", ["block", pytest.param("distil", marks=pytest.mark.slow)])
 def test_finished_experts_are_those_of_the_unrolled_model(finish):
     ours = network("mixtral")
@@ -31,6 +32,7 @@ def test_finished_experts_are_those_of_the_unrolled_model(finish):
 SHORT = {"steps": 4, "tokens": 128, "batch": 2, "rate": 2e-3, "schedule": "constant"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("method", [Elsa(**SHORT, interval=2, penalty=0.3), Tune(**SHORT)], ids=["elsa", "tune"])
 def test_methods_that_train_treat_experts_as_those_of_the_unrolled_model(family, method):

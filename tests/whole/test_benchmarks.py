@@ -29,6 +29,7 @@ def test_a_benchmark_can_be_imported(path):
     assert callable(loaded(path).main)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FILES, reason="no benchmarks here")
 def test_the_ablation_prints_a_row_for_each_variant(tiny_llama, text_file, monkeypatch, capsys):
     ablation = loaded(ROOT / "benchmarks" / "ablation.py")

@@ -121,6 +121,7 @@ def test_every_other_command_names_what_there_is(page):
             assert (ROOT / words[1]).is_file(), words
 
 
+@pytest.mark.slow
 def test_the_python_examples_run(tmp_path, tiny_llama, monkeypatch, capsys):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "llama").symlink_to(tiny_llama)

@@ -51,6 +51,7 @@ def local(path: Path, **fields) -> dict:
     return {"name": "local", "path": str(path), **fields}
 
 
+@pytest.mark.slow
 def test_no_source_reads_pickles():
     for path, node in ((file, node) for file in SOURCES for node in ast.walk(ast.parse(file.read_text("utf-8")))):
         place = path.relative_to(ROOT), getattr(node, "lineno", 0)
@@ -257,6 +258,7 @@ def test_a_key_in_python_is_refused_before_the_record(words, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["0", "1"])
 def test_a_key_in_an_error_reaches_neither_record_nor_log_nor_terminal(words, tmp_path, monkeypatch, capfd, full):
     monkeypatch.chdir(tmp_path)
@@ -278,6 +280,7 @@ def test_a_key_in_an_error_reaches_neither_record_nor_log_nor_terminal(words, tm
     assert not files_with(KEY, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_key_from_the_environment_and_writes_it_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     record = {
