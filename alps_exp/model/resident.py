@@ -101,7 +101,7 @@ class Matrices(nn.Module):
         if self._unread >= _UNREAD:
             self._waiting = None
             return gap_codes.product(flat, self.coded(place), self.bias_of(place))
-        tracing = torch.compiler.is_compiling()  # a trace knows no versions: what it sees as the same is unchanged
+        tracing = torch.compiler.is_compiling()  # a trace knows no versions: the same tensor is taken as unchanged
         if not tracing and x.is_inference():  # such a tensor does not tell whether it was changed
             return gap_codes.product(flat, self.coded(place), self.bias_of(place))
         version = 0 if tracing else x._version

@@ -16,7 +16,8 @@ from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.layer.scaled import ScaledGram
-from alps_exp.methods.alps import SCHEDULES, _paper_rho
+from alps_exp.methods import alps, recorded
+from alps_exp.methods.alps import SCHEDULES, Alps, _paper_rho
 from alps_exp.numerics.fit import fit_on_support
 from alps_exp.patterns import parse_sparsity
 
@@ -287,3 +288,16 @@ def test_scaled_gram():
 def test_unknown_schedule_is_refused():
     with pytest.raises(UserError, match="did you mean geometric"):
         registry.solver("alps", schedule="geometrc")
+
+
+def test_iterations_that_cannot_be_recorded_are_made_one_by_one(monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory\nand more lines")
+
+    monkeypatch.setattr(alps, "recording_for", full)
+    monkeypatch.setitem(recorded._seen, "a shape", None)
+    resolvent = SimpleNamespace(half_at=lambda rho, unit: None)
+    stack = SimpleNamespace(w=SimpleNamespace(is_cuda=True), exact=False, resolvent=resolvent, rho=0.1, iterations=6)
+    with pytest.warns(UserWarning, match=r"without recorded iterations, which is slower \(out of memory\)"):
+        assert Alps()._replayed(stack) == 6  # those that were made, so that the seventh is next
+    assert not recorded._seen
