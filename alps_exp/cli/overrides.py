@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -81,7 +81,15 @@ def expand(words: Sequence[str], config_name: str = "config") -> tuple[list[str]
 
 def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[str]]]:
     app: Any = GlobalHydra.instance().hydra
-    cfg = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
+
+    def composed(words: list[str]) -> DictConfig:
+        cfg: DictConfig = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
+        return cfg
+
+    try:
+        cfg = composed(words)
+    except HydraException:
+        words, cfg = _left_to_jobs(words, composed)
     _refuse_ignored_sweep(cfg)
     refuse_keys(OmegaConf.to_container(cfg, resolve=False))
     sweeper = cfg.hydra.sweeper
@@ -107,6 +115,27 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
         if not choices.get(key, ["hydra"]):
             raise UserError(f"{override.input_line} names no value, so that nothing would run: {_remedy(override)}")
     return words, [shared + list(job) for job in itertools.product(*choices.values())]
+
+
+def _left_to_jobs(words: list[str], composed: Callable[[list[str]], DictConfig]) -> tuple[list[str], DictConfig]:
+    """Hydra composes a sweep without its file's choices; `target.strength=auto` beside the file's `target: stream`
+    names no key there. So a value for a group that the file chooses becomes a list of one, which jobs alone are given.
+    """
+    values = {
+        str(override.input_line): override.get_key_element().split(".")[0]
+        for override in _parsed_all(words)
+        if "." in override.key_or_group and override.type == OverrideType.CHANGE and not override.is_sweep_override()
+    }
+    cfg = composed([word for word in words if word not in values])
+    chosen = {str(key) for key in cfg.hydra.sweeper.get("params") or {}}
+    left = {word for word, group in values.items() if group in chosen}
+    words = [_list_of_one(word) if word in left else word for word in words]
+    return words, composed(words)
+
+
+def _list_of_one(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}=choice({value or repr('')})"
 
 
 def _remedy(override: Override) -> str:

@@ -267,6 +267,14 @@ def test_the_command_line_replaces_what_a_sweep_file_says():
     ]
 
 
+def test_one_value_for_a_choice_that_only_a_sweep_file_makes():
+    jobs = jobs_of(["+sweeps=strength", "target.strength=auto", "sparsity=0.7"])
+    assert len(jobs) == 1
+    assert {"target=stream", "target.strength=auto"} <= set(jobs[0])
+    with pytest.raises(UserError, match="target=layer has none, but target=stream"):
+        jobs_of(["+sweeps=demo", "target.strength=auto"])
+
+
 @pytest.mark.parametrize("written", ["0.41,2:4", "\"'0.41','2:4'\"", '[0.41, "2:4"]'])
 def test_a_users_own_sweep_file(tmp_path, written):
     (tmp_path / "sweeps").mkdir()
