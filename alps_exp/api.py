@@ -291,7 +291,7 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
     check_scope(name, job.solver, job.target, job.sensitivity, job.capture)
     if job.solver.trains and job.finish.name != "none":
         raise UserError(f"finish={job.finish.name} compares with the dense model, and {name} trains its weights")
-    check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver)
+    check_weighing(job.allocation, job.sensitivity, len(job.tokens), job.solver, job.shared)
     check_experts(model, job.patterns, job.solver, job.finish, job.weighting)
     job.finish.check(job.propagate, len(job.held_out) if job.held_out is not None else 0, len(job.tokens))
     _check_fresh(job.finish, job.fresh, job.held_out)
@@ -443,7 +443,10 @@ def _check_fresh(finish: Finish, fresh: Tensor | None, held_out: Tensor | None) 
 
 def _described(asked: object, chosen: object) -> dict:
     name = asked if isinstance(asked, str) else type(chosen).__name__.lower()
-    return {**dataclasses.asdict(chosen), "name": name}
+    fields = dataclasses.asdict(chosen)
+    if fields.get("choices", ...) is None:
+        del fields["choices"]
+    return {**fields, "name": name}
 
 
 def load_packed(folder: str | Path, resident: str = "dense", device: str | torch.device | None = None):

@@ -8,15 +8,17 @@
     loss          one threshold over all layers for a weight's share in its layer's output
     file          levels from a file
 
-All keep the mean over the pruned weights to a weight, and stay within `cap` of the run's sparsity.
+All keep the mean over the pruned weights to a weight, and stay within `cap` of the run's sparsity. N:M stays as asked,
+unless `choices` names a set of N (see `Allocation`).
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,8 +28,8 @@ from ..base.checks import local_path, one_of, require
 from ..base.errors import UserError
 from ..base.files import file_sha256
 from ..base.resources import built
-from ..calibration.sensitivity import Sensitivity
-from ..patterns import Pattern, Unstructured
+from ..calibration.sensitivity import Sensitivity, lost
+from ..patterns import NM, Pattern, Unstructured
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,16 @@ class Allocation(ABC):
     Class attributes:
         needs: "nothing", "weights" (`Sensitivity.exponents`; the field `tail` is their share of the spectrum), "inputs"
             (`Sensitivity.scores` without f) or "gradients" (`Sensitivity.scores` with f).
+
+    Attributes:
+        choices: the numbers N of which each layer gets one where the run's sparsity is N:M; None leaves N:M as asked.
+            The weights that are kept are then at most those of the run's N:M, and as near to them as the layers' sizes
+            let them be when layers step up one after the other (`cheapest`). The set bounds the levels, not `cap`.
     """
 
     needs: ClassVar[str] = "nothing"
+
+    choices: Sequence[int] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
@@ -60,14 +69,58 @@ class Allocation(ABC):
         """What of the files that the allocation reads decides about results, by name."""
         return {}
 
-    @staticmethod
-    def target_of(patterns: Mapping[str, Pattern]) -> Unstructured | None:
-        """The sparsity to divide: the unstructured one that most of these layers have. All others stay as asked."""
-        kinds = [pattern for pattern in patterns.values() if isinstance(pattern, Unstructured)]
+    def costs(
+        self, sizes: Mapping[str, int], zeros: Sequence[float], target: float, sensitivity: Sensitivity
+    ) -> dict[str, list[float]]:
+        """What it costs each layer to have each of some fractions of zeros, convex in them. Here the square of how far
+        each is from the layer's level, times its weights.
+
+        Args:
+            zeros: fractions of zeros to choose from.
+            sizes, target, sensitivity: as in `levels`.
+        """
+        levels = exact_levels(self.levels(sizes, target, sensitivity), sizes, target, self.bound)
+        return {name: [size * (part - levels[name]) ** 2 for part in zeros] for name, size in sizes.items()}
+
+    def target_of(self, patterns: Mapping[str, Pattern]) -> Unstructured | NM | None:
+        """The sparsity to divide: the one that most of these layers have of the kind that is divided, unstructured or,
+        with `choices`, N:M. All others stay as asked."""
+        exactly = self.choices is not None  # 2:4T and others derive from N:M
+        kinds = [
+            pattern
+            for pattern in patterns.values()
+            if (type(pattern) is NM if exactly else isinstance(pattern, Unstructured))
+        ]
         return max(dict.fromkeys(kinds), key=kinds.count) if kinds else None
 
+    def check_choices(self, patterns: Mapping[str, Pattern]) -> None:
+        """Raise UserError for `choices` that are no numbers N or that the run's sparsity cannot be the mean of.
+
+        Args:
+            patterns: layer name → pattern, of layers without a sparsity of their own.
+        """
+        if self.choices is None:
+            return
+        if isinstance(self, Uniform):
+            raise UserError("allocation.choices lets N differ, and allocation=uniform gives every layer the same")
+        listed = isinstance(self.choices, Sequence) and not isinstance(self.choices, str)
+        given = list(self.choices) if listed else []
+        text = f"allocation.choices={given if listed else self.choices}"
+        if (target := self.target_of(patterns)) is None:
+            asked = (
+                ", ".join(dict.fromkeys(pattern.written for pattern in patterns.values())) or "no sparsity to divide"
+            )
+            raise UserError(f"{text} is a set of N for N:M (sparsity=2:4), and {asked} is asked: leave it out")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < target.width for n in given)
+        if not whole or len(set(given)) < 2 or len(set(given)) < len(given):
+            raise UserError(
+                f"{text} is not allowed: give different whole numbers from 1 to {target.width - 1}, two or more"
+            )
+        if not min(given) <= target.kept <= max(given):
+            raise UserError(f"{text} has no mean of {target.kept}, which sparsity={target.written} asks for")
+
     def allocate(self, patterns: Mapping[str, Pattern], sizes: Mapping[str, int], sensitivity: Sensitivity):
-        """Patterns in place of the unstructured ones that stand for the run's sparsity.
+        """Patterns in place of those that stand for the run's sparsity.
 
         Args:
             patterns: layer name → pattern, of layers without a sparsity of their own.
@@ -77,6 +130,11 @@ class Allocation(ABC):
         if (target := self.target_of(patterns)) is None:
             return patterns
         chosen = {name: sizes[name] for name, pattern in patterns.items() if pattern == target}
+        if isinstance(target, NM):
+            kept = sorted(self.choices)
+            costs = self.costs(chosen, [1 - n / target.width for n in kept], target.sparsity, sensitivity)
+            found = cheapest(costs, chosen, kept, target.kept * sum(chosen.values()))
+            return {**patterns, **{name: NM(n, target.width) for name, n in found.items()}}
         raw = self.levels(chosen, target.level, sensitivity)
         found = exact_levels(raw, chosen, target.level, self.bound)
         return {**patterns, **{name: Unstructured(level) for name, level in found.items()}}
@@ -111,6 +169,11 @@ class BySensitivity(Allocation):
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
         return _below_one_threshold(sensitivity.counts, sizes, target)
 
+    def costs(
+        self, sizes: Mapping[str, int], zeros: Sequence[float], target: float, sensitivity: Sensitivity
+    ) -> dict[str, list[float]]:
+        return {name: lost(sensitivity.counts(name), [size * part for part in zeros]) for name, size in sizes.items()}
+
 
 @dataclass(frozen=True)
 class ByLoss(Allocation):
@@ -130,6 +193,11 @@ class ByLoss(Allocation):
 
     def levels(self, sizes: Mapping[str, int], target: float, sensitivity: Sensitivity) -> dict[str, float]:
         return _below_one_threshold(sensitivity.relative, sizes, target)
+
+    def costs(
+        self, sizes: Mapping[str, int], zeros: Sequence[float], target: float, sensitivity: Sensitivity
+    ) -> dict[str, list[float]]:
+        return {name: lost(sensitivity.relative(name), [size * part for part in zeros]) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -305,6 +373,40 @@ def exact_levels(raw: Mapping[str, float], sizes: Mapping[str, int], target: flo
     for place in (exact - zeros).argsort(descending=True)[: max(int(wanted - zeros.sum()), 0)].tolist():
         zeros[place] += 1
     return {name: round(float(z / n), 10) for name, z, n in zip(names, zeros, size, strict=True)}
+
+
+def cheapest(
+    costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], kept: Sequence[int], limit: int
+) -> dict[str, int]:
+    """Which of some N each layer gets, so that the costs' sum is least and no more than so many weights are kept.
+
+    All begin with the least N. The step to the next N that saves most per weight comes first, whatever it costs; one
+    that no longer fits is passed over, with all after it in its layer. With convex costs this is the optimum for what
+    is kept up to the first step that does not fit (Lagrange): the end, where layers have one size and N even spaces.
+
+    Args:
+        costs: layer name → cost of each of `kept`, convex.
+        sizes: layer name → number of weights.
+        kept: the numbers N, ascending.
+        limit: most that Σ size · N may be, at least that of the least N.
+    """
+    places, steps = dict.fromkeys(costs, 0), []
+    left = limit - kept[0] * sum(sizes[name] for name in costs)
+
+    def offer(order: int, name: str) -> None:
+        if (place := places[name] + 1) < len(kept):
+            more = sizes[name] * (kept[place] - kept[place - 1])
+            heappush(steps, ((costs[name][place] - costs[name][place - 1]) / more, order, name, more))
+
+    for order, name in enumerate(costs):
+        offer(order, name)
+    while steps:
+        _, order, name, more = heappop(steps)
+        if more <= left:
+            left -= more
+            places[name] += 1
+            offer(order, name)
+    return {name: kept[place] for name, place in places.items()}
 
 
 def block_of(name: str) -> int:

@@ -134,6 +134,21 @@ class Sensitivity:
         return torch.zeros_like(counts).index_add_(0, places, counts)
 
 
+def lost(counts: Tensor, removed: Sequence[float]) -> list[float]:
+    """Sums of the lowest scores of a layer, for each of some numbers of weights.
+
+    Args:
+        counts: (bins,) as of `Sensitivity.counts` or `Sensitivity.relative`.
+        removed: numbers of weights, at most all.
+    """
+    values = _centres()
+    values[0] = 0  # zeros are there
+    numbers, sums = counts.double().cumsum(0), (counts * values).cumsum(0)
+    wanted = torch.tensor(removed, dtype=torch.float64)
+    places = torch.searchsorted(numbers, wanted).clamp_max(_BINS - 1)
+    return (sums[places] - (numbers[places] - wanted) * values[places]).tolist()
+
+
 @torch.no_grad()
 def measure_sensitivity(
     model: BlockModel,

@@ -9,6 +9,7 @@ from ..base.errors import UserError
 from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.structure import count
+from ..patterns import NM
 from ..pruning.job import PruneJob
 from ..pruning.loop import BlockLoop
 from ..pruning.method import ModelMethod
@@ -19,7 +20,7 @@ from ..training.finish import Finish
 from .distil import Teacher, distil
 from .finish_block import FinishBlock
 from .strength import chosen
-from .weighing import reads, weighed
+from .weighing import notes_of_choices, reads, weighed
 
 _UNFINISHED = Finish()
 
@@ -49,7 +50,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     watch = Stopwatch(model.device)
     teacher = Teacher(model, job, tools) if job.finish.distil is not None else None
     watch.lap("teach")
-    read = reads(job)
+    read, asked = reads(job), job.allocation.target_of(job.shared)
     job = weighed(model, job, tools)
     watch.lap("weigh")
     job, strength = chosen(model, job, tools, lifted(job.solver))
@@ -68,7 +69,12 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
         result.notes.append("none was fitted to the stream: no layer that writes to the hidden states is pruned")
     if job.sensitivity.used and not read:
         result.notes.append("no backward pass was made: no rows compete, and no allocation reads the sensitivity")
-    if not isinstance(job.allocation, Uniform) and job.allocation.target_of(job.shared) is None:
+    if isinstance(asked, NM):
+        result.notes += notes_of_choices(asked, [row for row in result.layers if row.name in job.shared])
+    if not isinstance(job.allocation, Uniform) and asked is None:
         kept = ", ".join(dict.fromkeys(pattern.written for pattern in job.patterns.values()))
-        result.notes.append(f"the allocation divides unstructured sparsity alone and leaves {kept} as it was asked for")
+        result.notes.append(
+            f"the allocation divides unstructured sparsity, and N:M by allocation.choices, and leaves {kept} as it was "
+            "asked for"
+        )
     return result

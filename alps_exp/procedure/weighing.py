@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..allocation.allocations import Allocation, Uniform
@@ -13,15 +14,18 @@ from ..calibration.sensitivity import Sensitivity, SensitivityChoice, measure_se
 from ..layer.method import Method
 from ..model.blocks import BlockModel
 from ..model.layers import find_layer
-from ..patterns import Pattern, parse_sparsity
+from ..patterns import NM, Pattern, parse_sparsity
 from ..pruning.job import PruneJob
+from ..pruning.rows import LayerRow
 from ..pruning.solve import competes
 from ..pruning.tools import Tools
 
 _NAME = "weighing"
 
 
-def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: int, method: Method) -> None:
+def check_weighing(
+    allocation: Allocation, choice: SensitivityChoice, windows: int, method: Method, patterns: Mapping[str, Pattern]
+) -> None:
     """Raise UserError for an allocation without what it needs or that the method cannot follow, or more windows than
     there are.
 
@@ -30,7 +34,9 @@ def check_weighing(allocation: Allocation, choice: SensitivityChoice, windows: i
         choice: whether outputs are weighed.
         windows: number of calibration windows.
         method: that prunes.
+        patterns: layer name → pattern, of layers without a sparsity of their own.
     """
+    allocation.check_choices(patterns)
     if method.structured and not isinstance(allocation, Uniform):
         raise UserError(
             f"allocation divides the sparsity among layers, and the layers of a block lose together what "
@@ -107,3 +113,24 @@ def _found(model: BlockModel, job: PruneJob, tools: Tools) -> tuple[dict, str]:
 def _allocated(model: BlockModel, job: PruneJob, found: Sensitivity) -> dict[str, Pattern]:
     sizes = {name: math.prod(find_layer(model.model, name).shape) for name in job.patterns}
     return {**job.patterns, **job.allocation.allocate(job.shared, sizes, found)}
+
+
+def notes_of_choices(asked: NM, rows: Sequence[LayerRow]) -> list[str]:
+    """What a record says of a division of N:M that has another mean than the one asked for, or that divides nothing.
+
+    Args:
+        asked: the run's sparsity.
+        rows: of the layers without a sparsity of their own.
+    """
+    if all(row.pattern == asked.written for row in rows):
+        return [
+            f"the allocation gives every layer {asked.written}: none is worth more to it than to the others; "
+            "allocation.choices changed nothing"
+        ]
+    sizes = [math.prod(row.shape) for row in rows]
+    kept = sum(size * (1 - row.sparsity_target) for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
+    if 1 - kept - asked.sparsity < 0.5 / sum(sizes):
+        return []
+    return [
+        f"{kept:.6g} of the weights are kept, and {asked.written} keeps {1 - asked.sparsity:.6g}: no layer fits between"
+    ]

@@ -50,6 +50,7 @@ def card(record: Mapping, base: str | None, licence: str | None, command: str | 
         "target": config["target"]["name"],
         "sensitivity": config["sensitivity"]["name"],
         "allocation": config["allocation"]["name"],
+        "allocation: N is one of": config["allocation"].get("choices"),
         "refit": config["refit"],
         "finish": config["finish"]["name"],
         "calibration": _calibration(record),

@@ -134,6 +134,10 @@ def canonical(cfg: Mapping) -> dict:
     )
     if (source := content["eval"]["task_source"]) not in ("hub", "package"):
         content["eval"]["task_source"] = _absolute(source)
+    if "choices" in (allocation := content.get("allocation", {})):
+        choices = allocation.pop("choices")
+        whole = isinstance(choices, list) and all(type(n) is int for n in choices)
+        allocation |= {} if choices is None else {"choices": sorted(choices) if whole else choices}
     if "path" in content.get("allocation", {}):
         content["allocation"]["path"] = _absolute(content["allocation"]["path"])
     if "finish" in content:

@@ -175,7 +175,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         check_method(model.skeleton, patterns, solver)
         check_experts(model.skeleton, patterns, solver, finish, cfg["expert_weighting"])
         solver = solver.for_model(model.skeleton, patterns)
-        check_weighing(allocation, sensitivity, cfg["nsamples"], solver)
+        check_weighing(allocation, sensitivity, cfg["nsamples"], solver, selection.shared(patterns))
         if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
             sizes = {name: math.prod(shape) for name, shape in shapes.items()}
             allocation.allocate(selection.shared(patterns), sizes, Sensitivity())

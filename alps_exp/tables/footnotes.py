@@ -114,8 +114,9 @@ def _calibration(record: Mapping) -> str | None:
 
 def _choice(record: Mapping, group: str, usual: str) -> str | None:
     """The name of a group's choice, where it is another one than usual."""
-    name = ((record.get("config") or {}).get(group) or {}).get("name", usual)
-    return None if name == usual else name
+    choice = (record.get("config") or {}).get(group) or {}
+    name, among = choice.get("name", usual), choice.get("choices")
+    return None if name == usual else f"{name} of N in {among}" if among else name
 
 
 def _unusual(record: Mapping, key: str, usual: str) -> str | None:

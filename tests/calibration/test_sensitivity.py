@@ -265,7 +265,7 @@ def test_an_allocation_leaves_n_of_m_as_asked_and_says_so(words, tmp_path, monke
     record = execute([word for word in words if word != "sparsity=0.6"], tmp_path, "sparsity=2:4")
     assert {row["pattern"] for row in record["layers"]} == {"2:4"} and "weigh_seconds" not in record["phases"]
     assert any("no backward pass was made" in line for line in record["warnings"])
-    assert "the allocation divides unstructured sparsity alone and leaves 2:4 as it was asked for" in record["warnings"]
+    assert any("leaves 2:4 as it was asked for" in line for line in record["warnings"])
 
 
 @pytest.mark.slow
