@@ -118,17 +118,91 @@ def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[st
 
 
 def _left_to_jobs(words: list[str], composed: Callable[[list[str]], DictConfig]) -> tuple[list[str], DictConfig]:
-    """Hydra composes a sweep without its file's choices; `target.strength=auto` beside the file's `target: stream`
-    names no key there. So a value for a group that the file chooses becomes a list of one, which jobs alone are given.
+    """Hydra composes a sweep without the choices that differ among its jobs or that its file makes; there
+    `target.strength=auto` names no key, though every job has `target: stream`. So a value for a group that such a
+    choice, or a preset among them, sets becomes a list of one, which only jobs are given.
     """
+    overrides = _parsed_all(words)
+    values = [override for override in overrides if _names_values(override)]
+    for override in overrides:
+        if values and override.key_or_group.startswith("sparsity."):
+            raise inconsistent(values[0].input_line, override.input_line)
+    return [_quoted(override) if override in values else _open(override) for override in overrides]
+
+
+def prepared(words: Sequence[str], config_name: str = "config") -> list[str]:
+    """`prepare`, with Hydra's errors in the project's form, and no keys. Needs Hydra to be `initialized`."""
+    refuse_keys_in(words)
+    words = _explained(prepare, list(words), config_name)
+    _refuse_lists_and_deletions(words)
+    return words
+
+
+def expand(words: Sequence[str], config_name: str = "config") -> tuple[list[str], list[list[str]]]:
+    """A sweep's prepared overrides with those of its file, and the overrides of each job in the order of the sweep.
+
+    Levels of sparsity that only a sweep file names (`hydra.sweeper.params`) are prepared like those of the command
+    line, which replace them. Another sweeper than Hydra's own decides about its jobs as it goes: no job is known then.
+    """
+    return _explained(_expand, list(words), config_name)
+
+
+def _expand(words: list[str], config_name: str) -> tuple[list[str], list[list[str]]]:
+    app: Any = GlobalHydra.instance().hydra
+
+    def composed(words: list[str]) -> DictConfig:
+        cfg: DictConfig = app.compose_config(config_name, words, run_mode=RunMode.MULTIRUN)
+        return cfg
+
+    try:
+        cfg = composed(words)
+    except HydraException:
+        words, cfg = _left_to_jobs(words, composed)
+    _refuse_ignored_sweep(cfg)
+    refuse_keys(OmegaConf.to_container(cfg, resolve=False))
+    sweeper = cfg.hydra.sweeper
+    if not str(sweeper._target_).endswith(".BasicSweeper"):
+        return words, []
+    parameters = dict(sweeper.params or {})
+    if "sparsity" in parameters:
+        value = parameters.pop("sparsity")
+        text = ",".join(map(str, value)) if OmegaConf.is_list(value) else str(value)
+        words = _merged(prepare([f"sparsity={text}"]), words)
+    parser = OverridesParser.create(app.config_loader)
+    shared, choices = [], {}
+    for override in parser.parse_overrides([_readable(f"{key}={value}") for key, value in parameters.items()] + words):
+        key = override.get_key_element()
+        if override.is_hydra_override():
+            shared.append(str(override.input_line))
+        elif override.is_discrete_sweep():
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        elif override.is_sweep_override():
+            raise UserError(f"{override.input_line}: an interval has no list of values; give one, as in {key}=0.1,0.2")
+        else:
+            choices[key] = [str(override.input_line)]
+        if not choices.get(key, ["hydra"]):
+            raise UserError(f"{override.input_line} names no value, so that nothing would run: {_remedy(override)}")
+    return words, [shared + list(job) for job in itertools.product(*choices.values())]
+
+
+def _left_to_jobs(words: list[str], composed: Callable[[list[str]], DictConfig]) -> tuple[list[str], DictConfig]:
+    """Hydra composes a sweep without the choices that differ among its jobs or that its file makes; there
+    `target.strength=auto` names no key though every job has `target: stream`. So a value for a group that such a choice,
+    or a preset among them, sets becomes a list of one, which only jobs are given.
+    """
+    overrides = _parsed_all(words)
     values = {
         str(override.input_line): override.get_key_element().split(".")[0]
-        for override in _parsed_all(words)
+        for override in overrides
         if "." in override.key_or_group and override.type == OverrideType.CHANGE and not override.is_sweep_override()
     }
     cfg = composed([word for word in words if word not in values])
-    chosen = {str(key) for key in cfg.hydra.sweeper.get("params") or {}}
-    left = {word for word, group in values.items() if group in chosen}
+    chosen = [
+        *(cfg.hydra.sweeper.get("params") or {}),
+        *(o.get_key_element() for o in overrides if o.is_sweep_override()),
+    ]
+    groups = {str(key).lstrip("+") for key in chosen}
+    left = {word for word, group in values.items() if group in groups or "preset" in groups}
     words = [_list_of_one(word) if word in left else word for word in words]
     return words, composed(words)
 

@@ -267,10 +267,20 @@ def test_the_command_line_replaces_what_a_sweep_file_says():
     ]
 
 
-def test_one_value_for_a_choice_that_only_a_sweep_file_makes():
-    jobs = jobs_of(["+sweeps=strength", "target.strength=auto", "sparsity=0.7"])
-    assert len(jobs) == 1
-    assert {"target=stream", "target.strength=auto"} <= set(jobs[0])
+@pytest.mark.parametrize(
+    "words",
+    [["+sweeps=finished", "sparsity=0.7", "seed=0"], ["target=stream,layer"]],
+    ids=["preset-of-a-file", "list"],
+)
+def test_one_value_for_a_choice_that_only_the_jobs_make(words):
+    jobs = jobs_of([*words, "target.strength=auto"])
+    assert jobs
+    assert all("target.strength=auto" in job for job in jobs)
+    with overrides.initialized():
+        assert overrides.compose_prepared(jobs[0]).target.strength == "auto"
+
+
+def test_one_value_for_a_choice_that_no_job_makes():
     with pytest.raises(UserError, match="target=layer has none, but target=stream"):
         jobs_of(["+sweeps=demo", "target.strength=auto"])
 
