@@ -38,6 +38,7 @@ from .settings import CalibrationSettings, GeneratedSettings
 from .windows import Encoder
 
 _FILE = "tokens.safetensors"
+_SPAN, _NEARLY = 16, 20  # docs/decisions.md has the measurement
 
 
 def generated_tokens(
@@ -101,6 +102,7 @@ def generated_tokens(
         **({"fresh_windows": asked.fresh} if asked.fresh else {}),
         **({"training_windows": asked.training} if asked.training else {}),
         "partial": False,
+        "repeated_spans": round(float(repeated_spans(tokens).mean()), 6),
         "prompts": list(data.prompts),
         "sha256": sha256(tokens.numpy().tobytes())[:16],
         "seed": asked.seed,
@@ -219,13 +221,33 @@ def write(
 
 
 def refuse_repetition(tokens: Tensor, temperature: float) -> None:
-    """Raise UserError for windows that are alike: they say nothing new, and held-out ones would be calibrated on."""
+    """Raise UserError for windows that are alike, or nearly so in more than one of `_NEARLY`: they say nothing new, and
+    held-out ones would be calibrated on."""
     alike = len(tokens) - len(torch.unique(tokens, dim=0))
-    if alike:
+    nearly = int((repeated_spans(tokens) > 0.5).sum())
+    if alike or nearly * _NEARLY > len(tokens):
+        what = "repeat others" if alike else f"have more than half of their spans of {_SPAN} tokens from others"
         raise UserError(
-            f"data=generated: {alike} of {len(tokens)} windows repeat others: raise data.temperature={temperature:g} "
-            "or seqlen, or give more data.prompts"
+            f"data=generated: {alike or nearly} of {len(tokens)} windows {what}: raise "
+            f"data.temperature={temperature:g} or seqlen, or give more data.prompts"
         )
+
+
+def repeated_spans(tokens: Tensor) -> Tensor:
+    """What share of each window's spans of consecutive tokens another window has, too, anywhere in it.
+
+    Args:
+        tokens: (windows, seqlen).
+
+    Returns:
+        (windows,) from 0 to 1, in float64.
+    """
+    length = min(_SPAN, tokens.shape[1])
+    factors = torch.randint(-(2**62), 2**62, (length,), generator=torch.Generator().manual_seed(0))
+    spans = tokens.unfold(1, length, 1).matmul(factors)  # a number for each, modulo 2⁶⁴
+    _, places = spans.unique(return_inverse=True)
+    there = (places * len(tokens) + torch.arange(len(tokens))[:, None]).unique()  # each span once for each window
+    return (torch.bincount(there // len(tokens))[places] > 1).double().mean(1)
 
 
 class _Finite(LogitsProcessor):

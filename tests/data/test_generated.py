@@ -225,3 +225,22 @@ def test_kept_text_that_cannot_be_read_is_refused_and_stays(tiny_llama, assets, 
         with pytest.raises(UserError, match=r"cannot keep generated text \(.*Permission denied"):
             written(tiny_llama, asked())
     assert file.read_bytes() == kept
+
+
+def test_near_copies_are_counted_and_refused():
+    tokens = torch.randint(3, 90, (40, 64), generator=torch.Generator().manual_seed(0))
+    tokens[1, 5:45] = tokens[0, :40]  # elsewhere in the window
+    tokens[3, :20] = tokens[2, :20]
+    tokens[4, 30:] = tokens[4, :1]  # a window that repeats itself is no copy of another
+
+    def spans(row):
+        return [tuple(row[start : start + 16]) for start in range(len(row) - 15)]
+
+    rows = [spans(row) for row in tokens.tolist()]
+    others = [set().union(*(set(row) for j, row in enumerate(rows) if j != i)) for i in range(len(rows))]
+    expected = [sum(span in other for span in row) / len(row) for row, other in zip(rows, others, strict=True)]
+    assert generated.repeated_spans(tokens).tolist() == pytest.approx(expected) and max(expected) > 0.5
+    generated.refuse_repetition(tokens, 1.0)  # two of forty
+    tokens[6, 4:60] = tokens[7, 4:60]
+    with pytest.raises(UserError, match="4 of 40 windows have more than half of their spans of 16 tokens from others"):
+        generated.refuse_repetition(tokens, 1.0)
