@@ -21,7 +21,7 @@ Differences from the released code, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +33,7 @@ from alps_exp.base.clock import Stopwatch
 from alps_exp.base.errors import UserError
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.layer.solver import Solution, Solver
-from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.kernels import kernel_for
 from alps_exp.numerics.precision import nearly_product, subtract_product
 from alps_exp.numerics.triangular import inverse_cholesky, triangular_inverse
 from alps_exp.patterns import Pattern
@@ -93,7 +93,7 @@ class SparseGPT(Solver):
         known = all(pattern.group is None or pattern.tracker().group for pattern in patterns)
         known &= all((pattern.group or 0) <= _WIDEST for pattern in patterns)
         single = weights[0][0].dtype == torch.float32
-        if not known or not single or len(set(patterns)) > 1 or kernels_for(weights[0][0].device) is None:
+        if not known or not single or len(set(patterns)) > 1 or _kernel(weights[0][0].device) is None:
             return super()._solve_alike(groups, patterns)
         watch = Stopwatch(weights[0][0].device)
         leaders = [problems[0] for problems in groups]
@@ -125,7 +125,7 @@ class SparseGPT(Solver):
         work.masked_fill_(dead[..., None], 0)
         keep = torch.empty_like(work, dtype=torch.bool)
         group = pattern.group or 1
-        step = -(-(_FUSED_STEP if kernels_for(work.device) else _STEP) // group) * group
+        step = -(-(_FUSED_STEP if _kernel(work.device) else _STEP) // group) * group
         width = -(-self.block_size // group) * group
         for begin in range(0, work.shape[-2], width):
             end = min(begin + width, work.shape[-2])
@@ -136,6 +136,10 @@ class SparseGPT(Solver):
         work.masked_fill_(~keep, 0)
         layers = zip(work.split(rows, dim=-1), keep.split(rows, dim=-1), strict=True)
         return [(weight.mT.contiguous(), support.mT.contiguous()) for weight, support in layers]
+
+
+def _kernel(device: torch.device) -> Callable | None:
+    return kernel_for(device, "sweep_step")
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pattern: Pattern, step: int) -> Tensor:
@@ -177,14 +181,14 @@ def _sweep_step(
         inverse: (…, columns, 1) 1 / U_jj.
     """
     columns, group = work.shape[-2], pattern.group
-    kernels, rule = kernels_for(work.device), pattern.tracker().group
+    kernel, rule = _kernel(work.device), pattern.tracker().group
     if (
-        kernels is not None
+        kernel is not None
         and work.dtype == torch.float32
         and columns <= _WIDEST
         and (group is None or rule is not None)
     ):
-        kernels.sweep_step(work, keep, factor, errors, rule)
+        kernel(work, keep, factor, errors, rule)
         return
     span = group or columns
     for begin in range(0, columns, span):

@@ -38,7 +38,7 @@ from alps_exp.layer import registry
 from alps_exp.layer.problem import LayerProblem, Statistics, power_of_two
 from alps_exp.layer.scaled import ScaledGram
 from alps_exp.layer.solver import Solution, Solver
-from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.kernels import kernel_for
 from alps_exp.patterns import Pattern
 
 NO_STARTS = ("dense", "given", "sparseswaps")
@@ -152,7 +152,7 @@ class _Pairs:
         off = gram.abs()
         off.fill_diagonal_(0)
         self._largest = off.amax(1)
-        self._kernels = kernels_for(gram.device)
+        self._kernel = kernel_for(gram.device, "best_pairs")
 
     def __call__(self, s: Tensor, regrow: Tensor, prune: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Smallest Δ, p and k, (rows,) each; Δ is not below 0 where no swap lowers the loss.
@@ -163,8 +163,8 @@ class _Pairs:
             prune: (rows, in) b, infinite outside K.
         """
         bound = self._bounds(s, regrow, prune)
-        if self._kernels is not None and s.dtype == torch.float32:
-            return self._kernels.best_pairs(self._gram, s, regrow, prune, bound)
+        if self._kernel is not None and s.dtype == torch.float32:
+            return self._kernel(self._gram, s, regrow, prune, bound)
         best = torch.zeros(len(s), dtype=s.dtype, device=s.device)
         p, k = torch.zeros_like(best, dtype=torch.long), torch.zeros_like(best, dtype=torch.long)
         tried = min(_TRIED, s.shape[1])

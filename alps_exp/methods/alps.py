@@ -30,7 +30,6 @@ Differences from the released code, all deliberate:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,12 +42,13 @@ from torch import Tensor
 from ..base.checks import one_of, require
 from ..base.clock import Stopwatch
 from ..base.errors import UserError, nearest
+from ..base.fallbacks import fell_back
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
 from ..layer.solver import Solution, Solver
 from ..layer.trace import Trace
 from ..numerics.fit import fit_on_support
-from ..numerics.kernels import kernels_for
+from ..numerics.kernels import kernel_for
 from ..numerics.precision import Multiplier, fast_products, halves, low_precision
 from ..numerics.resolvent import NODES, Resolvent, first_node, multiplies
 from ..patterns import Pattern
@@ -121,7 +121,8 @@ class Alps(Solver):
 
     def flops(self, rows: int, width: int) -> float:
         # ADMM ends once ρ has grown about tenfold. Each of the resolvent's four nodes is a Cholesky factorisation
-        # (n³/3), a triangular inverse and its Gram matrix (2/3 n³ each).
+        # (n³/3), a triangular inverse and its Gram matrix (2/3 n³ each). On a GPU it is one of them and three products
+        # of which half is made, 5.0 n³ for 6.7.
         tenfold = math.log(10) / math.log(self.growth) if self.growth > 1 else math.inf
         iterations = min(self.max_iterations, self.update_every * tenfold)
         return 4 * (5 / 3) * width**3 + (iterations + 10) * 2 * rows * width**2
@@ -233,9 +234,7 @@ class Alps(Solver):
         except RuntimeError as error:  # most likely for want of memory; the stack is where the last replay has left it
             forget()
             reason = str(error).partition("\n")[0]
-            warnings.warn(
-                f"small layers are solved without recorded iterations, which is slower ({reason})", stacklevel=2
-            )
+            fell_back(f"small layers are solved without recorded iterations, which is slower ({reason})")
         return stack.iterations
 
     def _test_support(self, stack: _Stack, iteration: int, changes: Tensor) -> None:
@@ -346,7 +345,6 @@ class _Stack:
         self.resolvent = resolvent
         device, self._groups = scaled.gram.device, len(columns[0][0])
         self._low = None if exact else low_precision(device)
-        self._kernels = kernels_for(device) if self._low is not None else None
         self._halves = self._low is not None and halves(device)
         if self._halves:
             self._low = torch.float16
@@ -379,7 +377,7 @@ class _Stack:
     @property
     def unfused(self) -> bool:
         """Whether there are kernels, but none for these layers together."""
-        return self._kernels is not None and self._step is None
+        return self._low is not None and self.w.is_cuda and self._step is None
 
     @property
     def active(self) -> list[_Layer]:
@@ -459,26 +457,32 @@ class _Stack:
 
     def _rule(self) -> Callable[..., None] | None:
         """How a kernel selects the supports of all layers in one pass over memory, if the patterns' rules allow."""
-        if self._kernels is None:
+        if self._low is None:
             return None
+        kernel = partial(kernel_for, self.w.device)
         layers = sorted(self.layers, key=lambda layer: layer.part(self.w).storage_offset())
         trackers = [layer.tracker for layer in layers]
         if (group := trackers[0].group) and all(tracker.group == group for tracker in trackers):
-            return partial(self._kernels.group_step, group=group) if trackers[0].fast else None
-        if (step := trackers[0].step(self.w.device)) is not None:
+            step = kernel("group_step") if trackers[0].fast else None
+            return None if step is None else partial(step, group=group)
+        if (own := trackers[0].kernel) is not None:
+            step = trackers[0].step(self.w.device) if kernel(own) is not None else None
             return step if all(layer.pattern == layers[0].pattern for layer in layers) else None
         sizes = [layer.part(self.w).numel() for layer in layers]
         strides = [tracker.stride(layer.part(self.w)) for tracker, layer in zip(trackers, layers, strict=True)]
-        if None in strides:
+        if None in strides or (apart := kernel("threshold_step")) is None:
             return None
-        sampled = zip(layers, trackers, strides, strict=True)
-        if any(size > stride * self._kernels.SELECTED for size, stride in zip(sizes, strides, strict=True)):
-            return partial(self._sampled_step, list(sampled))
-        sparsities = [tracker.sparsity for tracker in trackers]
-        segments = self._kernels.Segments(sizes, sparsities, strides, self.w.device)
-        return partial(self._kernels.sampled_step, segments=segments)
+        from ..numerics.triton_kernels import SELECTED, Segments
 
-    def _sampled_step(self, sampled: Sequence[tuple[_Layer, Tracker, int]], *state: Tensor | float) -> None:
+        large = any(size > stride * SELECTED for size, stride in zip(sizes, strides, strict=True))
+        if large or (step := kernel("sampled_step")) is None:
+            return partial(self._sampled_step, apart, list(zip(layers, trackers, strides, strict=True)))
+        sparsities = [tracker.sparsity for tracker in trackers]
+        return partial(step, segments=Segments(sizes, sparsities, strides, self.w.device))
+
+    def _sampled_step(
+        self, step: Callable, sampled: Sequence[tuple[_Layer, Tracker, int]], *state: Tensor | float
+    ) -> None:
         """The same layer by layer, with thresholds from samples that are too large for a kernel."""
         for layer, tracker, stride in sampled:
             b, target, support, scale, rho, change = (
@@ -486,7 +490,7 @@ class _Stack:
             )
             taken = (part.reshape(-1)[::stride] for part in (b, target, support))
             sample = _sampled(*taken, scale)
-            kept = self._kernels.threshold_step(b, target, support, scale, rho, change, tracker.threshold(sample))
+            kept = step(b, target, support, scale, rho, change, tracker.threshold(sample))
             tracker.observe(kept, b.numel(), stride)
 
     def changes(self) -> Tensor:

@@ -167,6 +167,7 @@ def kept() -> int:
 
 
 def forget() -> None:
-    """Give back the memory that recordings hold, and know no shapes any more."""
-    _recordings.clear()
-    _seen.clear()
+    """Give back the memory that this thread's recordings hold, and know no shapes any more."""
+    for known in (_recordings, _seen):
+        for key in [key for key in known if key[0] == get_ident()]:
+            known.pop(key, None)

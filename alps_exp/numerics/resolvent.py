@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
-from .kernels import kernels_for
+from .kernels import kernel_for
 from .precision import fast_products, full_precision
 from .triangular import inverse_cholesky, lower_gram, symmetric_product, triangular_inverse
 
@@ -119,14 +119,12 @@ class Resolvent:
         if rho != self._half_rho:
             watch = Stopwatch(self._gram.device) if self._timed else None
             self._half = None  # free the former ρ's before making this one
-            kernels = kernels_for(self._gram.device)
-            if kernels is None or self._exact:
+            combine = kernel_for(self._gram.device, "combine")
+            if combine is None or self._exact:
                 self._half = self.at(rho).mul(rho * unit).half()
             else:
                 basis = self.basis(rho)
-                self._half = kernels.combine(
-                    basis, [rho * unit * weight for weight in self._weights(rho)], torch.float16
-                )
+                self._half = combine(basis, [rho * unit * weight for weight in self._weights(rho)], torch.float16)
             self._half_rho = rho
             self.seconds += watch.lap("resolvent") if watch is not None else 0.0
         return self._half

@@ -1,7 +1,7 @@
 """Triton kernels for element-wise work that would otherwise pass through device memory many times.
 
 Each has a plain counterpart in torch beside its caller (`alps._Layer`, `sparsegpt._sweep_step`, `sparseswaps._Pairs`),
-which runs wherever Triton does not; the two differ in rounding only. Callers get this module from `kernels_for`.
+which runs wherever Triton does not; the two differ in rounding only. Callers get them from `kernels.kernel_for`.
 """
 
 from __future__ import annotations

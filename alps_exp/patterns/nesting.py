@@ -16,6 +16,8 @@ _SHARED, _WIDTHS = 4096, (2, 4, 8, 16)
 class HierarchicalTracker(Tracker):
     """N:M of N:M."""
 
+    kernel = "nested_step"
+
     def __init__(self, pattern: Keeps, outer: tuple[int, int], inner: tuple[int, int]) -> None:
         super().__init__(pattern)
         self._outer, self._inner = outer, inner
@@ -31,6 +33,8 @@ class HierarchicalTracker(Tracker):
 
 class VNMTracker(Tracker):
     """V:N:M, whose choices of shared inputs are tried one after the other."""
+
+    kernel = "shared_step"
 
     def __init__(self, pattern: Keeps, rows: int, kept: int, width: int, choices: Sequence[tuple[int, ...]]) -> None:
         super().__init__(pattern)

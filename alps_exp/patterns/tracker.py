@@ -29,7 +29,10 @@ class Tracker:
         group: (N, M) where the rule is no more than the N largest of every M consecutive entries, the first among
             equals, so that a caller may apply it in a pass of its own.
         fast: whether there is a kernel for the rule; otherwise the pattern selects by itself.
+        kernel: name of the kernel that `step` calls (`numerics.kernels.PROBES`).
     """
+
+    kernel: str | None = None
 
     def __init__(self, pattern: Keeps, group: tuple[int, int] | None = None) -> None:
         self._pattern = pattern
@@ -42,7 +45,7 @@ class Tracker:
 
     def step(self, device: torch.device) -> Step | None:
         """Where the rule has a kernel of its own: the pass that selects and updates (`triton_kernels.threshold_step`)
-        for layers of this pattern that lie one below the other."""
+        for layers of this pattern that lie one below the other. To be asked for where `kernel` runs."""
         return None
 
     def stride(self, score: Tensor) -> int | None:

@@ -20,7 +20,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from ..numerics.kernels import kernels_for
+from ..numerics.kernels import kernel_for
 from .tracker import Keeps, Step, Tracker
 
 # Tiles' entries that are looked at together, and energies nearer than this are equal: sums in another order.
@@ -57,6 +57,7 @@ class TransposableTracker(Tracker):
         self._kept, self._width = kept, width
         self._last: Tensor | None = None
         self.fast = width in (4, *_IN_KERNEL)
+        self.kernel = "masks_step" if width == 4 else "exchange"
 
     def __call__(self, score: Tensor) -> Tensor:
         energy = _tiles(score.square(), self._width)
@@ -161,11 +162,9 @@ def exchange(energy: Tensor, mask: Tensor) -> None:
         mask: (tiles, M, M) bool, contiguous; changed in place.
     """
     width = energy.shape[1]
-    if width in _IN_KERNEL and kernels_for(energy.device) is not None:
-        from ..numerics import tile_kernels
-
+    if width in _IN_KERNEL and (kernel := kernel_for(energy.device, "exchange")) is not None:
         pairs = _pairs(width).to(energy.device)
-        tile_kernels.exchange(energy.contiguous().view(-1, width), mask.view(-1, width), width, pairs)
+        kernel(energy.contiguous().view(-1, width), mask.view(-1, width), width, pairs)
     else:
         _exchange(energy, mask)
 

@@ -6,7 +6,9 @@ from ..allocation.allocations import Uniform
 from ..allocation.prunable import check_weights
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
+from ..base.fallbacks import taken
 from ..layer.method import Method
+from ..methods.recorded import forget
 from ..model.blocks import BlockModel
 from ..model.structure import count
 from ..patterns import NM
@@ -43,6 +45,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     if not job.patterns:
         return PruneResult()
     tools = tools or Tools()
+    taken()  # what other runs of the process did
     if model.source is not None and not tools.store.keeps:
         raise UserError("a streamed model's pruned blocks go to the run's directory: give resumable=true")
     if model.source is None:
@@ -55,7 +58,10 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     watch.lap("weigh")
     job, strength = chosen(model, job, tools, lifted(job.solver))
     watch.lap("strength")
-    result = lifted(job.solver, job.finish).run(model, job, tools)
+    try:
+        result = lifted(job.solver, job.finish).run(model, job, tools)
+    finally:
+        forget()  # of the layers' shapes, recordings hold memory
     if strength:
         result.strength = strength
         result.add_seconds({"strength": watch.seconds["strength"]})
@@ -65,6 +71,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
     if teacher is not None:
         distil(model, job, tools, teacher, result)
+    result.notes += taken()
     if job.target.beside and all(row.target == "layer" for row in result.layers):
         result.notes.append("none was fitted to the stream: no layer that writes to the hidden states is pruned")
     if job.sensitivity.used and not read:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..numerics.kernels import kernels_for
+from ..numerics.kernels import kernel_for
 
 
 class Places:
@@ -47,12 +47,9 @@ class Places:
 
 
 def places_of(mask: Tensor):
-    """Where the kept entries are: as bits where Triton compiles, as numbers otherwise."""
-    if kernels_for(mask.device) is None:
-        return Places(mask)
-    from ..numerics.kept_kernels import Bits
-
-    return Bits(mask)
+    """Where the kept entries are: as bits where the kernels run, as numbers otherwise."""
+    bits = kernel_for(mask.device, "Bits")
+    return Places(mask) if bits is None else bits(mask)
 
 
 # Entries of a mask that are looked at together: each that is kept takes some 30 bytes meanwhile.

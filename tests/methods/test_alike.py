@@ -99,7 +99,7 @@ def test_a_stack_in_fused_passes_loses_what_layers_lose_in_float64(stacked, monk
 
     pattern = [parse_sparsity(written)]
     asked = [one[:1] for one in groups(2, torch.float32, rows=(40, 1))]
-    monkeypatch.setattr(alps, "kernels_for", lambda device: triton_kernels)
+    monkeypatch.setattr(alps, "kernel_for", lambda device, name: getattr(triton_kernels, name))
     monkeypatch.setattr(alps, "low_precision", lambda device: torch.bfloat16)
     if written == "0.6":
         monkeypatch.setattr(type(pattern[0].tracker()), "stride", lambda self, score: 1)
@@ -120,7 +120,7 @@ def test_sparsegpt_walks_several_groups_at_once(monkeypatch, written):
 
     solver, patterns, asked = registry.solver("sparsegpt", block_size=16), [parse_sparsity(written)] * 2, groups(3)
     exact = [solver.solve_group(one, patterns) for one in asked]
-    monkeypatch.setattr(sparsegpt, "kernels_for", lambda device: triton_kernels)
+    monkeypatch.setattr(sparsegpt, "kernel_for", lambda device, name: getattr(triton_kernels, name))
     found = solver.solve_alike(groups(3, torch.float32), patterns)
     for one, other in zip(chain.from_iterable(found), chain.from_iterable(exact), strict=True):
         assert (one.support == other.support).float().mean() > 0.995

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from threading import get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from helpers import PATTERNS, planted
 from torch import Tensor
 
+from alps_exp.base import fallbacks
 from alps_exp.base.errors import UserError
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
@@ -295,9 +297,12 @@ def test_iterations_that_cannot_be_recorded_are_made_one_by_one(monkeypatch):
         raise RuntimeError("out of memory\nand more lines")
 
     monkeypatch.setattr(alps, "recording_for", full)
-    monkeypatch.setitem(recorded._seen, "a shape", None)
+    own, other = (get_ident(), "a shape"), (0, "another thread's")
+    monkeypatch.setattr(recorded, "_seen", {own: None, other: None})
     resolvent = SimpleNamespace(half_at=lambda rho, unit: None)
     stack = SimpleNamespace(w=SimpleNamespace(is_cuda=True), exact=False, resolvent=resolvent, rho=0.1, iterations=6)
+    monkeypatch.setattr(fallbacks, "_warned", set())
     with pytest.warns(UserWarning, match=r"without recorded iterations, which is slower \(out of memory\)"):
         assert Alps()._replayed(stack) == 6  # those that were made, so that the seventh is next
-    assert not recorded._seen
+    assert list(recorded._seen) == [other]
+    assert fallbacks.taken() == ["small layers are solved without recorded iterations, which is slower (out of memory)"]

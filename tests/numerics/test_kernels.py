@@ -12,7 +12,7 @@ from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.methods import recorded
-from alps_exp.numerics.kernels import kernels_for
+from alps_exp.numerics.kernels import kernel_for
 from alps_exp.numerics.precision import Multiplier, fast_products, quadratic, subtract_product
 from alps_exp.patterns import parse_sparsity
 
@@ -198,7 +198,7 @@ def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written):
     problem = planted(rows=1200, width=1024, tokens=6000, seed=4)
     found = registry.solver("alps").solve(on(problem, DEVICE, torch.float32), pattern)
     exact = registry.solver("alps").solve(on(problem, DEVICE, torch.float64), pattern)
-    assert kernels_for(DEVICE) is not None
+    assert kernel_for(DEVICE, "combine") is not None
     assert int(found.support.sum()) == int(exact.support.sum())
     losses = [problem.relative_loss(solution.weight.cpu()) for solution in (found, exact)]
     assert 0.995 < losses[0] / losses[1] < 1.002
@@ -233,7 +233,7 @@ def test_sparsegpt_with_and_without_kernels(written, monkeypatch):
     problem = planted(rows=300, width=700 // 8 * 8, tokens=3000, seed=5)
     fused = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float32), pattern)
     exact = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float64), pattern)
-    monkeypatch.setattr(sparsegpt, "kernels_for", lambda device: None)
+    monkeypatch.setattr(sparsegpt, "kernel_for", lambda device, name: None)
     plain = registry.solver("sparsegpt").solve(on(problem, DEVICE, torch.float32), pattern)
     losses = [problem.relative_loss(solution.weight.cpu()) for solution in (fused, plain, exact)]
     assert losses == pytest.approx([losses[2]] * 3, rel=2e-3)
@@ -278,13 +278,12 @@ def test_layers_of_one_state_have_thresholds_of_their_own(kernels):
 
 
 @needs_cuda
-def test_a_small_layer_keeps_about_its_count_in_every_iteration():
+def test_a_small_layer_keeps_about_its_count_in_every_iteration(kernels):
     pattern = parse_sparsity("0.7")
     generator = torch.Generator("cuda").manual_seed(0)
     tracker = pattern.tracker()
     b = torch.randn(576, 576, device="cuda", generator=generator)
     stride, wanted = tracker.stride(b), tracker.count(b.numel())
-    kernels = kernels_for(b.device)
     segments = kernels.Segments([b.numel()], [0.7], [stride], b.device)
     target, support, change = b.clone(), torch.ones_like(b, dtype=torch.bool), torch.empty_like(b, dtype=LOW)
     for step in range(8):

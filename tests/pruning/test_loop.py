@@ -1,6 +1,7 @@
 """The block loop against a plain one: whole-model forwards, inputs kept, one `prune_layer` a layer."""
 
 import copy
+from threading import get_ident
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 import alps_exp
 from alps_exp.base.errors import UserError
+from alps_exp.base.fallbacks import fell_back
+from alps_exp.baselines.magnitude import Magnitude
 from alps_exp.cli.overrides import compose
+from alps_exp.methods import recorded
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.source import StreamedBlocks
@@ -281,3 +285,20 @@ def test_where_nothing_is_captured_there_is_no_order(options):
     alps_exp.prune_model(one, tokens(2, 8) % 90, "magnitude", 0.5, losses=False, **options)
     alps_exp.prune_model(other, tokens(2, 8) % 90, "magnitude", 0.5, losses=False)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:a plainer way")
+def test_the_record_tells_of_plainer_ways_of_its_own_run_and_recordings_end_with_it(monkeypatch):
+    solve, key = Magnitude._solve, (get_ident(), "a shape")
+
+    def plainer(self, problem, pattern):
+        fell_back("a plainer way")
+        recorded._seen[key] = None
+        return solve(self, problem, pattern)
+
+    monkeypatch.setattr(Magnitude, "_solve", plainer)
+    told = alps_exp.prune_model(made("llama"), tokens(2) % 90, method="magnitude")["warnings"]
+    assert told.count("a plainer way") == 1 and key not in recorded._seen
+    fell_back("a plainer way")  # before the run, by something else
+    monkeypatch.setattr(Magnitude, "_solve", solve)
+    assert "a plainer way" not in alps_exp.prune_model(made("llama"), tokens(2) % 90, method="magnitude")["warnings"]
