@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,13 @@ def _serve(environment: dict[str, str], folder: str, request: Path) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     worker.main(request)
+
+
+def interprets_loops() -> bool:
+    """Whether Triton's interpreter takes loops to a bound given at run time: before 3.7 it made a number of an array
+    of one entry, which NumPy refuses from 2.4 on."""
+
+    def version(name: str) -> tuple[int, ...]:
+        return tuple(map(int, metadata.version(name).split(".")[:2]))
+
+    return version("triton") >= (3, 7) or version("numpy") < (2, 4)

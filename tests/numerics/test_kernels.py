@@ -286,11 +286,15 @@ def test_a_small_layer_keeps_about_its_count_in_every_iteration(kernels):
     stride, wanted = tracker.stride(b), tracker.count(b.numel())
     segments = kernels.Segments([b.numel()], [0.7], [stride], b.device)
     target, support, change = b.clone(), torch.ones_like(b, dtype=torch.bool), torch.empty_like(b, dtype=LOW)
-    for step in range(8):
+    excess = 0
+    for _ in range(8):
         threshold = kernels.sampled_threshold(b, target, support, 1.0, segments)
         kept = int(kernels.threshold_step(b, target, support, 1.0, 0.3, change, threshold, segments))
         assert kept == int(support.sum())
-        assert abs(kept - wanted) < (0.02 if step else 0.04) * wanted  # 1.2 % is the sample's standard deviation
+        # A sample's deviation is 1.2 %. What one keeps too many the next rank makes good, beside its own deviation:
+        # single excesses deviate by 2.2 %, and their sum does not grow.
+        excess += kept - wanted
+        assert abs(kept - wanted) < 0.08 * wanted and abs(excess) < 0.08 * wanted
         b = b + 0.01 * torch.randn(576, 576, device="cuda", generator=generator)
 
 

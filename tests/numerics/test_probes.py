@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers import planted
+from helpers import interprets_loops, planted
 
 from alps_exp.base import fallbacks
 from alps_exp.layer import registry
@@ -31,6 +31,8 @@ def forgetful():
 
 @pytest.mark.parametrize("name", kernels.PROBES)
 def test_a_kernel_gives_the_known_answer_and_one_that_does_nothing_does_not(name):
+    if name in ("shared_step", "exchange") and not cuda and not interprets_loops():
+        pytest.skip("this Triton does not interpret their loops under this NumPy")
     assert kernels.PROBES[name](kernels._named(name), DEVICE)
 
     class Idle:
