@@ -8,6 +8,7 @@ and head, which are never pruned, make the distributions of it again.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -91,7 +92,9 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
         layers = (find_layer(model.model, name) for name in job.patterns)
         held = {layer.stored: layer.held for layer in layers}  # experts share theirs
         width = teacher.states.width if teacher.states is not None else _text_config(model).hidden_size
-        recipe = choice.recipe(teacher.windows, width, choice.minutes, ladder.micro)
+        gone = math.fsum(done["seconds"] for done in result.finish.get("blocks", []))
+        minutes = job.finish.distil_minutes(tools.team.tell(gone))
+        recipe = choice.recipe(teacher.windows, width, minutes, ladder.micro)
 
         def lighter() -> str | None:
             return checkpointing.begin() or ladder.lighter_training("the distillation", streams)

@@ -31,6 +31,7 @@ class FinishBlock(Stage):
     """The stage after the one that prunes. Weights that are zero stay zero; norms and biases stay as they are."""
 
     choice: BlockFinish
+    minutes: float | None = None  # of all blocks together
 
     def run(self, block: BlockProblem) -> None:
         block.advance_dense()
@@ -39,7 +40,7 @@ class FinishBlock(Stage):
             return
         ladder, streams, team = block.tools.ladder, block.streams, block.tools.team
         windows, every = streams.calibration, len(block.job.tokens)
-        share = None if self.choice.minutes is None else self.choice.minutes / block.job.blocks
+        share = None if self.minutes is None else self.minutes / block.job.blocks
         trainer = Trainer(
             block.module,
             _masks(block),

@@ -36,7 +36,7 @@ def lifted(method: Method, finish: Finish = _UNFINISHED) -> ModelMethod:
     """
     if isinstance(method, ModelMethod):
         return method
-    after = (FinishBlock(finish.block),) if finish.block is not None else ()
+    after = (FinishBlock(finish.block, finish.block_minutes),) if finish.block is not None else ()
     return BlockLoop((method if isinstance(method, Stage) else Solve(), *after))
 
 

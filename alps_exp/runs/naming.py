@@ -157,7 +157,7 @@ def canonical(cfg: Mapping) -> dict:
 
 def _canonical_finish(node: Mapping) -> dict:
     """With the name of all stages, of which Hydra gives the last one's, and whole numbers as floats."""
-    from ..training.finish import STAGES, TEXT, build_finish
+    from ..training.finish import BESIDE, STAGES, build_finish
 
     finish = build_finish(node)
     found: dict = {"name": finish.name}
@@ -165,8 +165,9 @@ def _canonical_finish(node: Mapping) -> dict:
         floats = {field.name for field in dataclasses.fields(getattr(finish, stage)) if "float" in str(field.type)}
         pairs = node[stage].items()
         found[stage] = {k: float(v) if k in floats and type(v) is int else v for k, v in pairs}
-    text = {key: node[key] for key in TEXT if node.get(key) is not None}
-    return found | text | ({"path": _absolute(text["path"])} if "path" in text else {})
+    beside = {key: node[key] for key in BESIDE if node.get(key) is not None}
+    changed = {"path": _absolute, "minutes": float}
+    return found | {key: changed.get(key, lambda value: value)(value) for key, value in beside.items()}
 
 
 def _absolute(path) -> str | None:

@@ -13,7 +13,8 @@ from .optimisers import STATES, eight_bit
 from .recipe import PRECISIONS, Recipe
 
 STAGES = ("block", "distil")
-TEXT = ("data", "path", "tokens")  # keys that say which text is distilled on beside the calibration windows
+# Keys that belong to no stage: which text is distilled on beside the calibration windows, and the time of all stages.
+BESIDE = ("data", "path", "tokens", "minutes")
 _WIDTH = 576  # the width that the rates are meant for
 _BACK = 0.25  # of the rate, where the held-out windows get worse
 
@@ -118,6 +119,8 @@ class Finish:
         data: name of the data set whose text is distilled on beside the calibration windows; None: the calibration's.
         path: a local file in place of that data set's.
         tokens: of that text, each of which every epoch sees.
+        minutes: both end after so long together: `block` after half of it, `distil` after what is left; None: when all
+            is done.
     """
 
     block: BlockFinish | None = None
@@ -125,8 +128,11 @@ class Finish:
     data: str | None = None
     path: str | None = None
     tokens: int | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
+        if self.minutes is not None:
+            require("finish.minutes", self.minutes, float, 0, float("inf"), open_low=True)
         if self.tokens is None:
             for key in ("data", "path"):
                 if (value := getattr(self, key)) is not None:
@@ -145,6 +151,21 @@ class Finish:
     def name(self) -> str:
         """As it is written: "none", "block", "distil" or "block+distil"."""
         return "+".join(stage for stage in STAGES if getattr(self, stage) is not None) or "none"
+
+    @property
+    def block_minutes(self) -> float | None:
+        """For the trainings of all blocks together."""
+        share = None if self.minutes is None else self.minutes / (1 if self.distil is None else 2)
+        return min((given for given in (share, self.block.minutes) if given is not None), default=None)
+
+    def distil_minutes(self, seconds: float) -> float | None:
+        """For the distillation; a tenth of all the time at least, where blocks have taken too long.
+
+        Args:
+            seconds: that the trainings of all blocks took.
+        """
+        left = None if self.minutes is None else max(self.minutes - seconds / 60, self.minutes / 10)
+        return min((given for given in (left, self.distil.minutes) if given is not None), default=None)
 
     def check(self, propagate: str, held_out: int, windows: int) -> None:
         """Raise UserError for what cannot be.
@@ -185,7 +206,7 @@ class Finish:
 
 
 def build_finish(node: Mapping) -> Finish:
-    """The choice that a composed `finish` node describes: `name`, a node per stage, and `TEXT`.
+    """The choice that a composed `finish` node describes: `name`, a node per stage, and `BESIDE`.
 
     Raises:
         UserError: an unknown stage or field, or a value that is not allowed.
@@ -195,6 +216,6 @@ def build_finish(node: Mapping) -> Finish:
         if stage in node:
             check_fields(kind, node[stage], f"finish {stage}")
             found[stage] = kind(**node[stage])
-    if unknown := sorted(map(str, node.keys() - {"name", *STAGES, *TEXT})):
+    if unknown := sorted(map(str, node.keys() - {"name", *STAGES, *BESIDE})):
         raise UserError(f"finish has no stage {unknown[0]!r}: give none, block, distil or [block,distil]")
-    return Finish(**found, **{key: node[key] for key in TEXT if key in node})
+    return Finish(**found, **{key: node[key] for key in BESIDE if key in node})

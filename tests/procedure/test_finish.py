@@ -472,6 +472,8 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=block finish.block.rate=0", "finish.block.rate=0 is not allowed: give a number above 0"),
         ("finish=distil finish.distil.epochs=0", "finish.distil.epochs=0 is not allowed: give a whole number from 1"),
         ("finish=distil finish.distil.minutes=0", "finish.distil.minutes=0 is not allowed"),
+        ("finish=[block,distil] finish.minutes=0", "finish.minutes=0 is not allowed: give a number above 0"),
+        ("finish=block finish.minutes=soon", "finish.minutes='soon' is not allowed"),
         ("finish=block finish.block.precision=half", "finish.block.precision='half' is not allowed"),
         ("finish=blok", "unknown finish 'blok'; did you mean block?"),
         ("finish=[block,foo]", "unknown finish 'foo'"),
@@ -492,6 +494,32 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said):
     with pytest.raises(UserError) as caught:
         resolve(compose([*words, *more.split(" ")]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_minutes_of_both_are_divided():
+    both = Finish(BlockFinish(), Distillation(), minutes=10)
+    assert both.block_minutes == 5 and both.distil_minutes(120) == 8 and both.distil_minutes(3600) == 1
+    assert Finish(block=BlockFinish(), minutes=10).block_minutes == 10
+    own = Finish(BlockFinish(minutes=2), Distillation(minutes=3), minutes=10)
+    assert own.block_minutes == 2 and own.distil_minutes(120) == 3 and own.distil_minutes(540) == 1
+    assert BOTH.block_minutes is BOTH.distil_minutes(60) is None
+
+
+def test_minutes_bound_both_stages():
+    epochs = {"epochs": 500}
+    finish = Finish(BlockFinish(**epochs), Distillation(**epochs), minutes=1e-4)
+    found = prune(network("llama"), finish)["finish"]
+    assert {done["ended"] for done in [*found["blocks"], found["distil"]]} == {"minutes"}
+    assert all(done["steps"] < done["planned"] for done in [*found["blocks"], found["distil"]])
+
+
+def test_no_minutes_leave_the_name_as_it_was(words):
+    words = [*words, "finish=[block,distil]"]
+    one, other, bound = (
+        Configuration.of(compose([*words, *more])) for more in ([], ["finish.minutes=null"], ["finish.minutes=3"])
+    )
+    assert one.digest == other.digest != bound.digest and "minutes" not in one.content["finish"]
+    assert bound.digest == Configuration.of(compose([*words, "finish.minutes=3.0"])).digest
 
 
 @pytest.mark.slow
