@@ -28,6 +28,7 @@ from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
+from alps_exp.patterns import NM, parse_sparsity
 
 
 def outputs(rows: float, windows: int = 8) -> SensitivityChoice:
@@ -66,6 +67,25 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+def divided(sparsity: str) -> dict[str, dict]:
+    """What N that differs among layers brings, where the sparsity is N:M: the neighbours of N, and those of these."""
+    pattern, found = parse_sparsity(sparsity), {}
+    if type(pattern) is not NM:
+        return found
+    for reach in (1, 2):
+        choices = [n for n in range(pattern.kept - reach, pattern.kept + reach + 1) if 0 < n < pattern.width]
+        if len(choices) == 2 * reach + 1:
+            loss, gradients = ByLoss(choices=choices), BySensitivity(choices=choices)
+            among = f"N in {choices}"
+            found |= {
+                f"{among}, loss, plain": {"allocation": loss},
+                f"{among}, sensitivity, plain": {"sensitivity": outputs(0.0), "allocation": gradients},
+                f"{among}, loss, stream": STREAM | {"allocation": loss},
+                f"{among}, sensitivity, stream": STREAM | {"sensitivity": outputs(0.0), "allocation": gradients},
+            }
+    return found
+
+
 def main() -> None:
     """Prune by every variant and print a row of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,7 +119,7 @@ def main() -> None:
 
     print(f"| | {' | '.join(texts)} | seconds |\n|---{'|---' * (len(texts) + 1)}|")
     print(f"| dense | {' | '.join(f'{value:.4g}' for value in perplexities())} | |", flush=True)
-    for name, variant in VARIANTS.items():
+    for name, variant in (VARIANTS | divided(options.sparsity)).items():
         if not any(fnmatchcase(name, glob) for glob in options.only):
             continue
         found, seconds = [], []

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
 from helpers import ROOT
+from tiny import load
+from transformers import AutoTokenizer
+
+import alps_exp
 
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))  # the source archive has none
 
@@ -37,6 +42,7 @@ def test_the_ablation_prints_a_row_for_each_variant(tiny_llama, text_file, monke
     words += ["--windows", "8", "--seqlen", "32", "--evaluated", "4", "--method", "sparsegpt", "--seeds", "0"]
     monkeypatch.setattr("sys.argv", ["ablation.py", *words, "--only", "plain", "cap 0.15, all", "gen*plain"])
     ablation.main()
+    assert not ablation.divided("0.7") and [len(ablation.divided(text)) for text in ("2:4", "4:8")] == [4, 8]
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [
         "dense",
@@ -54,3 +60,24 @@ def test_a_generated_layer_is_measured():
     problems = layer.generated(8, 16, 2, 64, 0, torch.device("cpu"))
     lines = [line for name in ("dsnot", "admm-grad") for line in layer.measure(problems, name, "0.5", {}, 1)]
     assert len(lines) == 4 and all(0 < line["relative_loss"] < 1 and line["shape"] == [8, 16] for line in lines)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not FILES, reason="no benchmarks here")
+def test_a_mixture_made_of_a_trained_model_keeps_the_order_of_the_methods(shared):
+    """In the losses of experts and in perplexity; docs/decisions.md has three seeds and four sparsities."""
+    mixture = loaded(ROOT / "benchmarks" / "mixture.py")
+    dense = load(shared / "data" / "stories260K")
+    text = alps_exp.generate_tokens(
+        dense, AutoTokenizer.from_pretrained(shared / "data" / "stories260K"), 64, 128, batch_size=64
+    )
+    with torch.no_grad():
+        same = mixture.upcycled(dense, experts=4, top=2)(text[:4]).logits
+        assert (same - dense(text[:4]).logits).abs().max() < 1e-3
+    model, tokens, held = mixture.mixture_of(dense, text, seed=0, steps=4, windows=24)
+    assert not torch.equal(
+        model.model.layers[0].mlp.experts.down_proj[0], model.model.layers[0].mlp.experts.down_proj[1]
+    )
+    measured = [mixture.measured(model, method, "2:4", tokens, held) for method in mixture.METHODS]
+    for figures in zip(*measured, strict=True):
+        assert all(1.1 * better < worse for better, worse in itertools.pairwise(figures)), measured
