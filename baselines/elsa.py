@@ -101,7 +101,7 @@ class Elsa(TrainingMethod):
         return trained * ((4 if itemsize < 4 else 0) + 4 + self.moment_bytes()) + pruned * own
 
     def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
-        self.check(model, job)
+        self.check(model, job, tools)
         layers = {name: find_layer(model.model, name) for name in job.patterns}
         pruned: dict[str, list[Part]] = {}
         for name, layer in layers.items():
@@ -110,10 +110,9 @@ class Elsa(TrainingMethod):
         with on_device(model, f"method={self.label}"):
             before = judged(model, job.held_out)
             splitting = Splitting(self, pruned)
-            trainer, done = self.fit(model, job, tools, dict.fromkeys(names), [splitting])
-            stats = splitting.end(trainer)
-            trainer.masters.write()
+            done = self.fit(model, job, tools, dict.fromkeys(names), [splitting])
             done |= {"before": before, "after": judged(model, job.held_out)}
+            stats = splitting.stats(tools.team.gather)
             result = accounted(model, job, self, done, stats)
         counts = {row.name: round((1 - row.sparsity) * math.prod(row.shape)) for row in result.layers}
         short = [row.name for row in result.layers if row.stats["kept"] != counts[row.name]]
@@ -131,7 +130,7 @@ class Part(NamedTuple):
 
 
 class Splitting(Companion):
-    """z and u of ADMM.
+    """z and u of ADMM, of the weights whose masters are in this process.
 
     Args:
         method: with its hyperparameters.
@@ -142,10 +141,11 @@ class Splitting(Companion):
         self._method, self._parts = method, parts
         self._points: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._duals: dict[str, Tensor] = {}
+        self._reached: dict[str, tuple[int, float]] = {}
         self._penalty = method.penalty_at(0)
 
     def before_update(self, trainer: Trainer, step: int) -> None:
-        for name in self._parts:
+        for name in self._own(trainer):
             value = trainer.masters.values[name]
             x = value.detach()
             if name not in self._points:
@@ -158,7 +158,7 @@ class Splitting(Companion):
         if step % self._method.interval:
             return
         penalty = self._method.penalty_at(step)
-        for name in self._parts:
+        for name in self._own(trainer):
             x, u = trainer.masters.values[name].detach(), self._duals[name]
             reached = x + u
             self._keep(name, reached.masked_fill(~self._support(trainer, name, reached), 0), u)
@@ -166,19 +166,28 @@ class Splitting(Companion):
         self._penalty = penalty
 
     @torch.no_grad()
-    def end(self, trainer: Trainer) -> dict[str, dict]:
-        """x = P(x) in the masters; layer → how many entries are kept, and how far x was from P(x)."""
-        stats = {}
-        for name in self._parts:
+    def end(self, trainer: Trainer) -> None:
+        for name in self._own(trainer):
             x = trainer.masters.values[name].detach()
             support = self._support(trainer, name, x)
             for part in self._parts[name]:
                 own, kept = part.view(x).double(), part.view(support)
                 whole = float(own.square().sum())
                 gone = float(own.masked_fill(kept, 0).square().sum())
-                stats[part.name] = {"kept": int(kept.sum()), "distance": gone / whole if whole else 0.0}
+                self._reached[part.name] = int(kept.sum()), gone / whole if whole else 0.0
             x.masked_fill_(~support, 0)
-        return stats
+        self._points, self._duals = {}, {}
+
+    def stats(self, gather: Callable[[list], list]) -> dict[str, dict]:
+        """Layer → how many entries are kept at the end, and how far x was from P(x).
+
+        Args:
+            gather: what processes that work together give → what all of them have given.
+        """
+        return {name: {"kept": kept, "distance": far} for name, (kept, far) in gather([*self._reached.items()])}
+
+    def _own(self, trainer: Trainer) -> list[str]:
+        return [name for name in self._parts if name in trainer.masters.values]
 
     def point(self, name: str) -> Tensor:
         """z of a weight, in the dtype that is computed in."""
@@ -207,14 +216,19 @@ class Splitting(Companion):
 
     def state(self) -> dict[str, Tensor]:
         found = {"penalty": torch.tensor(self._penalty, dtype=torch.float64)}
+        found |= {f"end {name}": torch.tensor(pair, dtype=torch.float64) for name, pair in self._reached.items()}
         for name, (values, scale) in self._points.items():
             found |= {f"z {name}": values, f"u {name}": self._duals[name]}
             found |= {} if scale is None else {f"scale {name}": scale}
         return found
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, trainer: Trainer, state: Mapping[str, Tensor]) -> None:
         self._penalty = float(state["penalty"])
-        for name in self._parts:
+        for part in (part for parts in self._parts.values() for part in parts):
+            if (pair := state.get(f"end {part.name}")) is not None:
+                self._reached[part.name] = int(pair[0]), float(pair[1])
+        for name in self._own(trainer):
             if f"z {name}" in state:
-                self._points[name] = state[f"z {name}"], state.get(f"scale {name}")
-                self._duals[name] = state[f"u {name}"]
+                z, u, scale = (state.get(f"{what} {name}") for what in ("z", "u", "scale"))
+                self._points[name] = z.to(trainer.device), None if scale is None else scale.to(trainer.device)
+                self._duals[name] = u.to(trainer.device)

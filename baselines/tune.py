@@ -108,7 +108,7 @@ class Tune(TrainingMethod):
         return found + itemsize * max(map(math.prod, shapes.values()))
 
     def run(self, model: BlockModel, job: PruneJob, tools: Tools) -> PruneResult:
-        self.check(model, job)
+        self.check(model, job, tools)
         masks = {name: p != 0 for name, p in model.model.named_parameters() if p.ndim > 1}
         masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
         layers = {name: find_layer(model.model, name) for name in job.patterns}
@@ -118,10 +118,10 @@ class Tune(TrainingMethod):
                 names = [name for name, _ in model.model.named_parameters()]
                 pruned = {layer.stored for layer in layers.values()}
                 trained = {name: masks.get(name) for name in names if self.others or name in pruned}
-                _, done = self.fit(model, job, tools, trained, held_out=True)
+                done = self.fit(model, job, tools, trained, held_out=True)
             else:
                 with adapted(model.model, self._targets(layers), self.lora, self.alpha) as trained:
-                    _, done = self.fit(model, job, tools, dict.fromkeys(trained), held_out=True)
+                    done = self.fit(model, job, tools, dict.fromkeys(trained), held_out=True)
             for name, mask in masks.items():
                 weight = model.model.get_parameter(name)
                 if bool(weight.masked_select(~mask.to(weight.device)).any()):

@@ -291,16 +291,16 @@ def _memory_lines(settings: Settings) -> list[str]:
     else:
         lines.append("device     none beside the CPU")
         rest = step + (hidden if place in ("host", "device") else 0)
+    devices, what = settings.devices, "of the whole model"
+    what += f" (on each of {devices})" if devices > 1 else ""
     if settings.solver.trains:
-        training = settings.solver.memory(skeleton, patterns, _computing_bytes(settings), windows.seqlen)
+        training = settings.solver.memory(skeleton, patterns, _computing_bytes(settings), windows.seqlen, devices)
         place_of = "device" if device.type == "cuda" else "host"
-        lines.append(f"           at least {_bytes(training)} on the {place_of} for the training of the whole model")
+        lines.append(f"           at least {_bytes(training)} on the {place_of} for the training {what}")
     if settings.finish.distil is not None:
         distilling = _distilling_bytes(settings, shapes)
         place_of = "device" if device.type == "cuda" else "host"
-        lines.append(
-            f"           at least {_bytes(distilling)} on the {place_of} for the distillation of the whole model"
-        )
+        lines.append(f"           at least {_bytes(distilling)} on the {place_of} for the distillation {what}")
         read = windows.nsamples + _fresh(settings) + windows.data.holdout
         width = getattr(settings.model.config, "hidden_size", 0)
         states = read * windows.seqlen * width * settings.itemsize
@@ -363,6 +363,7 @@ def _distilling_bytes(settings: Settings, shapes: Mapping) -> int:
         len(find_blocks(skeleton)[1]),
         settings.calibration.seqlen,
         config.get_text_config(decoder=True).vocab_size,
+        settings.devices,
     )
 
 

@@ -27,7 +27,7 @@ from ..pruning.rows import PruneResult
 from ..pruning.tools import Tools
 from ..training.finish import Distillation
 from ..training.losses import divergence, divergence_in_pieces
-from ..training.trainer import Trainer, completed
+from ..training.trainer import Trainer, completed, taken_over
 from ..training.whole import Checkpointing, on_device, window_bytes, working_dtypes
 
 _FILE = "distil.pt"
@@ -56,7 +56,7 @@ class Teacher:
 
     def __init__(self, model: BlockModel, job: PruneJob, tools: Tools) -> None:
         refuse_streamed(model.source is not None)
-        needed = _check_memory(model, job)
+        needed = 0 if taken_over(tools.store.file(_FILE)) else _check_memory(model, job, tools.team.size)
         fresh = job.fresh if job.fresh is not None else job.tokens[:0]
         self.tokens = torch.cat([job.tokens, fresh, job.held_out])
         self.held_out = len(job.held_out)
@@ -174,6 +174,7 @@ def device_bytes(
     blocks: int,
     seqlen: int,
     vocabulary: int,
+    devices: int = 1,
 ) -> int:
     """Device memory that a distillation takes at least: one window at a time, activations made again.
 
@@ -185,11 +186,14 @@ def device_bytes(
         blocks: number of decoder blocks.
         seqlen: tokens in a window.
         vocabulary: number of tokens that there are.
+        devices: that divide masters, gradients and moments among them.
     """
     sizes = {name: shape[0] * shape[1] for name, (shape, _) in layers.items()}
     kept = sum((1 - layers[name][1]) * size for name, size in sizes.items())
     # Per kept weight its master and gradient, and AdamW's two moments; per weight a bit that says which are kept.
-    state = kept * (4 + 4 + (2 if choice.state == "8bit" else 8)) + sum(sizes.values()) / 8
+    state = kept * (4 + 4 + (2 if choice.state == "8bit" else 8)) / devices + sum(sizes.values()) / 8
+    if devices > 1:  # gradients of about a block that wait to be sent
+        state += itemsize * sum(sizes.values()) / blocks
     held = min(vocabulary, _LOGITS / seqlen)
     window = window_bytes([shape for shape, _ in layers.values()], itemsize, blocks, seqlen, held)
     return int(weights * itemsize + state + max(sizes.values()) * itemsize + window)
@@ -206,7 +210,7 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def _check_memory(model: BlockModel, job: PruneJob) -> int:
+def _check_memory(model: BlockModel, job: PruneJob, devices: int) -> int:
     """What it takes on a GPU at least; refuse what no measure can make fit, before hours are spent."""
     if model.device.type != "cuda":
         return 0
@@ -220,7 +224,7 @@ def _check_memory(model: BlockModel, job: PruneJob) -> int:
     count = sum(parameter.numel() for parameter in model.model.parameters())
     itemsize = 4 if job.finish.distil.precision == "float32" else model.size // count
     needed = device_bytes(
-        job.finish.distil, shapes, count, itemsize, len(model), job.tokens.shape[1], config.vocab_size
+        job.finish.distil, shapes, count, itemsize, len(model), job.tokens.shape[1], config.vocab_size, devices
     )
     total = device_memory(model.device)
     if needed > total:

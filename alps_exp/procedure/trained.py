@@ -27,7 +27,7 @@ from ..pruning.rows import LayerRow, PruneResult
 from ..pruning.tools import Tools
 from ..training.optimisers import eight_bit
 from ..training.recipe import Recipe
-from ..training.trainer import Companion, Trainer
+from ..training.trainer import Companion, Trainer, taken_over
 from ..training.whole import Checkpointing, window_bytes, working_dtypes
 
 _FILE = "training.pt"
@@ -117,21 +117,27 @@ class TrainingMethod(ModelMethod):
         """Of AdamW's two moments of a weight."""
         return 2 if self.state == "8bit" else 8
 
-    def memory(self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int, seqlen: int) -> int:
-        """Device memory that it takes at least, in bytes: one window at a time, activations made again.
+    def memory(
+        self, network: nn.Module, patterns: Mapping[str, Pattern], itemsize: int, seqlen: int, devices: int = 1
+    ) -> int:
+        """Memory of a device that it takes at least, in bytes: one window at a time, activations made again.
 
         Args:
             network: the model, or its skeleton.
             patterns: of the layers that are pruned.
             itemsize: bytes of a weight.
             seqlen: tokens in a window.
+            devices: that divide masters, gradients, moments and the method's own among them.
         """
         _, blocks = find_blocks(network)
         weights = sum(parameter.numel() for parameter in network.parameters())
         shapes = [tuple(parameter.shape) for parameter in blocks.parameters() if parameter.ndim == 2]
         vocabulary = network.config.get_text_config(decoder=True).vocab_size
         window = window_bytes(shapes, itemsize, len(blocks), seqlen, vocabulary)
-        return int(weights * itemsize + self.state_bytes(network, patterns, itemsize) + window)
+        state = self.state_bytes(network, patterns, itemsize) / devices
+        if devices > 1:  # gradients that wait to be sent
+            state += itemsize * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+        return int(weights * itemsize + state + window)
 
     def text(self, job: PruneJob) -> Tensor:
         """(windows, seqlen) those to train on.
@@ -148,17 +154,20 @@ class TrainingMethod(ModelMethod):
             )
         return windows[:asked]
 
-    def check(self, model: BlockModel, job: PruneJob) -> None:
+    def check(self, model: BlockModel, job: PruneJob, tools: Tools) -> None:
         """Raise UserError for a model that cannot be trained here."""
         refuse_streamed(self.label, model.source is not None)
-        weights = sum(parameter.numel() for parameter in model.model.parameters())
-        needed = self.memory(model.model, job.patterns, model.size // weights, job.tokens.shape[1])
+        if taken_over(tools.store.file(_FILE)):
+            return
+        weights, devices = sum(parameter.numel() for parameter in model.model.parameters()), tools.team.size
+        needed = self.memory(model.model, job.patterns, model.size // weights, job.tokens.shape[1], devices)
         device = model.device
         there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_host() + model.size
         if needed > there:
+            each = f" on each of {devices} devices" if devices > 1 else ""
             raise UserError(
-                f"{self.label} needs at least {needed / 1e9:.3g} GB of memory for this model, and {device} has "
-                f"{there / 1e9:.3g} GB: give method.state=8bit, shorter windows (seqlen), or a larger device"
+                f"{self.label} needs at least {needed / 1e9:.3g} GB of memory for this model{each}, and {device} has "
+                f"{there / 1e9:.3g} GB: give method.state=8bit, shorter windows (seqlen), more devices, or larger ones"
             )
 
     def fit(
@@ -169,8 +178,8 @@ class TrainingMethod(ModelMethod):
         trained: Mapping[str, Tensor | None],
         companions: Sequence[Companion] = (),
         held_out: bool = False,
-    ) -> tuple[Trainer, dict]:
-        """Train on the device that the model is on as a whole (`whole.on_device`); the trainer, and what it did.
+    ) -> dict:
+        """Train on the device that the model is on as a whole (`whole.on_device`); what was done.
 
         Args:
             model, job, tools: as in `run`.
@@ -181,7 +190,7 @@ class TrainingMethod(ModelMethod):
         windows, ladder = self.text(job), tools.ladder
         recipe = self.recipe(ladder.micro)
         with Checkpointing(model.blocks) as checkpointing:
-            trainer = Trainer(
+            done = Trainer(
                 model.model,
                 trained,
                 cross_entropy(model, windows, job.held_out),
@@ -197,11 +206,11 @@ class TrainingMethod(ModelMethod):
                 companions=companions,
                 together=tools.team,
                 shared=True,
-            )
-            done = dataclasses.asdict(trainer.run())
+            ).run()
+        done = dataclasses.asdict(done)
         seen = done["windows"] * windows.shape[1]
         rate = seen / done["seconds"]
-        return trainer, done | {"tokens": seen, "distinct_tokens": windows.numel(), "tokens_per_second": rate}
+        return done | {"tokens": seen, "distinct_tokens": windows.numel(), "tokens_per_second": rate}
 
 
 def refuse_streamed(what: str, streamed: bool) -> None:

@@ -51,6 +51,12 @@ class Alone:
     def add(self, tensors: Sequence[Tensor]) -> None:
         """They are the sums."""
 
+    def reduce(self, tensor: Tensor, owner: int) -> None:
+        """It is the sum."""
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """It is here."""
+
     def tell(self, value: object) -> object:
         """It is its own."""
         return value
@@ -198,6 +204,14 @@ class Team:
         """Replace each tensor by its sum over the processes."""
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+    def reduce(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor of process `owner` by its sum over the processes; the others' are of no use afterwards."""
+        dist.reduce(tensor, owner)
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor by that of process `owner`."""
+        dist.broadcast(tensor, owner)
 
     def tell(self, value: object) -> object:
         """The leading process's value."""

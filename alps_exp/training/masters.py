@@ -6,7 +6,8 @@ since nothing ever writes there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -71,30 +72,84 @@ def _mixed(one: int, other: int) -> int:
     return (one * 6364136223846793005 + other + 1442695040888963407) % 2**64
 
 
+def _divided(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
+    """The process that each weight falls to: the largest first, each to the one with the least so far."""
+    loads, owners = [0] * processes, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        owners[name] = min(range(processes), key=loads.__getitem__)
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
+class Single:
+    """A process that trains by itself. Of several, of number `rank` from 0, each has all the weights, and each weight's
+    master is in one of them."""
+
+    size, rank = 1, 0
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+
+    def reduce(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor of process `owner` by its sum over the processes; the others' are of no use afterwards."""
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor by that of process `owner`."""
+
+    def gather(self, values: list) -> list:
+        """What all processes give, one after the other."""
+        return values
+
+    def tell(self, value: object) -> object:
+        """The first process's value."""
+        return value
+
+
+SINGLE = Single()
+
+
 class Masters:
     """The masters of some weights of a module.
 
     Gradients are gathered into them as soon as a backward pass has made each, in float32, and those of the weights are
-    freed: gradients of one weight at a time are held in full.
+    freed: gradients of one weight at a time are held in full. Where processes work together, each weight's master is in
+    one of them, which is sent the sum of all its gradients (ZeRO's stage 2, by whole weights). They are sent in one
+    order, the reverse of the weights': in every pass each process sends each of them, zeros where it has none, whatever
+    came first there. What waits for its turn is mostly of one block.
 
     Args:
         module: it computes with the weights, in their own dtype.
         trained: name of a weight in the module → its mask, of the same shape, or None: all of its entries are trained.
         multiple: of which the number of kept entries is made by zeros behind them, which stay zero; optimisers with
             8-bit state ask for that.
+        together: the processes that work together.
+        idle: make none, since the weights are only to be taken over.
 
     Attributes:
         values: name → parameter in float32, or float64 where the weight is: (kept,) of a masked weight, of the weight's
-            own shape otherwise. A weight without mask that is not in half precision is its own master.
+            own shape otherwise. A weight without mask that is not in half precision is its own master. Of several
+            processes each has some of them.
+        shapes: of the masters of all processes.
         digest: of which entries are trained.
     """
 
-    def __init__(self, module: nn.Module, trained: Mapping[str, Tensor | None], multiple: int = 1) -> None:
-        self._multiple = multiple
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: Mapping[str, Tensor | None],
+        multiple: int = 1,
+        together: Single = SINGLE,
+        idle: bool = False,
+    ) -> None:
+        self._multiple, self._together = multiple, together
         self._module = module
         self._weights: dict[str, nn.Parameter] = {}
         self._places: dict[str, Places | None] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._ready: set[str] = set()  # weights that have their gradients of this pass
+        self._sent = 0  # how many of them have been
         self.values: dict[str, nn.Parameter] = {}
+        self.shapes: dict[str, list[int]] = {}
         self._room: dict[str, Tensor] = {}
         self.digest = 0
         for name, mask in trained.items():
@@ -107,13 +162,25 @@ class Masters:
             places = None if mask is None or bool(mask.all()) else places_of(mask.to(weight.device))
             self._weights[name], self._places[name] = weight, places
             self.digest = _mixed(self.digest, 0 if places is None else _digest(mask))
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            taken = weight.data.to(dtype) if places is None else self._picked(weight.data, places, dtype)
-            self.values[name] = nn.Parameter(taken)
+            self._dtypes[name] = torch.promote_types(weight.dtype, torch.float32)
+            self.shapes[name] = list(weight.shape) if places is None else [self._padded(places.count)]
+        self._owners = _divided({name: math.prod(shape) for name, shape in self.shapes.items()}, together.size)
+        for name, weight in self._weights.items():
+            if not idle and self._owners[name] == together.rank:
+                places, dtype = self._places[name], self._dtypes[name]
+                taken = weight.data.to(dtype) if places is None else self._picked(weight.data, places, dtype)
+                self.values[name] = nn.Parameter(taken)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self._weights.values())).device
+
+    def _padded(self, count: int) -> int:
+        return count + -count % self._multiple
 
     def _picked(self, tensor: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
-        size = places.count + -places.count % self._multiple
-        into = tensor.new_empty(size, dtype=dtype)
+        into = tensor.new_empty(self._padded(places.count), dtype=dtype)
         into[places.count :] = 0
         return places.pick(tensor, into)
 
@@ -138,6 +205,13 @@ class Masters:
             self.forget()
 
     def _collector(self, name: str):
+        if self._together.size > 1:
+
+            def collect(weight: nn.Parameter) -> None:
+                self._ready.add(name)
+                self._send(everything=False)
+
+            return collect
         places, value = self._places[name], self.values[name]
 
         def collect(weight: nn.Parameter) -> None:
@@ -151,6 +225,29 @@ class Masters:
 
         return collect
 
+    def end_pass(self) -> None:
+        """After every backward pass, also of one that was broken off or that this process had no windows for."""
+        if self._together.size > 1:
+            self._send(everything=True)
+            self._ready, self._sent = set(), 0
+
+    def _send(self, everything: bool) -> None:
+        order = list(reversed(self._weights))
+        while self._sent < len(order) and (everything or order[self._sent] in self._ready):
+            name = order[self._sent]
+            weight, places, dtype = self._weights[name], self._places[name], self._dtypes[name]
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                gradient = torch.zeros(self.shapes[name], dtype=dtype, device=weight.device)
+            elif places is None:
+                gradient = gradient.to(dtype).contiguous()
+            else:
+                gradient = self._picked(gradient.contiguous(), places, dtype)
+            self._together.reduce(gradient, self._owners[name])
+            self._sent += 1
+            if (value := self.values.get(name)) is not None:
+                value.grad = gradient if value.grad is None else value.grad.add_(gradient)
+
     def forget(self) -> None:
         """Drop all gradients."""
         for value in self.values.values():
@@ -158,7 +255,7 @@ class Masters:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Give the module's weights the masters' values, rounded to their dtype."""
+        """Give the module's weights, in all processes, the masters' values, rounded to their dtype."""
         strict = torch.are_deterministic_algorithms_enabled()
         warned = torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(False)  # it would sort the places, none of which comes twice, in every step
@@ -168,12 +265,30 @@ class Masters:
             torch.use_deterministic_algorithms(strict, warn_only=warned)
 
     def _write(self) -> None:
-        for name, value in self.values.items():
-            weight, places = self._weights[name].data, self._places[name]
-            if places is not None:
-                places.put(value.detach(), weight)
-            elif weight.data_ptr() != value.data_ptr():
-                weight.copy_(value)
+        for name, weight in self._weights.items():
+            if (value := self.values.get(name)) is not None:
+                self._put(name, value.detach())
+            self._together.spread(weight.data, self._owners[name])
+
+    def _put(self, name: str, value: Tensor) -> None:
+        weight, places = self._weights[name].data, self._places[name]
+        if places is not None:
+            places.put(value, weight)
+        elif weight.data_ptr() != value.data_ptr():
+            weight.copy_(value)
+
+    def trained(self) -> dict[str, Tensor]:
+        """What the module's weights have where they are trained, in their dtype."""
+        return {
+            name: weight.data if places is None else self._picked(weight.data, places, weight.dtype)
+            for (name, weight), places in zip(self._weights.items(), self._places.values(), strict=True)
+        }
+
+    @torch.no_grad()
+    def take(self, trained: Mapping[str, Tensor]) -> None:
+        """Give the module's weights what `trained` gave."""
+        for name, weight in self._weights.items():
+            self._put(name, trained[name].to(weight.device))
 
     def copied(self) -> dict[str, Tensor]:
         """The values in host memory, of which there is one copy: the next takes its place."""

@@ -21,7 +21,7 @@ def optimiser(
     """AdamW.
 
     Args:
-        values: float32 parameters on one device.
+        values: float32 parameters on one device; there may be none.
         rate: learning rate.
         betas: decay of the first and of the second moment.
         decay: of the weights, decoupled.
@@ -32,8 +32,9 @@ def optimiser(
     """
     values = list(values)
     if state == "8bit":
-        return eight_bit()(values, lr=rate, betas=betas, weight_decay=decay)
-    return torch.optim.AdamW(values, lr=rate, betas=betas, weight_decay=decay, fused=values[0].is_cuda)
+        return eight_bit()([{"params": values}], lr=rate, betas=betas, weight_decay=decay)
+    fused = any(value.is_cuda for value in values)
+    return torch.optim.AdamW([{"params": values}], lr=rate, betas=betas, weight_decay=decay, fused=fused)
 
 
 def second_moment(optimiser: torch.optim.Optimizer, value: nn.Parameter) -> Tensor:

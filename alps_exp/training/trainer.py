@@ -1,6 +1,9 @@
 """One trainer for all that follows gradients: any loss, under masks or not, with whatever is added to its steps.
 
 per step:  gradients of `batch` windows, in parts that fit → clip → companions → AdamW → companions → weights
+
+Processes that train together divide the masters among them (`masters`), with gradients and the optimiser's state; each
+steps its own, and sends the weights that come of it to all.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +26,7 @@ from ..base.errors import UserError
 from ..base.files import replacing
 from ..base.progress import Progress
 from .casting import cast
-from .masters import Masters
+from .masters import SINGLE, Masters, Single
 from .norms import fused_norms
 from .optimisers import MULTIPLE, optimiser
 from .recipe import Recipe
@@ -35,7 +38,10 @@ _WORSE = 0.05
 
 
 class Companion:
-    """What is added to a training's steps, such as the penalty and the projections of an ADMM. Does nothing itself."""
+    """What is added to a training's steps, such as the penalty and the projections of an ADMM. Does nothing itself.
+
+    Where processes work together, `trainer.masters.values` has this process's weights alone.
+    """
 
     def before_update(self, trainer: Trainer, step: int) -> None:
         """Between clipping and the optimiser: `trainer.masters.values[name].grad` may change.
@@ -48,29 +54,15 @@ class Companion:
     def after_update(self, trainer: Trainer, step: int) -> None:
         """After the optimiser, before the module's weights are written: `trainer.masters.values` may change."""
 
+    def end(self, trainer: Trainer) -> None:
+        """Behind the last step: `trainer.masters.values` may change."""
+
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of it, under names that are no other process's, or alike in all."""
         return {}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-
-
-class Single:
-    """A process that trains by itself. Of several, of number `rank` from 0, each has all the weights."""
-
-    size, rank = 1, 0
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
-
-    def gather(self, values: list) -> list:
-        """What all processes give, one after the other."""
-        return values
-
-    def tell(self, value: object) -> object:
-        """The first process's value."""
-        return value
+    def load(self, trainer: Trainer, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave, here of all processes and on the CPU."""
 
 
 @dataclass
@@ -109,9 +101,6 @@ class Training:
         return self.ended != "all steps" or self.steps == self.planned
 
 
-_SINGLE = Single()
-
-
 class Trainer:
     """Trains some weights of a module in place.
 
@@ -132,8 +121,9 @@ class Trainer:
         lighter: takes the next measure when one window at a time is too much for the device, and says which; None when
             there is none left.
         shrunk: called with the windows per backward pass whenever they become fewer.
-        together: the processes that train the same weights, which stay the same in all of them. The first one writes
-            the checkpoints, from which all go on.
+        together: the processes that train the same weights, which stay the same in all of them. Each writes its part of
+            a checkpoint, from which any number goes on. The last one has the weights as they end, for the process that
+            takes them over: it makes no masters.
         shared: whether all processes have the same windows; a step's, and the held-out ones, are divided among them.
             Otherwise each has windows of its own, and all held-out ones, and a step takes an equal part from each.
     """
@@ -154,26 +144,30 @@ class Trainer:
         working: Mapping[torch.dtype, torch.dtype] = MappingProxyType({}),
         lighter: Callable[[], str | None] = lambda: None,
         shrunk: Callable[[int], None] = lambda micro: None,
-        together: Single = _SINGLE,
+        together: Single = SINGLE,
         shared: bool = False,
     ) -> None:
-        self.masters = Masters(module, trained, MULTIPLE if recipe.state == "8bit" else 1)
-        if not self.masters.values:
-            raise ValueError(f"{label}: there is nothing to train")
         self.recipe, self.label = recipe, label
         self._loss, self._windows, self._held_out = loss, windows, held_out
         self._quiet, self._file, self._companions = quiet, file, companions
         self._module, self._working = module, working
         self._lighter, self._shrunk = lighter, shrunk
-        values = self.masters.values.values()
-        self.device = next(iter(values)).device
-        self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._together, self._shared = together, shared
         own, rest = divmod(recipe.batch, together.size)
         if rest and not shared:
             raise ValueError(f"{label}: {recipe.batch} windows do not divide among {together.size} processes")
+        multiple, self._left = MULTIPLE if recipe.state == "8bit" else 1, self._found()
+        self.masters = Masters(module, trained, multiple, together, idle="weights" in self._left)
+        if not self.masters.shapes:
+            raise ValueError(f"{label}: there is nothing to train")
+        if self._left and self._left["same"] != self._same():
+            self._left = {}
+            self.masters = Masters(module, trained, multiple, together)
+        self.device = self.masters.device
+        values = self.masters.values.values()
+        self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._batch = recipe.batch if shared else own
-        self._most = max(together.gather([windows]))
+        self._counts = together.gather([windows])
         self.micro = min(recipe.micro or recipe.batch, own + (rest > 0))
         self._factor = 1.0  # of the rate
         self._done = Training(planned=recipe.steps)
@@ -189,23 +183,38 @@ class Trainer:
         Raises:
             UserError: a loss that is not finite, or too little device memory for one window.
         """
+        if len(set(self._together.gather([self._left.get("done", {}).get("steps")]))) > 1:
+            raise UserError(f"{self.label}: not every process can read {self._file}: see why, or delete it")
+        if "weights" in self._left:
+            return self._taken_over()
         with self.masters.gathering(), cast(self._module, self._working), fused_norms(self._module), _repeatable():
             self._restore()
-            if len(set(self._together.gather([self._done.steps]))) > 1:
-                raise UserError(f"{self.label}: not every process can read {self._file}: see why, or delete it")
             self._start = time.perf_counter() - self._done.seconds
             if not self._done.curve:
                 self._look(0)
             self._train()
         if self._held_out:
             self.masters.load(self._best)
+        for companion in self._companions:
+            companion.end(self)
         self.masters.write()
         self.masters.check_zeros(self.label)
         done = self._done
         done.seconds, done.micro = self._seconds(), self.micro
         if not self._held_out:
             done.kept = done.steps
+        if self._together.size > 1 and self._file is not None:
+            companions = self._together.gather([[companion.state() for companion in self._companions]])
+            self._write({"weights": self.masters.trained()}, companions)
         return done
+
+    def _taken_over(self) -> Training:
+        """What processes that trained together have left, when it was over."""
+        self.masters.take(self._left["weights"])
+        self._done = Training(**self._left["done"])
+        for number, companion in enumerate(self._companions):
+            companion.load(self, _united(part[number] for part in self._left["companions"]))
+        return self._done
 
     def _train(self) -> None:
         done, looks = self._done, set(self.recipe.looks())
@@ -229,18 +238,17 @@ class Trainer:
                 return
 
     def _step(self, step: int) -> None:
-        batch = self.batch(step)
-        while (loss := self._gradients(batch)) is None:
+        batch, sizes = self.batch(step), self._sizes(step)
+        count = sum(sizes)
+        while (loss := self._gradients(batch, sizes)) is None:
             self._shrink()
-        count = len(batch)
-        if self._together.size > 1:
-            count, loss = self._added(count, loss)
         self._recent.append((step, count, loss))
         if len(self._recent) - self._checked >= _NOTICED:
             self._check()
         values = list(self.masters.values.values())
         if self.recipe.clip is not None:
-            nn.utils.clip_grad_norm_(values, self.recipe.clip)
+            norm = nn.utils.get_total_norm([value.grad for value in values if value.grad is not None])
+            nn.utils.clip_grads_with_norm_(values, self.recipe.clip, self._norm(norm))
         for companion in self._companions:
             companion.before_update(self, step)
         self._set_rate(self._factor * self.recipe.rate_at(step, self._decisive_seconds()))
@@ -265,22 +273,23 @@ class Trainer:
             else:
                 group["lr"] = rate
 
-    def _added(self, count: int, loss: Tensor) -> tuple[int, Tensor]:
-        """Windows and mean loss of all processes, whose gradients' mean is in the masters afterwards."""
-        for value in self.masters.values.values():
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-        gradients = [value.grad for value in self.masters.values.values()]
-        counts = torch.tensor([float(count)], dtype=torch.float64, device=self.device)
-        total = loss.double().reshape(1) * count
-        torch._foreach_mul_(gradients, float(count))
-        self._together.add([counts, total, *gradients])
-        torch._foreach_div_(gradients, float(counts))
-        return int(counts), (total / counts).to(loss.dtype).squeeze(0)
+    def _norm(self, own: Tensor) -> Tensor:
+        """Of all processes' gradients, from that of this one's."""
+        if self._together.size == 1:
+            return own
+        square = own.to(self.device).square().reshape(1)
+        self._together.add([square])
+        return square.sqrt().squeeze(0)
+
+    def _sizes(self, step: int) -> list[int]:
+        """How many windows of a step each process has."""
+        place, size = step % -(-max(self._counts) // self._batch), self._together.size
+        here = [min(max(count - place * self._batch, 0), self._batch) for count in self._counts]
+        return [len(range(rank, here[rank], size)) for rank in range(size)] if self._shared else here
 
     def batch(self, step: int) -> list[int]:
         """Numbers of this process's windows of a step: every epoch has an order of its own."""
-        epoch, place = divmod(step, -(-self._most // self._batch))
+        epoch, place = divmod(step, -(-max(self._counts) // self._batch))
         generator = torch.Generator().manual_seed(1_000_003 * self.recipe.seed + epoch)
         order = torch.randperm(self._windows, generator=generator)
         return self._mine(order[place * self._batch : (place + 1) * self._batch].tolist())
@@ -289,18 +298,28 @@ class Trainer:
         """Of windows that all processes have, those that this one sees to."""
         return numbers[self._together.rank :: self._together.size] if self._shared else numbers
 
-    def _gradients(self, batch: Sequence[int]) -> Tensor | None:
-        """The mean loss of the windows, whose gradients are in the masters; None when the device's memory does not
-        suffice."""
-        total = torch.zeros((), device=self.device)
-        try:
-            for begin in range(0, len(batch), self.micro):
-                part = batch[begin : begin + self.micro]
-                with torch.enable_grad(), self._computing():
-                    loss = self._loss(part, False) * (len(part) / len(batch))
-                loss.backward()
-                total += loss.detach()
-        except torch.OutOfMemoryError:
+    def _gradients(self, batch: Sequence[int], sizes: Sequence[int]) -> Tensor | None:
+        """The mean loss of all processes' windows, whose gradients are in the masters; None when some device's memory
+        does not suffice."""
+        total, short = torch.zeros((), device=self.device), False
+        for begin in range(0, max(sizes), self.micro):  # as many passes in every process
+            part = batch[begin : begin + self.micro]
+            try:
+                if part and not short:
+                    with torch.enable_grad(), self._computing():
+                        loss = self._loss(part, False) * (len(part) / sum(sizes))
+                    loss.backward()
+                    total += loss.detach()
+            except torch.OutOfMemoryError:
+                short = True
+            if short and self._together.size == 1:
+                break
+            self.masters.end_pass()
+        if self._together.size > 1:
+            both = torch.stack([total, torch.full_like(total, short)])
+            self._together.add([both])
+            total, short = both[0], bool(both[1] > 0)
+        if short:
             self.masters.forget()
             return None
         return total
@@ -368,6 +387,7 @@ class Trainer:
             if total is not None:
                 break
             self._shrink()
+        self.micro = min(self._together.gather([self.micro]))  # passes are made together
         if self._shared:
             self._together.add([total])
         value = self._together.tell(float(total) / self._held_out)
@@ -394,17 +414,38 @@ class Trainer:
 
     def _same(self) -> str:
         """What a checkpoint belongs to."""
-        weights = {name: list(value.shape) for name, value in self.masters.values.items()}
         recipe = dataclasses.asdict(self.recipe) | {"micro": None}  # may have become less for want of memory
-        return repr((recipe, self._windows, self._held_out, weights, self.masters.digest))
+        return repr((recipe, self._windows, self._held_out, self.masters.shapes, self.masters.digest))
 
     def _save(self) -> None:
-        if self._file is None or self._together.rank:
+        if self._file is None:
             return
         self._check()
         self._done.seconds = self._seconds()
         # At the end of a training with held-out windows nothing is needed any more but the best weights.
         over = bool(self._held_out) and self._done.over
+        moments = {name: self.optimiser.state.get(value) for name, value in self.masters.values.items()}
+        part = {
+            "values": {} if over else {name: value.detach() for name, value in self.masters.values.items()},
+            "best": self._best,
+            "optimiser": {} if over else {name: moment for name, moment in moments.items() if moment},
+        }
+        companions = [companion.state() for companion in self._companions]
+        rank, size = self._together.rank, self._together.size
+        names = [f"{self._file.name}.{self._done.steps}.{number}" for number in range(1, size)]
+        if rank:
+            _write(self._file.with_name(names[rank - 1]), part | {"companions": [companions]})
+        self._together.gather([None])  # all parts are there before they are named
+        if not rank:
+            self._write(part | {"parts": names}, [companions])
+            for other in self._file.parent.glob(f"{self._file.name}.*.*"):  # those of the checkpoint before
+                if int(other.name.split(".")[-2]) < self._done.steps:
+                    other.unlink()
+
+    def _write(self, part: Mapping, companions: list) -> None:
+        """The first process's file."""
+        if self._together.rank:
+            return
         content = {
             "same": self._same(),
             "done": dataclasses.asdict(self._done),
@@ -412,45 +453,69 @@ class Trainer:
             "worse": self._worse,
             "factor": self._factor,
             "recent": [(step, count, float(loss)) for step, count, loss in self._recent],
-            "values": {} if over else {name: value.detach() for name, value in self.masters.values.items()},
-            "best": self._best,
-            "optimiser": None if over else self.optimiser.state_dict(),
-            "companions": [companion.state() for companion in self._companions],
+            "companions": companions,
         }
-        with replacing(self._file) as temporary:
-            torch.save(content, temporary)
+        _write(self._file, content | part)
+
+    def _found(self) -> dict:
+        """What an earlier attempt has left, of whatever number of processes; nothing where a part is missing."""
+        main = _read(self._file)
+        parts = [main, *(_read(self._file.with_name(name)) for name in main.get("parts", ()))]
+        if not all(parts):
+            return {}
+        for key in ("values", "best", "optimiser") if "parts" in main else ():
+            main[key] = _united(part[key] for part in parts)
+        return main | {"companions": [states for part in parts for states in part.get("companions", ())]}
 
     def _restore(self) -> None:
-        """Take over what an earlier attempt has left."""
-        if self._file is None or not self._file.is_file():
+        """Take over what an earlier attempt has left, as far as it falls to this process."""
+        content, self._left = self._left, {}
+        if not content:
             return
-        try:
-            # Mapped, so that the processes of a team share its pages.
-            content = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, UnpicklingError):  # damaged on the disk: as if there was none
-            return
-        if content["same"] != self._same():
-            return
+        own = self.masters.values
         self._done, self.micro = Training(**content["done"]), content["micro"]
-        self._worse, self._best, self._factor = content["worse"], content["best"], content["factor"]
+        self._worse, self._factor = content["worse"], content["factor"]
+        self._best = {name: best for name, best in content["best"].items() if name in own}
         recent = content["recent"]
         self._recent = [(step, count, torch.tensor(loss, device=self.device)) for step, count, loss in recent]
         self._checked = len(recent)
-        if content["optimiser"] is not None:
+        if content["values"]:
             self.masters.load(content["values"])
             self.masters.write()
-            self.optimiser.load_state_dict(content["optimiser"])
-        for companion, state in zip(self._companions, content["companions"], strict=True):
-            companion.load({name: tensor.to(self.device) for name, tensor in state.items()})
+            moments = {i: content["optimiser"][name] for i, name in enumerate(own) if name in content["optimiser"]}
+            self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
+        for number, companion in enumerate(self._companions):
+            companion.load(self, _united(part[number] for part in content["companions"]))
+
+
+def _united(parts: Iterable[Mapping]) -> dict:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _write(file: Path, content: Mapping) -> None:
+    with replacing(file) as temporary:
+        torch.save(dict(content), temporary)
+
+
+def _read(file: Path | None) -> dict:
+    """A checkpoint, on the CPU; nothing where there is none, or it is damaged or written by an earlier version."""
+    try:
+        # Mapped, so that the processes of a team share its pages.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True) if file is not None else {}
+    except (OSError, EOFError, RuntimeError, UnpicklingError):
+        return {}
+    return content if "parts" in content or "weights" in content or "same" not in content else {}
 
 
 def completed(file: Path | None) -> bool:
     """Whether a training that keeps its checkpoints in a file has come to its end there."""
-    try:
-        done = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["done"] if file is not None else None
-    except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError):
-        return False
+    done = _read(file).get("done")
     return done is not None and Training(**done).over
+
+
+def taken_over(file: Path | None) -> bool:
+    """Whether a file has the weights as processes that trained together have left them: no masters are made then."""
+    return "weights" in _read(file)
 
 
 def _told(row: Mapping) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 import threading
 import types
@@ -160,6 +161,15 @@ class Two:
         for tensor, a, b in zip(tensors, one, other, strict=True):
             tensor.copy_(a + b)
 
+    def reduce(self, tensor, owner):
+        before = tensor.clone()
+        self.add([tensor])
+        if owner != self.rank:
+            tensor.copy_(before)
+
+    def spread(self, tensor, owner):
+        tensor.copy_(self._exchanged(tensor.clone())[owner])
+
     def gather(self, values):
         one, other = self._exchanged(values)
         return one + other
@@ -203,13 +213,14 @@ def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
 
 
 @pytest.mark.parametrize("batch", [4, 3])
-def test_two_processes_that_share_windows_do_what_one_does(batch, tmp_path):
+def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tmp_path):
+    """Killed, they go on from their parts of a checkpoint; so does one alone, which takes over what is complete."""
     recipe = Recipe(rate=0.01, steps=9, batch=batch, clip=0.5, patience=1, judged=9, back=0.5, saved=1)
     options = {"held_out": HELD_OUT, "quiet": True}
     alone = network()
-    one = Trainer(alone, masks(alone), loss_of(alone), WINDOWS, recipe, **options).run()
+    one = Trainer(alone, masks(alone), loss_of(alone), WINDOWS, recipe, companions=[Pull()], **options).run()
     table, barrier = [None, None], threading.Barrier(2, timeout=60)
-    modules, found, counts = [network(), network()], [None, None], [[], []]
+    modules, found, counts, parts = [network(), network()], [None, None], [[], []], [None, None]
 
     def work(rank: int, steps: int) -> None:
         module, inner = modules[rank], loss_of(modules[rank])
@@ -222,19 +233,31 @@ def test_two_processes_that_share_windows_do_what_one_does(batch, tmp_path):
 
         more = {"together": Two(rank, table, barrier), "shared": True, "file": tmp_path / "training.pt"}
         with contextlib.suppress(Killed, threading.BrokenBarrierError):
-            found[rank] = Trainer(module, masks(module), loss, WINDOWS, recipe, **options, **more).run()
+            training = Trainer(module, masks(module), loss, WINDOWS, recipe, companions=[Pull()], **options, **more)
+            parts[rank] = {*training.masters.values}
+            found[rank] = training.run()
             return
         barrier.abort()
 
-    for steps in (13, 999):  # both are killed, and go on from the first one's checkpoint
+    for steps in (13, 999):
         threads = [threading.Thread(target=work, args=(rank, steps)) for rank in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
         assert completed(tmp_path / "training.pt") == (steps == 999)
+        assert parts[0] and parts[1] and not parts[0] & parts[1]
         barrier.reset()
         counts = [[], []]
+        single, folder = network(), shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{steps}"))
+        loss = Short(single, 0 if steps == 999 else 99)
+        more = {"companions": [Pull()], "file": folder / "training.pt"}
+        training = Trainer(single, masks(single), loss, WINDOWS, recipe, **options, **more)
+        assert (set(training.masters.values) == set()) == (steps == 999)
+        training.run()
+        for name, weight in alone.named_parameters():
+            torch.testing.assert_close(single.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
+        assert bool(loss.calls) == (steps == 13) and sum(loss.calls) < 9 * batch + 10 * HELD_OUT
     for name, weight in alone.named_parameters():
         torch.testing.assert_close(modules[0].get_parameter(name), weight, rtol=1e-5, atol=1e-6)
         assert torch.equal(modules[0].get_parameter(name), modules[1].get_parameter(name))
@@ -314,8 +337,8 @@ class Pull(Companion):
     def state(self):
         return self.anchor
 
-    def load(self, state):
-        self.anchor = dict(state)
+    def load(self, trainer, state):
+        self.anchor = {name: anchor for name, anchor in state.items() if name in trainer.masters.values}
 
 
 class Killed(BaseException):
@@ -340,7 +363,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(step, tmp_path):
     again = network()
     if options["file"].exists():  # written by one with another number of companions
         content = torch.load(options["file"], weights_only=True)
-        content["companions"].pop()
+        content["companions"][0].pop()
         torch.save(content, options["file"])
     calls = Short(again, 99)
     found = trainer(again, calls, companions=[Pull()], **options).run()
@@ -384,11 +407,11 @@ def test_the_last_checkpoint_has_no_more_than_the_best_weights(tmp_path):
     file, module, again = tmp_path / "training.pt", network(), network()
     trainer(module, file=file).run()
     content = torch.load(file, weights_only=True)
-    assert (content["values"], content["optimiser"], completed(file)) == ({}, None, True)
+    assert (content["values"], content["optimiser"], completed(file)) == ({}, {}, True)
     trainer(again, loss=None, file=file).run()
     assert all(torch.equal(one, other) for one, other in zip(module.parameters(), again.parameters(), strict=True))
     trainer(network(), file=file, held_out=0).run()  # of which more may be asked
-    assert torch.load(file, weights_only=True)["optimiser"] is not None
+    assert torch.load(file, weights_only=True)["optimiser"]
 
 
 def test_the_weights_that_held_out_windows_like_best_are_kept():
