@@ -3,18 +3,20 @@
     python benchmarks/training.py block --shape opt-13b --blocks 2          (finish=block of two blocks)
     python benchmarks/training.py distil --shape llama-7b --windows 16      (finish=distil)
     python benchmarks/training.py elsa --shape llama-1b --batch 8           (method=elsa)
+    torchrun --nproc-per-node 2 benchmarks/training.py elsa --batch 8       (by two processes, as devices=2)
 
 Seconds of a step are a median, with the device waited for. `share` counts 6 floating-point operations per token and
 weight, without the table of embeddings, the attention's own products, the dense head of a distillation and whatever is
 made again, over those of a bfloat16 product of 8192 × 8192 matrices, measured at the start; `share_of_nominal` over
 `--nominal`. `with_attention` counts the attention's causal products and the dense head, too. --profile N prints the N
-kernels that took most of one step. Needs torch, transformers and alps_exp.
+kernels that took most of one step. Of several processes the largest peak is told. Needs torch, transformers and alps_exp.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -35,6 +37,7 @@ from alps_exp.model.blocks import BlockModel
 from alps_exp.patterns import parse_sparsity
 from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
+from alps_exp.pruning.team import Alone, Team
 from alps_exp.pruning.tools import Tools
 from alps_exp.training.finish import BlockFinish, Distillation, Finish
 from alps_exp.training.trainer import Trainer
@@ -57,13 +60,19 @@ def main() -> None:
     parser.add_argument("--micro", type=int, help="windows per backward pass; as many as fit by default")
     parser.add_argument("--nominal", type=float, default=989.0, help="TFLOP/s that the device has by its data sheet")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
-    print(json.dumps(measured(parser.parse_args())), flush=True)
+    cuda = torch.cuda.is_available()
+    team = Team.join("cuda" if cuda else "cpu") if "RANK" in os.environ else Alone()
+    line = measured(parser.parse_args(), team)
+    if team.leads:
+        print(json.dumps(line), flush=True)
+    if team.size > 1:
+        team.leave()
 
 
-def measured(options: argparse.Namespace) -> dict:
+def measured(options: argparse.Namespace, team: Team | Alone) -> dict:
     """A line of the output."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", team.rank) if cuda else torch.device("cpu")
     if options.gigabytes:
         torch.cuda.set_per_process_memory_fraction(1e9 * options.gigabytes / torch.cuda.mem_get_info()[1])
     rate = _product_rate(device)
@@ -92,7 +101,7 @@ def measured(options: argparse.Namespace) -> dict:
         finish=finish,
     )
     steps, looks = _timed_steps(device, options.profile), _timed_looks(device)
-    network, tools = BlockModel(model, device), Tools()
+    network, tools = BlockModel(model, device), Tools(team=team)
     tools.ladder.micro = options.micro
     result = prune_blocks(network, job, tools)
     done = result.training or result.finish.get("distil") or result.finish["blocks"][-1]
@@ -121,7 +130,8 @@ def measured(options: argparse.Namespace) -> dict:
         "micro": done["micro"],
         "block_seconds": [row["seconds"] for row in result.finish.get("blocks", [])],
         "phases": result.seconds,
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "processes": team.size,
+        "peak_device_bytes": max(team.gather([torch.cuda.max_memory_allocated(device)])) if cuda else None,
         "notes": result.notes,
     }
 
