@@ -23,6 +23,7 @@ must be above 0, because u is divided by λ. The text is that of the run's data 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -46,6 +47,7 @@ PROJECTIONS = ("momentum", "magnitude")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
 _POINTS = {"float32": None, "float8": torch.float8_e4m3fn}
 _DUALS = {"float32": None, "bfloat16": torch.bfloat16}
+_FAR = 0.02  # of the squared weights: what is worth a warning when the last projection takes it
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,31 @@ class Elsa(TrainingMethod):
         names = [name for name, _ in model.model.named_parameters()] if self.others else pruned
         with on_device(model, f"method={self.label}"):
             before = judged(model, job.held_out)
+            size = statistics.median(float(layer.weight.float().square().mean().sqrt()) for layer in layers.values())
             splitting = Splitting(self, pruned)
             done = self.fit(model, job, tools, dict.fromkeys(names), [splitting])
             done |= {"before": before, "after": judged(model, job.held_out)}
             stats = splitting.stats(tools.team.gather)
             result = accounted(model, job, self, done, stats)
+            result.notes += self._far(stats, size)
         counts = {row.name: round((1 - row.sparsity) * math.prod(row.shape)) for row in result.layers}
         short = [row.name for row in result.layers if row.stats["kept"] != counts[row.name]]
         if short:
             result.notes.append(f"{len(short)} layers keep weights that are zero in the model's dtype ({short[0]})")
         return result
+
+    def _far(self, stats: Mapping[str, dict], size: float) -> list[str]:
+        """A warning where the last projection took away much."""
+        taken = statistics.median(found["distance"] for found in stats.values())
+        if taken <= _FAR:
+            return []
+        recipe = self.recipe()
+        way = math.fsum(recipe.rate_at(step, 0.0) for step in range(self.steps))
+        return [
+            f"ELSA has not converged: its last projection took {taken:.2g} of the squared weights of the median layer. "
+            f"AdamW moves a weight by about its rate in a step, here by {way:.2g} in all, and weights are of size "
+            f"{size:.2g}: give a higher method.rate, more method.steps, or a higher method.penalty"
+        ]
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ Seconds of a step are a median, with the device waited for. `share` counts 6 flo
 weight, without the table of embeddings, the attention's own products, the dense head of a distillation and whatever is
 made again, over those of a bfloat16 product of 8192 × 8192 matrices, measured at the start; `share_of_nominal` over
 `--nominal`. `with_attention` counts the attention's causal products and the dense head, too. --profile N prints the N
-kernels that took most of one step. Of several processes the largest peak is told. Needs torch, transformers and alps_exp.
+kernels that took most of one step. Of several processes the largest peak is told. Needs torch, transformers, alps_exp.
 """
 
 from __future__ import annotations

@@ -498,13 +498,12 @@ def _write(file: Path, content: Mapping) -> None:
 
 
 def _read(file: Path | None) -> dict:
-    """A checkpoint, on the CPU; nothing where there is none, or it is damaged or written by an earlier version."""
+    """A checkpoint, on the CPU; nothing where there is none, or it is damaged."""
     try:
         # Mapped, so that the processes of a team share its pages.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True) if file is not None else {}
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True) if file is not None else {}
     except (OSError, EOFError, RuntimeError, UnpicklingError):
         return {}
-    return content if "parts" in content or "weights" in content or "same" not in content else {}
 
 
 def completed(file: Path | None) -> bool:

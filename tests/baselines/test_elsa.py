@@ -18,6 +18,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.layer import registry
 from alps_exp.model.structure import block_layers, find_blocks
+from alps_exp.patterns import parse_sparsity
 from alps_exp.runs import together
 from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
@@ -280,8 +281,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(words, whole, tmp_path, monkeypatch):
+    """The one that has started them makes no masters: it takes over what they have left."""
     monkeypatch.setattr(together, "_start", Served)
+    made, inner = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (made.append(dict(self.masters.values)), inner(self))[1])
     record = execute([*words, *SHORTER, "devices=2"], tmp_path)
+    assert made == [{}]
+    assert [row["stats"]["kept"] for row in record["layers"]] == [
+        round((1 - row["sparsity"]) * math.prod(row["shape"])) for row in record["layers"]
+    ]
     found = weights(tmp_path)
     for name, weight in found.items():
         apart = (weight - whole[name]).abs() > 1e-5 * whole[name].abs().max()
@@ -382,6 +390,22 @@ def test_a_plan_tells_tokens_time_and_memory(words):
     assert re.search(r"at least \S+ MB on the host for the training of the whole model", text)
     assert re.search(r"training \d+ s", text)
     assert "the training's checkpoint" in text and "finished blocks" not in text
+
+
+def test_several_devices_divide_what_is_held_beside_the_weights():
+    model = network("llama").float()
+    layers = (block_layers(block, f"model.layers.{index}") for index, block in enumerate(find_blocks(model)[1]))
+    patterns = dict.fromkeys((name for found in layers for name in found), parse_sparsity("0.5"))
+    one, four = (SHORT.memory(model, patterns, 4, 32, devices) for devices in (1, 4))
+    waiting = 4 * sum(parameter.numel() for parameter in find_blocks(model)[1][0].parameters())
+    assert one - four == pytest.approx(0.75 * SHORT.state_bytes(model, patterns, 4) - waiting, abs=2)
+
+
+def test_a_last_projection_that_takes_much_is_told():
+    found = [prune(network("llama").float(), dataclasses.replace(SHORT, rate=rate)) for rate in (1e-5, 0.02)]
+    assert "ELSA has not converged: its last projection took 0." in found[0]["warnings"][-1]
+    assert "a weight by about its rate in a step, here by 5.5e-05 in all" in found[0]["warnings"][-1]
+    assert not any("converged" in note for note in found[1]["warnings"])
 
 
 def test_choices_change_the_result():
