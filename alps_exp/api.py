@@ -162,59 +162,37 @@ def prune_model(
             factorised) leaves the blocks before it pruned: load the model again.
     """
     from .allocation.selection import Selection
-    from .base.choices import CAPTURE, PROPAGATE, WEIGHTINGS
-    from .model.blocks import BlockModel, refuse_scattered
-    from .procedure.prune import prune_blocks
     from .pruning.job import PruneJob
-    from .runs.provenance import peak_memory
 
-    require("prune_model.batch_size", batch_size, int, 1, float("inf"))
-    require("prune_model.expert_shrinkage", expert_shrinkage, float, 0, 1e6)
-    one_of("prune_model.expert_weighting", expert_weighting, WEIGHTINGS)
-    one_of("propagate", propagate, PROPAGATE)
-    one_of("capture", capture, CAPTURE)
+    order = {"batch_size": batch_size, "propagate": propagate, "losses": losses, "capture": capture}
+    experts = {"shrinkage": expert_shrinkage, "weighting": expert_weighting}
+    windows = {"tokens": tokens, "held_out": held_out, "fresh": fresh}
+    named = {"target": target, "sensitivity": sensitivity, "allocation": allocation}
+    _check_order(**order, **experts)
     model = getattr(model, "_orig_mod", model)
-    _check_windows(model, tokens, held_out, fresh)
-
+    _check_windows(model, **windows)
     chosen = named_solver(method, **hyperparameters)
     fitting = refitted(chosen, refit)
     pattern = parse_sparsity(sparsity)
-    home = next(model.parameters()).device
-    place = parse_device(str(device)) if device is not None else home
-    refuse_scattered(model, place)
+    place = _place(model, device)
     selection = Selection.parse(include, exclude, layer_sparsity)
     fitting, patterns = _for_the_model(fitting, model, selection, pattern)
-    job = PruneJob(
-        fitting,
-        patterns,
-        selection,
-        tokens,
-        batch_size,
-        propagate,
-        losses,
-        held_out,
-        not progress,
-        capture=capture,
-        fresh=fresh,
-        shrinkage=expert_shrinkage,
-        weighting=expert_weighting,
-        **_built(target, sensitivity, allocation, finish),
-    )
+    built = _built(**named, finish=finish)
+    job = PruneJob(fitting, patterns, selection, quiet=not progress, **windows, **order, **experts, **built)
     _check_job(model, job)
-    named = {"target": target, "sensitivity": sensitivity, "allocation": allocation}
     record = _record_of_the_call(model, job, place, chosen, method, pattern, refit, named)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not see that blocks' forwards are replaced
-            record.book(prune_blocks(BlockModel(model, place), job))
-    finally:
-        for module in training:
-            module.training = True
-        if any(parameter.device != home for parameter in model.parameters()):
-            model.to(home)
-    record.phases |= peak_memory(place)
+    _prune_in_place(model, job, place, record)
     return record.to_dict()
+
+
+def _check_order(batch_size: int, propagate: str, losses: bool, capture: str, shrinkage: float, weighting: str) -> None:
+    from .base.choices import CAPTURE, PROPAGATE, WEIGHTINGS
+
+    require("prune_model.batch_size", batch_size, int, 1, float("inf"))
+    require("prune_model.expert_shrinkage", shrinkage, float, 0, 1e6)
+    one_of("prune_model.expert_weighting", weighting, WEIGHTINGS)
+    one_of("propagate", propagate, PROPAGATE)
+    one_of("capture", capture, CAPTURE)
 
 
 def _check_windows(model: nn.Module, tokens: Tensor, held_out: Tensor | None, fresh: Tensor | None) -> None:
@@ -234,6 +212,15 @@ def _check_windows(model: nn.Module, tokens: Tensor, held_out: Tensor | None, fr
     context = context_length(model.config)
     if context is not None and tokens.shape[1] > context:
         raise UserError(f"tokens of {tokens.shape[1]} a window are beyond the model's context of {context} tokens")
+
+
+def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Where the blocks compute: as asked, or where the model is."""
+    from .model.blocks import refuse_scattered
+
+    place = parse_device(str(device)) if device is not None else next(model.parameters()).device
+    refuse_scattered(model, place)
+    return place
 
 
 def _for_the_model(
@@ -297,6 +284,26 @@ def _check_job(model: nn.Module, job: PruneJob) -> None:
     _check_fresh(job.finish, job.fresh, job.held_out)
     if job.finish.block is not None and isinstance(job.solver, ModelMethod):
         raise UserError("finish=block is a stage of the block loop, and the method prunes the model as a whole")
+
+
+def _prune_in_place(model: nn.Module, job: PruneJob, place: torch.device, record: RunRecord) -> None:
+    """Prune, and leave the model where and in the modes in which it was, even after an error."""
+    from .model.blocks import BlockModel
+    from .procedure.prune import prune_blocks
+    from .runs.provenance import peak_memory
+
+    home = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see that blocks' forwards are replaced
+            record.book(prune_blocks(BlockModel(model, place), job))
+    finally:
+        for module in training:
+            module.training = True
+        if any(parameter.device != home for parameter in model.parameters()):
+            model.to(home)
+    record.phases |= peak_memory(place)
 
 
 def _record_of_the_call(

@@ -63,45 +63,14 @@ def calibration_tokens(
     """
     encoder = Encoder(tokenizer, bos, seqlen)
     data.check(seed)
-    sampling = str(data.sampling or "auto")
     _at_least_one("nsamples", nsamples)
     text = calibration_text(data)
-    parts = data.disjoint_seeds or 1
-    generator = random.Random(seed if parts == 1 else 0)
-    long = encoder.longer_than_window(text.documents, nsamples) if sampling != "concatenated" else 0
-    if sampling == "documents" and not long:
-        raise UserError(
-            f"data={data.name}: no document is longer than seqlen={seqlen} tokens; lower seqlen, or "
-            f"data.sampling=concatenated"
-        )
-    if sampling == "documents" or (sampling == "auto" and long >= nsamples):
-        rows, used, others = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
-        rows += _packed(others, text.join, encoder, training, seed, data.name)
-        facts = {
-            "sampling": "documents",
-            "documents": used,
-            "total_windows": None,
-            "protocol": "random offsets in random documents longer than a window",
-        }
-    else:
-        part = slice(seed if parts > 1 else 0, None, parts)
-        rows, used, available = _from_stream(
-            text, encoder, nsamples, generator, data.name, holdout, part, fresh, training
-        )
-        facts = {
-            "sampling": "concatenated",
-            "documents": used,
-            "total_windows": available,
-            "protocol": f"random distinct windows of the documents joined by {text.join!r}"
-            + (f", dealt out to {parts} seeds" if parts > 1 else ""),
-        }
+    counts = nsamples, holdout, fresh, training
+    from_documents = _documents_suffice(data, text, encoder, nsamples)
+    rows, facts = (_of_documents if from_documents else _of_stream)(data, text, encoder, seed, *counts)
     description = _description(data, text, encoder, nsamples) | facts
-    if holdout:
-        description["held_out_windows"] = holdout
-    if fresh:
-        description["fresh_windows"] = fresh
-    if training:
-        description["training_windows"] = training
+    more = {"held_out_windows": holdout, "fresh_windows": fresh, "training_windows": training}
+    description |= {key: count for key, count in more.items() if count}
     description |= {"partial": False, "documents_available": _holding_text(text.documents), "seed": seed}
     return _known(rows, encoder, vocabulary, f"data={data.name}: the calibration text"), description
 
@@ -210,6 +179,58 @@ class Encoder:
     def describe(self) -> str:
         """What happened to BOS, for the record."""
         return describe_bos(self.tokenizer, self.rule)
+
+
+def _documents_suffice(data: DataSettings, text: Text, encoder: Encoder, nsamples: int) -> bool:
+    """Whether windows come from single documents, by the data set's `sampling` and how many are longer than one."""
+    sampling = str(data.sampling or "auto")
+    if sampling == "concatenated":
+        return False
+    long = encoder.longer_than_window(text.documents, nsamples)
+    if sampling == "documents" and not long:
+        raise UserError(
+            f"data={data.name}: no document is longer than seqlen={encoder.seqlen} tokens; lower seqlen, or "
+            "data.sampling=concatenated"
+        )
+    return sampling == "documents" or long >= nsamples
+
+
+def _of_documents(
+    data: DataSettings, text: Text, encoder: Encoder, seed: int, nsamples: int, holdout: int, fresh: int, training: int
+) -> tuple[list, dict]:
+    """Windows of single documents, and what the record says of them."""
+    generator = _generator(data, seed)
+    rows, used, others = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
+    rows += _packed(others, text.join, encoder, training, seed, data.name)
+    return rows, {
+        "sampling": "documents",
+        "documents": used,
+        "total_windows": None,
+        "protocol": "random offsets in random documents longer than a window",
+    }
+
+
+def _of_stream(
+    data: DataSettings, text: Text, encoder: Encoder, seed: int, nsamples: int, holdout: int, fresh: int, training: int
+) -> tuple[list, dict]:
+    """Windows of the joined documents, and what the record says of them."""
+    parts = data.disjoint_seeds or 1
+    part = slice(seed if parts > 1 else 0, None, parts)
+    rows, used, available = _from_stream(
+        text, encoder, nsamples, _generator(data, seed), data.name, holdout, part, fresh, training
+    )
+    dealt = f", dealt out to {parts} seeds" if parts > 1 else ""
+    return rows, {
+        "sampling": "concatenated",
+        "documents": used,
+        "total_windows": available,
+        "protocol": f"random distinct windows of the documents joined by {text.join!r}{dealt}",
+    }
+
+
+def _generator(data: DataSettings, seed: int) -> random.Random:
+    """The seed's own, or one for all seeds that share the windows out."""
+    return random.Random(seed if (data.disjoint_seeds or 1) == 1 else 0)
 
 
 def _from_documents(

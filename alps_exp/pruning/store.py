@@ -208,6 +208,9 @@ class NoStore:
     def wait(self) -> None:
         """Nothing is on its way."""
 
+    def close(self) -> None:
+        """Nothing is on its way."""
+
     def keep_ladder(self, measures: Mapping) -> None:
         """Nothing."""
 

@@ -48,8 +48,29 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
     panels = list(dict.fromkeys(row["panel"] for row in rows))
     first = max(panels, key=lambda name: (" perplexity" in name, sum(row["panel"] == name for row in rows)))
     ticked = _first_runs([row for row in rows if row["panel"] == first])
+    depth = _losses(sweeps)
+    series = sorted({row["series"] for row in (*rows, *depth) if not row.get("dense")})
+    labels = {name: sorted({row["series"] for row in rows if row["panel"] == name} & {*series}) for name in panels}
+    if len(series) <= _LISTED:
+        labels = dict.fromkeys(panels, series)
+    select = alt.binding_select(options=panels, name="measure", element="#measure")
+    parameters = (
+        alt.param("panel", value=first, bind=select),
+        alt.param("labels", value=labels),
+        alt.param("measures", value={row["panel"]: row["measure"] for row in rows}),
+        alt.param("ticked", value=ticked),
+    )
+    found = _styled(_panels(rows, series, bool(depth)).add_params(*parameters)).to_dict()
+    # One legend below the other: beside a wide one there is no room. Altair has no word for it.
+    found["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 12}}
+    # Beside Altair, which would look at every row.
+    return found | {"datasets": {"runs": rows, "depth": depth}}, ticked
+
+
+def _losses(sweeps: Sequence[Sweep]) -> list[dict]:
+    """The losses of each run along the depth, for runs that have any."""
     runs = {run.id: run for sweep in sweeps for run in sweep.runs}
-    depth = [
+    return [
         {
             "id": run.id,
             "run": run.name,
@@ -61,42 +82,13 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
         for run in runs.values()
         if run.losses
     ]
-    series = sorted({row["series"] for row in (*rows, *depth) if not row.get("dense")})
-    labels = {name: sorted({row["series"] for row in rows if row["panel"] == name} & {*series}) for name in panels}
-    if len(series) <= _LISTED:
-        labels = dict.fromkeys(panels, series)
-    select = alt.binding_select(options=panels, name="measure", element="#measure")
-    panel = alt.param("panel", value=first, bind=select)
-    shown = alt.param("labels", value=labels)
-    titles = alt.param("measures", value={row["panel"]: row["measure"] for row in rows})
-    chosen = alt.param("ticked", value=ticked)
+
+
+def _panels(rows: Sequence[dict], series: Sequence[str], depth: bool) -> alt.ConcatChart:
+    """The chosen measure against everything that rows have, and losses along the depth, side by side."""
     picked = alt.selection_point("picked", fields=["id"], toggle=True, empty=False, on="click")
     legend = alt.selection_point("series", fields=["series"], bind="legend")
-    colour = alt.Color(
-        "series:N",
-        scale=_colours(series),
-        legend=alt.Legend(
-            title=None,
-            orient="bottom",
-            columns=alt.ExprRef("windowSize()[0] > 800 ? 4 : 1"),
-            labelLimit=alt.ExprRef(
-                "windowSize()[0] > 800 ? min(windowSize()[0], 1440) / 4 - 75 : windowSize()[0] - 150"
-            ),
-            values=alt.ExprRef("labels[panel]"),
-        ),
-    )
-    patterns = sorted({row["pattern"] for row in rows if not row["dense"]} - {"unstructured"}, key=written.order)
-    shape = alt.Shape(
-        "pattern:N",
-        scale=alt.Scale(domain=["unstructured", *patterns], range=_SHAPES),
-        legend=alt.Legend(
-            title=None,
-            orient="bottom",
-            columns=alt.ExprRef("windowSize()[0] > 800 ? 8 : 2"),
-            symbolFillColor=_INK,
-            symbolStrokeColor=_INK,
-        ),
-    )
+    colour, shape = _colour(series), _shape(rows)
     parts = [
         _scatter(x, title, colour, shape, picked, legend, **more)
         for x, title, more in (
@@ -110,10 +102,38 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
         parts.append(_depth(colour, picked, legend))
     with warnings.catch_warnings():  # Altair tells that the panels share their selections, as they should
         warnings.filterwarnings("ignore", message="Automatically deduplicated")
-        joined = alt.concat(*parts, columns=2, spacing=30)
-    whole = (
-        joined.add_params(panel, shown, titles, chosen)
-        .resolve_scale(color="shared", shape="shared")
+        return alt.concat(*parts, columns=2, spacing=30)
+
+
+def _colour(series: Sequence[str]) -> alt.Color:
+    limit = "windowSize()[0] > 800 ? min(windowSize()[0], 1440) / 4 - 75 : windowSize()[0] - 150"
+    legend = alt.Legend(
+        title=None,
+        orient="bottom",
+        columns=alt.ExprRef("windowSize()[0] > 800 ? 4 : 1"),
+        labelLimit=alt.ExprRef(limit),
+        values=alt.ExprRef("labels[panel]"),
+    )
+    return alt.Color("series:N", scale=_colours(series), legend=legend)
+
+
+def _shape(rows: Sequence[dict]) -> alt.Shape:
+    patterns = sorted({row["pattern"] for row in rows if not row["dense"]} - {"unstructured"}, key=written.order)
+    legend = alt.Legend(
+        title=None,
+        orient="bottom",
+        columns=alt.ExprRef("windowSize()[0] > 800 ? 8 : 2"),
+        symbolFillColor=_INK,
+        symbolStrokeColor=_INK,
+    )
+    scale = alt.Scale(domain=["unstructured", *patterns], range=_SHAPES)
+    return alt.Shape("pattern:N", scale=scale, legend=legend)
+
+
+def _styled(whole: alt.ConcatChart) -> alt.ConcatChart:
+    """In the ink of the page, light or dark."""
+    return (
+        whole.resolve_scale(color="shared", shape="shared")
         .configure(background="transparent", font=_FONT)
         .configure_axis(
             labelColor=_INK, titleColor=_INK, gridColor=_GRID, domainColor=_GRID, tickColor=_GRID, titleFontWeight=500
@@ -122,11 +142,6 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
         .configure_view(stroke=None)
         .configure_title(color=_INK, anchor="start", fontWeight=600)
     )
-    found = whole.to_dict()
-    # One legend below the other: beside a wide one there is no room. Altair has no word for it.
-    found["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 12}}
-    # Beside Altair, which would look at every row.
-    return found | {"datasets": {"runs": rows, "depth": depth}}, ticked
 
 
 def _rows(sweep: Sweep) -> list[dict]:

@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..base import threads
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
-from ..calibration.sharing import NoPasses, NoSharing
 from ..checkpoints import upload
 from ..checkpoints.hub import first_line
 from ..evaluation import perplexity, protocol
 from ..model import loading
+from ..model.blocks import BlockModel
 from ..procedure.distil import refuse_streamed
 from ..procedure.prune import prune_blocks
 from ..procedure.strength import check_strength
@@ -114,97 +116,153 @@ def run(
     return record.to_dict()
 
 
+class _Texts(NamedTuple):
+    """What a run reads: its windows, None where it prunes nothing; what judges it; fresh text, where it came from, and
+    what is doubtful about it."""
+
+    tokens: Tensor | None
+    prepared: protocol.Prepared
+    fresh: Tensor | None
+    facts: dict
+    doubts: list[str]
+
+
 def _execute(
     settings: Settings, record: RunRecord, directory: Path, workspace: Workspace, chosen: threads.Choice
 ) -> ProgressStore | None:
     """All of a run but its record's last word; hands back the finished blocks, for which there is no use any more."""
     device, asked = settings.device, settings.evaluation
-    if settings.finish.distil is not None:
-        refuse_streamed(streams(settings, 2 if workspace.keep else 1))
-    if getattr(settings.target, "strength", 0) == "auto":
-        streamed = streams(settings, 2 if workspace.keep else 1)
-        check_strength(settings.calibration.data.holdout, settings.devices, streamed)
-    if settings.solver.trains:
-        refuse_untrainable(record.method, streams(settings, 2 if workspace.keep else 1))
+    _refuse_streamed(settings, record.method, streams(settings, 2 if workspace.keep else 1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     record.environment = environment(device) | {"cores_free": chosen.free}
     torch.manual_seed(settings.calibration.seed)
     watch = Stopwatch(device)
 
-    tokens = store = fresh = None
-    doubts: list[str] = []
-    cache, passes = NoSharing(), NoPasses()
-    if settings.prunes:
-        tokens, record.calibration = workspace.calibration(settings)
-    prepared, text = workspace.prepared(settings), {}
-    if settings.prunes:
-        fresh, text, doubts = fresh_text(settings, tokens, prepared, workspace)
+    texts = _read(settings, record, workspace)
     if settings.save:
         rehearse(settings.model.config, workspace.tokenizer(settings), record.model)
     in_team, peak = settings.prunes and settings.devices > 1, None
     if in_team:
         # Its blocks are on the disk afterwards; what follows takes them from there, as when a run goes on.
-        peak = together.prune_together(settings.configuration.content, directory, device, settings.devices, fresh)
+        content = settings.configuration.content
+        peak = together.prune_together(content, directory, device, settings.devices, texts.fresh)
         watch.lap("prune")
-    model = workspace.model(settings, device, directory)
-    record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
-    record.environment["streamed"] = model.source is not None
-    record.environment["inputs"] = inputs_of(settings)  # a checkpoint on the hub is here by now
-    record.warnings = loading.doubts(settings.model, model.model) + doubts
-    if settings.reads_text and (note := loading.tokenizer_note(settings.model.source)):
-        record.warnings.append(note)
-    _tell(record.warnings)
+    model = _load(settings, record, directory, workspace, texts.doubts)
+    store = None
     if settings.prunes:
-        job = job_of(settings, tokens, fresh)
-        same = identity(settings, device, model.model.dtype, tokens, fresh)
-        if settings.resumable:
-            store = resume.open_store(
-                directory, same, keep_threads=threads.automatic(settings.configuration.content["threads"])
-            )
-            record.environment["threads"] = torch.get_num_threads()
-            record.attempts = store.attempts - in_team
-            if store.finished and not in_team:
-                print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
-        cache = sharing.open_cache(settings, job, same, directory, workspace.keep)
-        passes = sharing.open_passes(settings, same, directory, workspace.keep)
+        job, tools = _open(settings, record, directory, workspace, model, texts, in_team)
+        store = tools.store if settings.resumable else None
     watch.lap("load")
 
     if asked.sample_tokens:
         record.sample = {"prompt": asked.prompt, "dense": workspace.dense_sample(settings, model)}
         watch.lap("evaluate")
     if settings.prunes:
-        try:
-            _tell(record.book(prune_blocks(model, job, Tools(store or NoStore(), cache, passes=passes))))
-        finally:
-            cache.close()
-            if store is not None:
-                store.close()
-        record.finish |= {"text": text} if text else {}
+        _prune(record, model, job, tools)
+        record.finish |= {"text": texts.facts} if texts.facts else {}
         watch.lap("prune")
         record.phases["pruning_peak_device_bytes"] = peak or peak_memory(device)["peak_device_bytes"]
-        if store is not None and device.type == "cpu" and len(store.threads) > 1:
-            counts = ", ".join(map(str, store.threads))
-            note = f"attempts ran with different numbers of threads ({counts}): last digits may differ"
-            record.warnings.append(note)
-            _tell([note])
+        _tell(record, _doubts_of_threads(store, device))
     tokenizer = workspace.tokenizer(settings) if settings.reads_text else None
-    record.evaluations = protocol.measure(prepared, asked, model, tokenizer)
+    record.evaluations = protocol.measure(texts.prepared, asked, model, tokenizer)
     if asked.sample_tokens and settings.prunes:
         record.sample["pruned"] = perplexity.sample(model, tokenizer, asked.prompt, asked.sample_tokens)
     watch.lap("evaluate")
     _book_phases(record, watch, device, peak)
     if settings.save:
-        known = len(record.warnings)
-        save(model, tokenizer, settings, record, directory, store)
-        _tell(record.warnings[known:])
-        watch.lap("save")
-        if settings.push is not None:
-            title = f"{record.model} pruned by {record.method}, sparsity {record.sparsity}"
-            record.pushed = upload.push(directory / "model", settings.push, title)
-            watch.lap("push")
+        _save(settings, record, directory, model, tokenizer, store, watch)
         _book_phases(record, watch, device, peak)
     return store
+
+
+def _refuse_streamed(settings: Settings, method: str, streamed: bool) -> None:
+    """Raise UserError for what needs the whole model in memory where the blocks are read one at a time."""
+    if settings.finish.distil is not None:
+        refuse_streamed(streamed)
+    if getattr(settings.target, "strength", 0) == "auto":
+        check_strength(settings.calibration.data.holdout, settings.devices, streamed)
+    if settings.solver.trains:
+        refuse_untrainable(method, streamed)
+
+
+def _read(settings: Settings, record: RunRecord, workspace: Workspace) -> _Texts:
+    """All texts, before the model is loaded."""
+    if not settings.prunes:
+        return _Texts(None, workspace.prepared(settings), None, {}, [])
+    tokens, record.calibration = workspace.calibration(settings)
+    prepared = workspace.prepared(settings)
+    return _Texts(tokens, prepared, *fresh_text(settings, tokens, prepared, workspace))
+
+
+def _load(
+    settings: Settings, record: RunRecord, directory: Path, workspace: Workspace, doubts: Sequence[str]
+) -> BlockModel:
+    """The dense model; the record says how it came and what is doubtful about it and the texts."""
+    model = workspace.model(settings, settings.device, directory)
+    record.environment["dtype"] = str(model.model.dtype).removeprefix("torch.")
+    record.environment["streamed"] = model.source is not None
+    record.environment["inputs"] = inputs_of(settings)  # a checkpoint on the hub is here by now
+    note = loading.tokenizer_note(settings.model.source) if settings.reads_text else None
+    _tell(record, [*loading.doubts(settings.model, model.model), *doubts, *([note] if note else [])])
+    return model
+
+
+def _open(
+    settings: Settings,
+    record: RunRecord,
+    directory: Path,
+    workspace: Workspace,
+    model: BlockModel,
+    texts: _Texts,
+    in_team: bool,
+) -> tuple[PruneJob, Tools]:
+    """What is to be pruned, and what was kept for it by earlier attempts and by other runs."""
+    job, store = job_of(settings, texts.tokens, texts.fresh), NoStore()
+    same = identity(settings, settings.device, model.model.dtype, texts.tokens, texts.fresh)
+    if settings.resumable:
+        automatic = threads.automatic(settings.configuration.content["threads"])
+        store = resume.open_store(directory, same, keep_threads=automatic)
+        record.environment["threads"] = torch.get_num_threads()
+        record.attempts = store.attempts - in_team
+        if store.finished and not in_team:
+            print(f"alps_exp: {len(store.finished)} of {len(model)} blocks are finished already", file=sys.stderr)
+    cache = sharing.open_cache(settings, job, same, directory, workspace.keep)
+    return job, Tools(store, cache, passes=sharing.open_passes(settings, same, directory, workspace.keep))
+
+
+def _prune(record: RunRecord, model: BlockModel, job: PruneJob, tools: Tools) -> None:
+    try:
+        _print(record.book(prune_blocks(model, job, tools)))
+    finally:
+        tools.sharing.close()
+        tools.store.close()
+
+
+def _doubts_of_threads(store: ProgressStore | None, device: torch.device) -> list[str]:
+    if store is None or device.type != "cpu" or len(store.threads) < 2:
+        return []
+    counts = ", ".join(map(str, store.threads))
+    return [f"attempts ran with different numbers of threads ({counts}): last digits may differ"]
+
+
+def _save(
+    settings: Settings,
+    record: RunRecord,
+    directory: Path,
+    model: BlockModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: ProgressStore | None,
+    watch: Stopwatch,
+) -> None:
+    known = len(record.warnings)
+    save(model, tokenizer, settings, record, directory, store)
+    _print(record.warnings[known:])
+    watch.lap("save")
+    if settings.push is not None:
+        title = f"{record.model} pruned by {record.method}, sparsity {record.sparsity}"
+        record.pushed = upload.push(directory / "model", settings.push, title)
+        watch.lap("push")
 
 
 @cache
@@ -214,7 +272,13 @@ def _announce(line: str | None) -> None:
         print(f"alps_exp: {line}", file=sys.stderr)
 
 
-def _tell(warnings: Sequence[str]) -> None:
+def _tell(record: RunRecord, warnings: Sequence[str]) -> None:
+    """Write warnings into the record and say them."""
+    record.warnings += warnings
+    _print(warnings)
+
+
+def _print(warnings: Sequence[str]) -> None:
     for line in warnings:
         logging.getLogger("alps_exp").warning(line)
         print(f"alps_exp: warning: {line}", file=sys.stderr)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -122,6 +123,25 @@ class Settings:
         return dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
 
 
+# Keys whose values `Settings` has as they are given.
+_AS_THEY_ARE = ("devices", "batch_size", "propagate", "losses", "capture", "expert_shrinkage", "expert_weighting")
+_AS_THEY_ARE += ("stream", "hidden_states", "resumable", "resume", "statistics_cache")
+
+
+class _Choices(NamedTuple):
+    """What the configuration names beside the method, built; the fields are those of `Settings`."""
+
+    target: Target
+    sensitivity: SensitivityChoice
+    allocation: Allocation
+    finish: Finish
+
+    @classmethod
+    def of(cls, cfg: Mapping) -> _Choices:
+        target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
+        return cls(target, sensitivity, build_allocation(cfg["allocation"]), build_finish(cfg["finish"]))
+
+
 def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     """Check a configuration, as far as that goes without the weights and the texts, and give what it says.
 
@@ -136,74 +156,27 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     refuse_keys(cfg)
     _check_paths(cfg)
     prunes = build(cfg["method"]).prunes
-    layers = cfg["layers"]
-    selection = Selection.parse(layers["include"], layers["exclude"], layers["sparsity"])
-    pattern = pattern_of(cfg["sparsity"])
+    selection = Selection.parse(*(cfg["layers"][key] for key in ("include", "exclude", "sparsity")))
+    pattern_of(cfg["sparsity"])  # so that a mistake in it is told before those below
     _check_values(cfg)
-    if cfg["stream"] is True and prunes and isinstance(DataSettings.parse(cfg["data"]), GeneratedSettings):
-        raise UserError(
-            "data=generated needs the whole model in memory to write text: leave out stream=true, or give a text "
-            "(data=c4, data=local)"
-        )
-    if cfg["stream"] is True and not cfg["resumable"] and prunes:
-        raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
-    target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
-    allocation, finish = build_allocation(cfg["allocation"]), build_finish(cfg["finish"])
+    _check_stream(cfg, prunes)
+    choices = _Choices.of(cfg)
     configuration = Configuration.of(cfg)
-    _check_target(cfg, target)
-    _check_scope(cfg, configuration.solver, target, sensitivity)
-    if getattr(target, "strength", 0) == "auto":
-        check_strength(cfg["data"]["holdout"], cfg["devices"], cfg["stream"] is True)
-    _check_finish(cfg, configuration.solver, finish)
-    resume.check(configuration, cfg["resume"], cfg["resumable"])
+    _check_together(cfg, configuration, choices)
     device = parse_device(cfg["device"])
     logger = loggers.resolve(cfg["logger"]) if whole else None
     data = DataSettings.parse(cfg["data"])
     _check_texts(cfg, data, prunes)
-
-    model = loading.resolve(cfg["model"])
-    loading.check_weights(model)
-    if prunes and model.context is not None and cfg["seqlen"] > model.context:
-        raise UserError(
-            f"seqlen={cfg['seqlen']} is beyond the model's context of {model.context} tokens: give at most that"
-        )
-    shapes, patterns, solver = {}, {}, refitted(configuration.solver, cfg["refit"])
-    if prunes:
-        shapes = linear_shapes(model.skeleton, selection)
-        patterns = selection.patterns_for(shapes, pattern, other_names(model.skeleton))
-        solver = solver.for_layers(patterns, shapes)
-        check_method(model.skeleton, patterns, solver)
-        check_experts(model.skeleton, patterns, solver, finish, cfg["expert_weighting"])
-        solver = solver.for_model(model.skeleton, patterns)
-        check_weighing(allocation, sensitivity, cfg["nsamples"], solver, selection.shared(patterns))
-        if allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
-            sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-            allocation.allocate(selection.shared(patterns), sizes, Sensitivity())
+    # From here on the model's files are read.
+    model = _model(cfg, prunes)
+    shapes, patterns, solver = _layers(cfg, configuration, model, selection, choices)
     if configuration.content["save"] == "shrunk":
-        if not solver.structured:
-            raise UserError(
-                f"save=shrunk leaves out whole channels and heads, and {cfg['method']['name']} prunes single weights: "
-                "give save=true or save=packed"
-            )
-        if not solver.even:
-            raise UserError(
-                f"{cfg['method']['name']} leaves other numbers of channels and heads in every block, which no model's "
-                "configuration can say: give save=true"
-            )
-        shrunk_config(model.skeleton, patterns)
-    text, more = _fresh(finish, data), finish.fresh(cfg["nsamples"], cfg["seqlen"])
+        _check_shrunk(cfg["method"]["name"], solver, model, patterns)
+    calibration, fresh = _windows(cfg, data, solver, choices.finish)
     settings = Settings(
         configuration=configuration,
         model=model,
-        calibration=CalibrationSettings(
-            data,
-            cfg["nsamples"],
-            cfg["seqlen"],
-            cfg["seed"],
-            cfg["model"]["bos"],
-            more if text is None else 0,
-            max(0, solver.training_windows(cfg["seqlen"]) - cfg["nsamples"]),
-        ),
+        calibration=calibration,
         evaluation=protocol.resolve(cfg["eval"], data, model) if whole else None,
         solver=solver,
         selection=selection,
@@ -212,25 +185,104 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         device=device,
         dtype=_dtype(cfg["dtype"], device),
         own_dtype=cfg["dtype"] == "auto",
-        target=target,
-        capture=cfg["capture"],
-        sensitivity=sensitivity,
-        allocation=allocation,
-        finish=finish,
-        fresh=text and CalibrationSettings(text, 0, cfg["seqlen"], cfg["seed"], cfg["model"]["bos"], more),
+        **choices._asdict(),
+        **{key: cfg[key] for key in _AS_THEY_ARE},
         save=configuration.content["save"],
         push=cfg.get("push"),
         logger=logger,
-        **{key: cfg[key] for key in ("devices", "batch_size", "propagate", "losses", "stream", "hidden_states")},
-        **{key: cfg[key] for key in ("resumable", "resume", "statistics_cache", "expert_shrinkage")},
-        expert_weighting=cfg["expert_weighting"],
+        fresh=fresh,
     )
-    if whole and settings.reads_text:
-        _check_tokenizer(settings)
-    if whole and settings.push is not None:
-        (upload.check_token if cfg["plan"] else upload.check)(settings.push)  # a plan asks no hub about it
+    if whole:
+        _check_outside(cfg, settings)
     garbage.settle()  # almost all that a run needs has been imported by now
     return settings
+
+
+def _check_stream(cfg: Mapping, prunes: bool) -> None:
+    if cfg["stream"] is not True or not prunes:
+        return
+    if isinstance(DataSettings.parse(cfg["data"]), GeneratedSettings):
+        raise UserError(
+            "data=generated needs the whole model in memory to write text: leave out stream=true, or give a text "
+            "(data=c4, data=local)"
+        )
+    if not cfg["resumable"]:
+        raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
+
+
+def _check_together(cfg: Mapping, configuration: Configuration, choices: _Choices) -> None:
+    """What the choices say to each other."""
+    target = choices.target
+    _check_target(cfg, target)
+    _check_scope(cfg, configuration.solver, target, choices.sensitivity)
+    if getattr(target, "strength", 0) == "auto":
+        check_strength(cfg["data"]["holdout"], cfg["devices"], cfg["stream"] is True)
+    _check_finish(cfg, configuration.solver, choices.finish)
+    resume.check(configuration, cfg["resume"], cfg["resumable"])
+
+
+def _model(cfg: Mapping, prunes: bool) -> ModelSettings:
+    model = loading.resolve(cfg["model"])
+    loading.check_weights(model)
+    if prunes and model.context is not None and cfg["seqlen"] > model.context:
+        raise UserError(
+            f"seqlen={cfg['seqlen']} is beyond the model's context of {model.context} tokens: give at most that"
+        )
+    return model
+
+
+def _layers(
+    cfg: Mapping, configuration: Configuration, model: ModelSettings, selection: Selection, choices: _Choices
+) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, Pattern], Method]:
+    """The model's layers, the patterns of those to prune, and the method as it treats this model, if it can."""
+    solver = refitted(configuration.solver, cfg["refit"])
+    if not configuration.solver.prunes:
+        return {}, {}, solver
+    shapes = linear_shapes(model.skeleton, selection)
+    patterns = selection.patterns_for(shapes, configuration.pattern, other_names(model.skeleton))
+    solver = solver.for_layers(patterns, shapes)
+    check_method(model.skeleton, patterns, solver)
+    check_experts(model.skeleton, patterns, solver, choices.finish, cfg["expert_weighting"])
+    solver = solver.for_model(model.skeleton, patterns)
+    free = selection.shared(patterns)
+    check_weighing(choices.allocation, choices.sensitivity, cfg["nsamples"], solver, free)
+    if choices.allocation.needs == "nothing":  # what can be known of it without the weights, such as what a file lacks
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        choices.allocation.allocate(free, sizes, Sensitivity())
+    return shapes, patterns, solver
+
+
+def _check_shrunk(name: str, solver: Method, model: ModelSettings, patterns: Mapping[str, Pattern]) -> None:
+    if not solver.structured:
+        raise UserError(
+            f"save=shrunk leaves out whole channels and heads, and {name} prunes single weights: give save=true or "
+            "save=packed"
+        )
+    if not solver.even:
+        raise UserError(
+            f"{name} leaves other numbers of channels and heads in every block, which no model's configuration can "
+            "say: give save=true"
+        )
+    shrunk_config(model.skeleton, patterns)
+
+
+def _windows(
+    cfg: Mapping, data: DataSettings, solver: Method, finish: Finish
+) -> tuple[CalibrationSettings, CalibrationSettings | None]:
+    """The calibration's windows, and those of another data set to distil on beside them."""
+    text, more = _fresh(finish, data), finish.fresh(cfg["nsamples"], cfg["seqlen"])
+    common = cfg["seqlen"], cfg["seed"], cfg["model"]["bos"]
+    training = max(0, solver.training_windows(cfg["seqlen"]) - cfg["nsamples"])
+    calibration = CalibrationSettings(data, cfg["nsamples"], *common, more if text is None else 0, training)
+    return calibration, text and CalibrationSettings(text, 0, *common, more)
+
+
+def _check_outside(cfg: Mapping, settings: Settings) -> None:
+    """What a process that prunes alone asks of the tokenizer and the hub."""
+    if settings.reads_text:
+        _check_tokenizer(settings)
+    if settings.push is not None:
+        (upload.check_token if cfg["plan"] else upload.check)(settings.push)  # a plan asks no hub about it
 
 
 def _check_values(cfg: Mapping) -> None:
