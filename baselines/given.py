@@ -13,7 +13,8 @@ are read and looked at before the run begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -77,14 +78,18 @@ class Given(LayerSolver):
     def for_layers(self, patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> Solver:
         super().for_layers(patterns, shapes)
         entries, read = _opened(self.folder)
-        found = {name: _keys(name, entries) for name in patterns}
+        known = _keys({*patterns, *shapes}, entries)
+        found = {name: known[name] for name in patterns}
         # What an expert's parameter is made of, only the model tells.
         apart = tuple(
             name for name, keys in found.items() if not keys and re.search(r"\.\d+\.(gate|up|down)_proj$", name)
         )
-        keys = {name: self._key(name, entries) for name in patterns if name not in set(apart)}
+        alone = set(apart)
+        keys = {name: self._key(name, found[name]) for name in patterns if name not in alone}
         stored = {name: tuple(entries[key].shape) for name, key in keys.items()}
-        turned = self._turned(shapes, entries)
+        # Whether the tensors are (in, out), as GPT-2's are: its square layers do not show it, the others do.
+        pairs = {(tuple(entries[key].shape), shape) for name, shape in shapes.items() for key in known[name]}
+        turned = any(stored == shape[::-1] != shape for stored, shape in pairs)
         for name, key in keys.items():
             if stored[name] != (shapes[name][::-1] if turned else shapes[name]):
                 raise UserError(
@@ -96,11 +101,11 @@ class Given(LayerSolver):
                     f"method.mask={self.mask} stores {key} as {entries[key].dtype}: give an unquantised checkpoint"
                 )
         masks = Masks(self, {name: partial(read, key) for name, key in keys.items()}, turned, apart)
-        known = (self.mask, self.tolerance, tuple(sorted(self.digests().items())), tuple(patterns.items()), turned)
-        if known not in _FITTING:  # of a sweep's runs the first one looks
+        seen = (self.mask, self.tolerance, tuple(sorted(self.digests().items())), tuple(patterns.items()), turned)
+        if seen not in _FITTING:  # of a sweep's runs the first one looks
             for name in keys:
                 masks.support(name, patterns[name])
-            _FITTING.add(known)
+            _FITTING.add(seen)
         return masks
 
     def digests(self) -> dict[str, str]:
@@ -108,13 +113,7 @@ class Given(LayerSolver):
 
         return {f"mask {name}": value for name, value in fingerprint(self.folder).items()}
 
-    def _turned(self, shapes: Mapping[str, tuple[int, int]], entries: Mapping) -> bool:
-        """Whether the tensors are (in, out), as GPT-2's are: its square layers do not show it, the others do."""
-        pairs = {(tuple(entries[key].shape), shape) for name, shape in shapes.items() for key in _keys(name, entries)}
-        return any(stored == shape[::-1] != shape for stored, shape in pairs)
-
-    def _key(self, name: str, entries: Mapping) -> str:
-        found = _keys(name, entries)
+    def _key(self, name: str, found: Sequence[str]) -> str:
         if len(found) != 1:
             what = f"has {' and '.join(sorted(found)[:2])} for" if found else "lacks"
             raise UserError(
@@ -157,7 +156,7 @@ class Masks(LayerSolver):
         held = _held(model, entries, read)
         for name, layer in layers.items():
             if not isinstance(layer, ExpertLayer) or held(layer.stored) is None:
-                self.given._key(name, entries)
+                self.given._key(name, ())  # it lacks them
             if (shape := tuple(held(layer.stored).shape)) != tuple(layer.held.shape):
                 raise UserError(
                     f"method.mask={self.given.mask}: {layer.stored} is {shape} there, and {tuple(layer.held.shape)} in "
@@ -222,13 +221,20 @@ def _view(layer: ExpertLayer, held: Callable[[str], Tensor], turned: bool) -> Te
     return own.T if turned else own
 
 
-def _keys(name: str, entries: Mapping) -> list[str]:
-    """The keys under which a checkpoint may hold a layer's weight: one, if all is well."""
-    wanted, parts = f"{name}.weight", name.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
-    tails = (".".join(parts[start:]) + ".weight" for start in range(number))
-    found = next(([key] for key in tails if key in entries), [])
-    return found or [key for key in entries if key.endswith(f".{wanted}")]
+def _keys(names: Iterable[str], entries: Mapping) -> dict[str, list[str]]:
+    """Name → the keys under which a checkpoint may hold the layer's weight: one, if all is well."""
+    ends = defaultdict(list)
+    for key in entries:
+        parts = key.split(".")
+        for start in range(1, len(parts)):
+            ends[".".join(parts[start:])].append(key)
+    found = {}
+    for name in names:
+        parts = f"{name}.weight".split(".")
+        number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        tails = (".".join(parts[start:]) for start in range(number))
+        found[name] = next(([key] for key in tails if key in entries), None) or ends.get(f"{name}.weight", [])
+    return found
 
 
 def _opened(folder: Path) -> tuple[Mapping, Callable[[str], Tensor]]:

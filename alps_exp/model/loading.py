@@ -14,12 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers.utils
 
 if sys.flags.optimize > 1:  # -OO drops docstrings, and this decorator of all models refuses classes without
     transformers.utils.auto_docstring = lambda obj=None, **_: (lambda decorated: decorated) if obj is None else obj
+
+# Assisted generation and losses of object detection take scikit-learn and scipy, and those two seconds of every start.
+with mock.patch.multiple(transformers.utils, is_sklearn_available=lambda: False, is_scipy_available=lambda: False):
+    import transformers.generation.candidate_generator
+    import transformers.loss.loss_utils
 
 from transformers import (
     AutoConfig,

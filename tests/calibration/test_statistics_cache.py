@@ -51,7 +51,7 @@ def sets(folder: Path) -> list[Path]:
 def test_the_same_bits_as_without(settings, tmp_path, more, cached):
     more, workspace = [*more, "save=true"], Workspace(keep=True)
     # Magnitude collects Gram matrices for its losses, and the moments that DSnoT needs for those that follow.
-    cells = (("magnitude", "0.5", []), ("dsnot", "0.5", cached), ("sparsegpt", "2:4", cached), ("dsnot", "0.7", cached))
+    cells = (("magnitude", "0.5", []), ("dsnot", "0.7", cached), ("sparsegpt", "2:4", cached))
     for number, (method, sparsity, expected) in enumerate(cells):
         words = [f"method={method}", f"sparsity={sparsity}", *more]
         one = execute(settings, tmp_path / "shared" / str(number), *words, workspace=workspace)

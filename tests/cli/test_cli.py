@@ -289,15 +289,20 @@ def test_the_demo_model_takes_no_other_path(here, capsys):
 
 @pytest.mark.slow
 def test_mistakes_are_answered_without_importing_torch(tmp_path):
+    refused = (["method=alsp", "sparsity=0.7"], ["model.path=./none"], ["-m", "refit=pgc", "seed=0,1"])
+    answered = [(words, 2) for words in refused] + [(["--version"], 0), (["list", "--runs", str(tmp_path)], 0)]
     code = (
         "import sys\nfrom alps_exp.__main__ import main\n"
-        "try: main()\n"
-        "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
+        f"for words, status in {answered}:\n"
+        "    sys.argv[1:] = words\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert (end.code or 0) == status, (words, end.code)\n"
+        "    else: raise AssertionError(words)\n"
+        "    print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    refused = (["method=alsp", "sparsity=0.7"], ["model.path=./none"], ["-m", "refit=pgc", "seed=0,1"])
-    for words in (*refused, ["--version"], ["list", "--runs", str(tmp_path)]):
-        end = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert end.stdout.splitlines()[-1] == "False False", end
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    seen = [line for line in end.stdout.splitlines() if line.startswith(("True", "False"))]
+    assert end.returncode == 0 and seen == ["False False"] * len(answered), end
 
 
 def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
@@ -357,8 +362,10 @@ def test_a_plan_writes_nothing(here, capsys, tiny):
 
 @pytest.mark.slow
 def test_a_run_as_a_process(tmp_path, tiny):
-    end = process(*tiny, "sparsity=0.6", "method=magnitude", cwd=tmp_path)
+    end = process(*tiny, "sparsity=0.6", "method=magnitude", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert end.returncode == 0, end.stderr
+    imported = {line.split("|")[2].strip() for line in end.stderr.splitlines() if line.startswith("import time:")}
+    assert "transformers" in imported and not imported & {"sklearn", "scipy", "pandas", "matplotlib"}
     (record,) = records(tmp_path)
     assert record["status"] == "complete"
     (directory,) = (tmp_path / "results" / "runs").iterdir()

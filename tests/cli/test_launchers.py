@@ -87,12 +87,12 @@ def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
     need("joblib")
     from joblib.externals.loky import get_reusable_executor
 
-    expected = in_one_process(*words, "method=dense,magnitude")
+    expected = in_one_process(*words, "method=magnitude")
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "deadly.yaml").write_text("name: deadly\n_target_: deadly.Deadly\n")
     (tmp_path / "deadly.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    grid = [*words, "method=dense,deadly,magnitude", "--config-dir", ".", "hydra/launcher=joblib"]
+    grid = [*words, "method=deadly,magnitude", "--config-dir", ".", "hydra/launcher=joblib"]
     capfd.readouterr()
     try:
         assert command.guarded(lambda: command.command([*grid, "hydra.launcher.n_jobs=2"])) == 1
@@ -102,10 +102,10 @@ def test_joblib_and_a_worker_that_dies(words, tmp_path, monkeypatch, capfd):
     found = results()
     (dead,) = found.keys() - expected.keys()
     assert found.pop(dead)[0] == "failed" and found == expected
-    assert sum(line.startswith("complete in ") for line in out.splitlines()) == 2
-    assert "0 complete before, 2 run now, 1 failed" in out
+    assert sum(line.startswith("complete in ") for line in out.splitlines()) == 1
+    assert "0 complete before, 1 run now, 1 failed" in out
     first, last = error.splitlines()[-2:]
-    assert first == "alps_exp: 1 of 3 runs did not complete:"
+    assert first == "alps_exp: 1 of 2 runs did not complete:"
     assert last.startswith(f"alps_exp: {dead}: its process ended (TerminatedWorkerError: ")
 
 
@@ -113,7 +113,8 @@ def test_submitit(words, tmp_path, monkeypatch):
     """Processes of this machine; and the preset for SLURM, as far as submitit goes."""
     need("submitit")
     expected = in_one_process(*words, "method=dense,magnitude")
-    assert in_one_process(*words, "method=dense,magnitude", "hydra/launcher=submitit_local") == expected
+    local = in_one_process(*words, "method=magnitude", "hydra/launcher=submitit_local")
+    assert len(local) == 1 and local.items() <= expected.items()
     for name, script in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -129,9 +130,10 @@ def test_ray(words):
     need("ray")
     expected = in_one_process(*words, "method=dense,magnitude")
     local = ["+hydra.launcher.ray.init.num_cpus=1", "+hydra.launcher.ray.init.include_dashboard=false"]
-    end = process(*words, "method=dense,magnitude", "hydra/launcher=ray", *local)
-    assert end.returncode == 0 and "2 run now" in end.stdout, end.stderr
-    assert results() == expected
+    try:
+        assert in_one_process(*words, "method=dense,magnitude", "hydra/launcher=ray", *local) == expected
+    finally:
+        sys.modules["ray"].shutdown()
 
 
 class Workers:

@@ -409,3 +409,30 @@ def test_a_default_may_refer_to_another_choice(tmp_path):
     (tmp_path / "mine" / "wanda.yaml").write_text("# @package _global_\nnsamples: 7\n")
     with overrides.initialized(tmp_path):
         assert overrides.compose_prepared(overrides.prepared(SMALL, "root"), "root").nsamples == 7
+
+
+def said(node) -> tuple:
+    """All that a configuration is made of, with types and flags."""
+    meta = node._metadata
+    own = meta.flags, meta.ref_type, meta.object_type, meta.optional
+    if not OmegaConf.is_config(node) or isinstance(node._value(), str | None):
+        return *own, node._value()
+    keys = list(node) if OmegaConf.is_dict(node) else range(len(node))
+    return *own, [(key, said(node._get_node(key))) for key in keys]
+
+
+@pytest.mark.slow
+def test_files_that_were_merged_before_give_the_same_configuration(tmp_path, monkeypatch):
+    """As Hydra's own merge; a file of the user's is read again."""
+    words = ["model=opt-125m", "+preset=stream", "sparsity=2:4"]
+    with overrides.initialized():
+        prepared = overrides.prepared(words)
+        first, again = (said(overrides.compose_prepared(prepared, with_hydra=True)) for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Repository, "origin", lambda *_: None)
+            assert first == again == said(overrides.compose_prepared(prepared, with_hydra=True))
+    (tmp_path / "preset").mkdir()
+    for seed in (3, 4):
+        (tmp_path / "preset/own.yaml").write_text(f"# @package _global_\nseed: {seed}\n")
+        with overrides.initialized(tmp_path):
+            assert overrides.compose_prepared(overrides.prepared(["+preset=own"])).seed == seed

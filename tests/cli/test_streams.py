@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, process, records
+from helpers import ROOT, records
 
 MODULES = ("alps_exp", "alps_exp.tables", "alps_exp.evaluation")
 SIGNS = "print('a – b ± 1 × 2 \\N{MIDDLE DOT} jürgen 模型', chr(0xDCFF))"
@@ -77,11 +77,9 @@ def test_messages_and_answers_need_no_standard_output(tmp_path, module, redirect
 
 @pytest.mark.heavy
 def test_a_complete_run_is_complete_wherever_its_lines_go(tmp_path, tiny):
-    line = '"$PY" -m alps_exp -m method=magnitude sparsity=0.5 seed=0,1 "$@" >/dev/full 2>&1'
+    line = '"$PY" -m alps_exp -m method=magnitude sparsity=0.5,0.6 "$@" >/dev/full 2>&1'
     assert shell(line, *tiny, cwd=tmp_path).returncode == 0
     assert [record["status"] for record in records(tmp_path)] == ["complete"] * 2
-    end = process("-m", "method=magnitude", "sparsity=0.5", "seed=0,1", *tiny, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert end.returncode == 0 and "+-" in end.stdout and "2 complete before" in end.stdout, end.stderr
 
 
 @pytest.mark.heavy
@@ -127,5 +125,5 @@ def test_without_docstrings(tmp_path, tiny):
     line = '"$PY" -OO -m alps_exp method=alps sparsity=0.5 hydra.run.dir=run "$@"'
     end = shell(line, *tiny, cwd=tmp_path)
     assert end.returncode == 0 and b"run/record.json" in end.stdout, end.stderr
-    assert shell('"$PY" -OO -m alps_exp.tables run tables', cwd=tmp_path).returncode == 0
-    assert shell('"$PY" -OO -m alps_exp.evaluation --help', cwd=tmp_path).returncode == 0
+    for module in MODULES:
+        assert shell(f'"$PY" -OO -m {module} --help', cwd=tmp_path).returncode == 0

@@ -174,8 +174,8 @@ def test_sparseswaps_from_wanda_is_below_dsnot_after_five_swaps(golden, layer, w
     assert found < min(0.96, ratio("dsnot", golden, layer, written))
 
 
-# Of the first layer, whose weight is 192 × 576.
-STRUCTURED = ("block=4@0.7", "block=32@0.7", "row@0.3", "column@0.3", "2:4T", "4:8T", "4:8>2:4", "64:2:8")
+# Those of their kinds on the first layer, whose weight is 192 × 576, that REFITTED has not on a larger one.
+STRUCTURED = ("block=4@0.7", "4:8T", "64:2:8")
 
 
 @pytest.mark.slow

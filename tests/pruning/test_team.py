@@ -141,7 +141,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
     team.leave()
 
 
-def test_killed_processes_go_on(settings, tmp_path):
+def test_killed_processes_go_on(settings, tmp_path, monkeypatch):
     """The run is killed after its first block; its processes end with it, and the same command goes on."""
     folder = tmp_path / "killed"
     script = (
@@ -161,6 +161,7 @@ def test_killed_processes_go_on(settings, tmp_path):
     while any(_alive(child) for child in children):
         assert time.monotonic() < deadline, "processes outlive their run"
         time.sleep(0.05)
+    monkeypatch.setattr(together, "_start", Forked)
     again = execute(settings, folder, "devices=2")
     undisturbed = execute(settings, tmp_path / "whole")
     assert again["status"] == "complete" and again["attempts"] >= 2
