@@ -412,7 +412,7 @@ def generate_tokens(
     finally:
         for module in training:
             module.training = True
-    refuse_repetition(tokens, temperature)
+    refuse_repetition(tokens, temperature, max(map(len, starts)))
     return tokens
 
 

@@ -21,3 +21,8 @@ def taken() -> list[str]:
     lines = list(_lines)
     _lines.clear()
     return lines
+
+
+def told() -> list[str]:
+    """All lines of this process, each once."""
+    return sorted(_warned)

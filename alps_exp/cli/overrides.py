@@ -126,7 +126,9 @@ def _left_to_jobs(words: list[str], composed: Callable[[list[str]], DictConfig])
     values = {
         str(override.input_line): override.get_key_element().split(".")[0]
         for override in overrides
-        if "." in override.key_or_group and override.type == OverrideType.CHANGE and not override.is_sweep_override()
+        if "." in override.key_or_group
+        and override.type == OverrideType.CHANGE
+        and not (override.is_sweep_override() or override.is_hydra_override())
     }
     cfg = composed([word for word in words if word not in values])
     chosen = [

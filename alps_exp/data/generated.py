@@ -77,17 +77,18 @@ def generated_tokens(
         "sampling": [data.temperature, data.top_k, data.top_p, data.batch_size],
         "seqlen": seqlen,
     }
-    parts = []
+    parts, begun = [], 0
     counts = {"calibration": asked.nsamples, "held-out": data.holdout, "fresh": asked.fresh}
     for purpose, count in (counts | {"training": asked.training}).items():
         if not count:
             continue
         seed = sha256(f"{purpose} {asked.seed}")
         starts = first_tokens(data, tokenizer, count, seqlen, asked.bos, seed, model.vocabulary)
+        begun = max(begun, *map(len, starts))
         digest = sha256(json.dumps([same, seed, starts], sort_keys=True))[:32]
         parts.append(_kept(digest, lambda s=starts, seed=seed: write(network(), s, seqlen, data, seed, device)))
     tokens = torch.cat(parts)
-    refuse_repetition(tokens, data.temperature)
+    repeated = refuse_repetition(tokens, data.temperature, begun)
     return tokens, {
         "dataset": data.name,
         "source": "written by the dense model",
@@ -102,7 +103,7 @@ def generated_tokens(
         **({"fresh_windows": asked.fresh} if asked.fresh else {}),
         **({"training_windows": asked.training} if asked.training else {}),
         "partial": False,
-        "repeated_spans": round(float(repeated_spans(tokens).mean()), 6),
+        "repeated_spans": round(float(repeated.mean()), 6),
         "prompts": list(data.prompts),
         "sha256": sha256(tokens.numpy().tobytes())[:16],
         "seed": asked.seed,
@@ -220,17 +221,21 @@ def write(
     return written
 
 
-def refuse_repetition(tokens: Tensor, temperature: float) -> None:
+def refuse_repetition(tokens: Tensor, temperature: float, begun: int = 0) -> Tensor:
     """Raise UserError for windows that are alike, or nearly so in more than one of `_NEARLY`: they say nothing new, and
-    held-out ones would be calibrated on."""
+    held-out ones would be calibrated on. Prompts, the first `begun` tokens at most, are alike by intent: returns
+    `repeated_spans` of what is behind them.
+    """
     alike = len(tokens) - len(torch.unique(tokens, dim=0))
-    nearly = int((repeated_spans(tokens) > 0.5).sum())
+    repeated = repeated_spans(tokens[:, min(begun, tokens.shape[1] - 1) :])
+    nearly = int((repeated > 0.5).sum())
     if alike or nearly * _NEARLY > len(tokens):
         what = "repeat others" if alike else f"have more than half of their spans of {_SPAN} tokens from others"
         raise UserError(
             f"data=generated: {alike or nearly} of {len(tokens)} windows {what}: raise "
             f"data.temperature={temperature:g} or seqlen, or give more data.prompts"
         )
+    return repeated
 
 
 def repeated_spans(tokens: Tensor) -> Tensor:
@@ -244,7 +249,10 @@ def repeated_spans(tokens: Tensor) -> Tensor:
     """
     length = min(_SPAN, tokens.shape[1])
     factors = torch.randint(-(2**62), 2**62, (length,), generator=torch.Generator().manual_seed(0))
-    spans = tokens.unfold(1, length, 1).matmul(factors)  # a number for each, modulo 2⁶⁴
+    count = tokens.shape[1] - length + 1
+    spans = torch.zeros(len(tokens), count, dtype=torch.int64)  # a number for each, modulo 2⁶⁴
+    for place, factor in enumerate(factors):
+        spans.addcmul_(tokens[:, place : place + count], factor)
     _, places = spans.unique(return_inverse=True)
     there = (places * len(tokens) + torch.arange(len(tokens))[:, None]).unique()  # each span once for each window
     return (torch.bincount(there // len(tokens))[places] > 1).double().mean(1)

@@ -7,9 +7,10 @@ package that carries the file) and `trust_remote_code`; conf/model/*.yaml has on
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +24,7 @@ if sys.flags.optimize > 1:  # -OO drops docstrings, and this decorator of all mo
     transformers.utils.auto_docstring = lambda obj=None, **_: (lambda decorated: decorated) if obj is None else obj
 
 # Assisted generation and losses of object detection take scikit-learn and scipy, and those two seconds of every start.
+# Both are imported when they are called, see below.
 with mock.patch.multiple(transformers.utils, is_sklearn_available=lambda: False, is_scipy_available=lambda: False):
     import transformers.generation.candidate_generator
     import transformers.loss.loss_utils
@@ -62,6 +64,18 @@ from ..checkpoints.location import check_there, local_model
 from . import tokenization
 from .source import StreamedBlocks, open_streamed
 from .structure import find_blocks
+
+
+def _later(module: str, name: str) -> Callable:
+    return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+
+transformers.generation.candidate_generator.is_sklearn_available = transformers.utils.is_sklearn_available
+transformers.generation.candidate_generator.roc_curve = _later("sklearn.metrics", "roc_curve")
+for _name, _module in list(sys.modules.items()):
+    if _name.startswith("transformers.loss.loss_") and hasattr(_module, "is_scipy_available"):
+        _module.is_scipy_available = transformers.utils.is_scipy_available
+        _module.linear_sum_assignment = _later("scipy.optimize", "linear_sum_assignment")
 
 _REMEDY = "give a folder with model=local model.path=DIR"
 

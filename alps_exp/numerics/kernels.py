@@ -36,6 +36,8 @@ def _tried(device: torch.device, name: str) -> Callable | str:
     try:
         kernel = _named(name)
         right = PROBES[name](kernel, device)
+    except torch.OutOfMemoryError:  # says nothing of the kernel: the next use tries again
+        raise
     except Exception as error:  # no C compiler, a card that is too old: whatever it is, there is the plain path
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"the Triton kernel {name} does not run here, so its passes run unfused and slower ({reason})"

@@ -142,11 +142,11 @@ def _execute(
     texts = _read(settings, record, workspace)
     if settings.save:
         rehearse(settings.model.config, workspace.tokenizer(settings), record.model)
-    in_team, peak = settings.prunes and settings.devices > 1, None
+    in_team, peak, fallbacks = settings.prunes and settings.devices > 1, None, []
     if in_team:
         # Its blocks are on the disk afterwards; what follows takes them from there, as when a run goes on.
         content = settings.configuration.content
-        peak = together.prune_together(content, directory, device, settings.devices, texts.fresh)
+        peak, fallbacks = together.prune_together(content, directory, device, settings.devices, texts.fresh)
         watch.lap("prune")
     model = _load(settings, record, directory, workspace, texts.doubts)
     store = None
@@ -163,6 +163,7 @@ def _execute(
         record.finish |= {"text": texts.facts} if texts.facts else {}
         watch.lap("prune")
         record.phases["pruning_peak_device_bytes"] = peak or peak_memory(device)["peak_device_bytes"]
+        _tell(record, [line for line in fallbacks if line not in record.warnings])
         _tell(record, _doubts_of_threads(store, device))
     tokenizer = workspace.tokenizer(settings) if settings.reads_text else None
     record.evaluations = protocol.measure(texts.prepared, asked, model, tokenizer)

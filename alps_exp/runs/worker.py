@@ -36,6 +36,7 @@ def _work(asked: dict, folder: Path) -> dict:
     import torch
     import torch.distributed as dist
 
+    from ..base.fallbacks import told
     from ..procedure.prune import prune_blocks
     from ..pruning.store import ProgressStore
     from ..pruning.team import Team
@@ -64,7 +65,7 @@ def _work(asked: dict, folder: Path) -> dict:
     job = job_of(settings, tokens, fresh, quiet=not team.leads)
     prune_blocks(model, job, Tools(store, team=team))
     team.leave()
-    return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"]}
+    return {"peak_device_bytes": peak_memory(team.device)["peak_device_bytes"], "fallbacks": told()}
 
 
 def _end_with(parent: int) -> None:

@@ -278,9 +278,9 @@ class Masters:
             weight.copy_(value)
 
     def trained(self) -> dict[str, Tensor]:
-        """What the module's weights have where they are trained, in their dtype."""
+        """What the module's weights have where they are trained, in their dtype, in host memory."""
         return {
-            name: weight.data if places is None else self._picked(weight.data, places, weight.dtype)
+            name: (weight.data if places is None else self._picked(weight.data, places, weight.dtype)).cpu()
             for (name, weight), places in zip(self._weights.items(), self._places.values(), strict=True)
         }
 

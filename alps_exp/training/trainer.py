@@ -162,13 +162,16 @@ class Trainer:
             raise ValueError(f"{label}: there is nothing to train")
         if self._left and self._left["same"] != self._same():
             self._left = {}
+            del self.masters  # before there are others
             self.masters = Masters(module, trained, multiple, together)
         self.device = self.masters.device
         values = self.masters.values.values()
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._batch = recipe.batch if shared else own
         self._counts = together.gather([windows])
-        self.micro = min(recipe.micro or recipe.batch, own + (rest > 0))
+        # Passes are made together, and an attempt that ran short may be known to one process alone.
+        self.micro = min(together.gather([min(recipe.micro or recipe.batch, own + (rest > 0))]))
+        self._short = True  # whether it was this process's memory that did not suffice
         self._factor = 1.0  # of the rate
         self._done = Training(planned=recipe.steps)
         self._best: dict[str, Tensor] = {}
@@ -205,7 +208,8 @@ class Trainer:
             done.kept = done.steps
         if self._together.size > 1 and self._file is not None:
             companions = self._together.gather([[companion.state() for companion in self._companions]])
-            self._write({"weights": self.masters.trained()}, companions)
+            if not self._together.rank:
+                self._write({"weights": self.masters.trained()}, companions)
         return done
 
     def _taken_over(self) -> Training:
@@ -241,7 +245,7 @@ class Trainer:
         batch, sizes = self.batch(step), self._sizes(step)
         count = sum(sizes)
         while (loss := self._gradients(batch, sizes)) is None:
-            self._shrink()
+            self._shrink(self._short)
         self._recent.append((step, count, loss))
         if len(self._recent) - self._checked >= _NOTICED:
             self._check()
@@ -314,17 +318,21 @@ class Trainer:
                 short = True
             if short and self._together.size == 1:
                 break
+            loss = None  # its graph, where the pass was broken off
+            if short and self.device.type == "cuda":
+                torch.cuda.empty_cache()
             self.masters.end_pass()
         if self._together.size > 1:
             both = torch.stack([total, torch.full_like(total, short)])
             self._together.add([both])
-            total, short = both[0], bool(both[1] > 0)
+            self._short, total, short = short, both[0], bool(both[1] > 0)
         if short:
             self.masters.forget()
             return None
         return total
 
-    def _shrink(self) -> None:
+    def _shrink(self, short: bool = True) -> None:
+        """Take the next measure; `short`: whether it was this process's device whose memory did not suffice."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.micro > 1:
@@ -332,6 +340,8 @@ class Trainer:
             self._shrunk(self.micro)
             measure = f"{self.micro} windows per backward pass"
         elif (measure := self._lighter()) is None:
+            if not short:  # another process still has a measure, or refuses
+                return
             raise UserError(
                 f"{self.label}: the device's memory does not suffice for the gradients of one window: use shorter "
                 "windows (seqlen), or a larger device"

@@ -273,7 +273,7 @@ def test_the_command_line_replaces_what_a_sweep_file_says():
     ids=["preset-of-a-file", "list"],
 )
 def test_one_value_for_a_choice_that_only_the_jobs_make(words):
-    jobs = jobs_of([*words, "target.strength=auto"])
+    jobs = jobs_of([*words, "target.strength=auto", "hydra.sweep.dir=elsewhere"])
     assert jobs
     assert all("target.strength=auto" in job for job in jobs)
     with overrides.initialized():

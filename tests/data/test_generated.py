@@ -241,6 +241,8 @@ def test_near_copies_are_counted_and_refused():
     expected = [sum(span in other for span in row) / len(row) for row, other in zip(rows, others, strict=True)]
     assert generated.repeated_spans(tokens).tolist() == pytest.approx(expected) and max(expected) > 0.5
     generated.refuse_repetition(tokens, 1.0)  # two of forty
+    prompted = torch.cat([torch.arange(3, 43).expand(40, 40), tokens[:, 30:]], 1)
+    generated.refuse_repetition(prompted, 1.0, 40)  # alike in what they were given
     tokens[6, 4:60] = tokens[7, 4:60]
     with pytest.raises(UserError, match="4 of 40 windows have more than half of their spans of 16 tokens from others"):
         generated.refuse_repetition(tokens, 1.0)

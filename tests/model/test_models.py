@@ -340,3 +340,13 @@ def test_tiny_models_are_a_script(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiny_models.py", str(tmp_path), "--steps", "0"])
     runpy.run_path(str(ROOT / "tests" / "tiny_models.py"), run_name="__main__")
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(tiny_models.CONFIGS)
+
+
+def test_what_transformers_asks_of_other_packages_comes_when_it_is_called():
+    from transformers.generation import candidate_generator
+    from transformers.loss import loss_for_object_detection
+
+    rows, columns = loss_for_object_detection.linear_sum_assignment([[2.0, 1.0], [1.0, 2.0]])
+    assert (rows.tolist(), columns.tolist()) == ([0, 1], [1, 0])
+    assert loss_for_object_detection.is_scipy_available() and candidate_generator.is_sklearn_available()
+    assert candidate_generator.roc_curve([0, 1], [0.1, 0.9])[0].tolist() == [0, 0, 1]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,11 @@ def test_a_process_whose_parent_is_gone_does_nothing(tmp_path):
         [sys.executable, "-m", "alps_exp.runs.worker", str(tmp_path / "none"), "1"], capture_output=True
     )
     assert answer.returncode == 1 and not answer.stderr
+
+
+def test_the_record_is_told_what_any_process_did_in_a_plainer_way(tmp_path):
+    for rank, lines in enumerate([["no kernel"], ["no graph", "no kernel"]]):
+        answer = {"peak_device_bytes": 5 + rank, "fallbacks": lines}
+        (tmp_path / f"answer-{rank}.json").write_text(json.dumps(answer))
+    processes = [types.SimpleNamespace(poll=lambda: 0)] * 2
+    assert together._wait(processes, tmp_path) == (6, ["no kernel", "no graph"])

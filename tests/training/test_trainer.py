@@ -296,6 +296,36 @@ class Short:
         return self.loss(numbers, held_out)
 
 
+def test_one_process_short_of_memory_takes_its_measure_and_the_other_goes_on():
+    table, barrier = [None, None], threading.Barrier(2, timeout=60)
+    modules, micros, notes = [network(), network()], [None, None], [None, None]
+
+    def work(rank: int) -> None:
+        loss = Short(modules[rank], 0 if rank else 4)
+
+        def lighter():
+            loss.fitting, measure = 4, "less of everything" if rank else None
+            return measure
+
+        recipe = Recipe(rate=0.01, steps=3, batch=4, micro=rank or None)  # one has run short in an attempt before
+        more = {"quiet": True, "together": Two(rank, table, barrier), "shared": True, "lighter": lighter}
+        training = Trainer(modules[rank], masks(modules[rank]), loss, WINDOWS, recipe, **more)
+        micros[rank] = training.micro
+        notes[rank] = training.run().notes
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert micros == [1, 1] and notes[0] == [] and "less of everything" in notes[1][0]
+    alone = network()
+    Trainer(alone, masks(alone), loss_of(alone), WINDOWS, Recipe(rate=0.01, steps=3, batch=4), quiet=True).run()
+    for name, weight in alone.named_parameters():
+        torch.testing.assert_close(modules[0].get_parameter(name), weight, rtol=1e-5, atol=1e-6)
+        assert torch.equal(modules[0].get_parameter(name), modules[1].get_parameter(name))
+
+
 def test_short_memory_halves_the_parts_and_says_so():
     module, reference, told = network(), network(), []
     done = trainer(module, Short(module, 1), shrunk=told.append).run()

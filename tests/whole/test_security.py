@@ -57,6 +57,8 @@ def test_no_source_reads_pickles():
         place = path.relative_to(ROOT), getattr(node, "lineno", 0)
         if ast.unparse(node) == "from pickle import UnpicklingError":  # which torch.load raises of a damaged file
             continue
+        if path.name == "repository.py" and ast.unparse(node) == "import pickle":  # of its own bytes, to copy
+            continue
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             roots = {name.partition(".")[0] for name in names}
@@ -66,7 +68,7 @@ def test_no_source_reads_pickles():
             if called in ("torch.load", "load_state_dict"):
                 assert options.get("weights_only") == "True", place
             assert options.get("allow_pickle") != "True" and options.get("trust_remote_code") != "True", place
-            assert called not in ("eval", "exec", "torch.hub.load", "pd.read_pickle"), place
+            assert called not in ("eval", "exec", "torch.hub.load", "pd.read_pickle", "pickle.load"), place
 
 
 @pytest.mark.parametrize("protocol", ["torch", "plain"])
