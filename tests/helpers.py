@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -10,9 +11,11 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -119,6 +122,20 @@ def out_of_memory(monkeypatch, owner, name: str, when) -> None:
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(owner, name, failing)
+
+
+@contextmanager
+def interrupted(owner, name: str, at: int):
+    """A run that ends with an error in the call number `at` of the function `name` of `owner`."""
+    calls, original = itertools.count(1), getattr(owner, name)
+
+    def failing(*arguments, **options):
+        if next(calls) == at:
+            raise RuntimeError("out of luck")
+        return original(*arguments, **options)
+
+    with mock.patch.object(owner, name, failing), pytest.raises(RuntimeError, match="out of luck"):
+        yield
 
 
 def parquet(path: Path, rows: list[str], column: str = "text") -> Path:

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import interrupted
 from tiny import execute, network, tokens, weights
 from tiny_experts import network as mixture
 
@@ -167,18 +168,8 @@ def test_a_run_streams_is_packed_and_goes_on_with_the_same_division(tiny, tmp_pa
     assert one["config"]["allocation"]["choices"] == [1, 2, 3]
     execute(words, tmp_path / "packed", "stream=false", "save=packed")
     packed = alps_exp.load_packed(tmp_path / "packed" / "model").state_dict()
-    original, calls = stages.solve_layers, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("out of luck")
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "solve_layers", failing)
-        with pytest.raises(RuntimeError):
-            execute(words, tmp_path / "two", "stream=true", "save=true")
+    with interrupted(stages, "solve_layers", 6):
+        execute(words, tmp_path / "two", "stream=true", "save=true")
     monkeypatch.setattr(weighing, "measure_sensitivity", lambda *_, **__: pytest.fail("measured again"))
     other = execute(words, tmp_path / "two", "stream=true", "save=true")
     assert [row["pattern"] for row in other["layers"]] == patterns

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import interrupted
 from tiny import execute, load, weights
 from transformers import AutoModelForCausalLM
 
@@ -129,18 +130,8 @@ def test_a_run_streams_to_the_same_bits_and_goes_on(allocation, tiny, tmp_path, 
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len({row["sparsity_target"] for row in one["layers"]}) > 1
-    original, calls = stages.solve_layers, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("out of luck")
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "solve_layers", failing)
-        with pytest.raises(RuntimeError):
-            execute(words, tmp_path / "three")
+    with interrupted(stages, "solve_layers", 6):
+        execute(words, tmp_path / "three")
     for name in ("measure_sensitivity", "measure_spectra"):
         monkeypatch.setattr(weighing, name, lambda *_, **__: pytest.fail("measured again"))
     again = execute(words, tmp_path / "three")

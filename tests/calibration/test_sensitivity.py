@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import interrupted
 from tiny import CONFIGS, execute, network, tokens, weights
 from tiny_models import documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -277,18 +278,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_without_another_backward_pa
     from alps_exp.pruning import stages
 
     whole = execute(words, tmp_path / "whole", f"stream={stream}", "save=true")
-    original, solved = stages.solve_layers, []
-
-    def failing(layers, *rest):
-        solved.append(layers)
-        if len(solved) == 6:
-            raise RuntimeError("out of luck")
-        return original(layers, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "solve_layers", failing)
-        with pytest.raises(RuntimeError):
-            execute(words, tmp_path / "run", f"stream={stream}", "save=true")
+    with interrupted(stages, "solve_layers", 6):
+        execute(words, tmp_path / "run", f"stream={stream}", "save=true")
     with monkeypatch.context() as patch:
         patch.setattr(weighing, "measure_sensitivity", lambda *_, **__: pytest.fail("measured again"))
         again = execute(words, tmp_path / "run", f"stream={stream}", "save=true")
