@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from ..base.errors import UserError
@@ -101,6 +102,26 @@ class Hierarchical(Pattern):
         return None
 
 
+@cache
+def _choices(width: int) -> list[tuple[int, ...]]:
+    return list(itertools.combinations(range(width), _SHARED))
+
+
+@cache
+def _paired(width: int) -> tuple[tuple[list[int], ...], list[tuple[list[int], int]], list[int]]:
+    """The inputs of each pair, those pairs that end alike with the first of the pairs behind them, and where each of
+    `_choices` is among the choices that these make, turn by turn."""
+    pairs = list(itertools.combinations(range(width), 2))
+    turns, made = [], []
+    for last in range(1, width - 2):
+        first = [number for number, pair in enumerate(pairs) if pair[1] == last]
+        later = pairs.index((last + 1, last + 2))
+        turns.append((first, later))
+        made += [(*pairs[number], *pair) for number in first for pair in pairs[later:]]
+    one, other = map(list, zip(*pairs, strict=True))
+    return (one, other), turns, sorted(range(len(made)), key=made.__getitem__)
+
+
 @dataclass(frozen=True)
 class VNM(Pattern):
     """`rows` consecutive outputs share four of every `width` consecutive inputs, of which each keeps `kept`."""
@@ -142,7 +163,7 @@ class VNM(Pattern):
     @property
     def choices(self) -> list[tuple[int, ...]]:
         """All choices of the inputs that are shared, those with earlier inputs first."""
-        return list(itertools.combinations(range(self.width), _SHARED))
+        return _choices(self.width)
 
     @property
     def swaps(self) -> int | None:
@@ -169,35 +190,40 @@ class VNM(Pattern):
         down, across = score.shape[0] // self.rows, score.shape[1] // self.width
         tiles = score.reshape(down, self.rows, across, self.width).transpose(1, 2)
         values = tiles.double()
-        columns = (values * values.abs()).unbind(3)
-        choices = self.choices
-        best, which = None, torch.zeros(down, across, dtype=torch.long, device=score.device)
-        for number, choice in enumerate(choices):
-            energy = self._largest(*(columns[place] for place in choice)).sum(2)
-            if best is None:
-                best = energy
-                continue
-            better = energy > best
-            which[better] = number
-            best = torch.where(better, energy, best)
-        places = torch.tensor(choices, device=score.device)[which][:, :, None, :].expand(-1, -1, self.rows, -1)
+        energy = (values * values.abs()).permute(3, 2, 0, 1).reshape(self.width, self.rows, down * across)
+        # As many tiles at a time as stay in a processor's cache.
+        parts = energy.split(max((1 << (18 if score.is_cuda else 11)) // self.rows, 1), dim=2)
+        which = torch.cat([self._best(part) for part in parts]).view(down, across)
+        places = torch.tensor(self.choices, device=score.device)[which][:, :, None, :].expand(-1, -1, self.rows, -1)
         shared = tiles.gather(3, places)
         kept = keep_per_row(shared.reshape(-1, _SHARED), self.kept).view(shared.shape)
         mask = torch.zeros(tiles.shape, dtype=torch.bool, device=score.device).scatter_(3, places, kept)
         return mask.transpose(1, 2).reshape(score.shape)
 
-    def _largest(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """The sum of the `kept` largest of four."""
+    def _best(self, energy: Tensor) -> Tensor:
+        """The number of each tile's best choice among `choices`, the first among equals.
+
+        A choice is a pair of inputs and a pair of later ones, so that each pair is compared once for all choices.
+
+        Args:
+            energy: (M, V, tiles).
+        """
         import torch
 
-        high, low = torch.maximum(a, b), torch.minimum(a, b)
-        other_high, other_low = torch.maximum(c, d), torch.minimum(c, d)
-        if self.kept == 3:
-            return high + other_high + torch.maximum(low, other_low)
-        first = torch.maximum(high, other_high)
-        if self.kept == 1:
-            return first
-        return first + torch.maximum(torch.minimum(high, other_high), torch.maximum(low, other_low))
+        (one, other), turns, numbers = _paired(self.width)
+        high, low = torch.maximum(energy[one], energy[other]), torch.minimum(energy[one], energy[other])
+        both, found = high + low, []
+        for first, later in turns:
+            best = high[first, None] + high[None, later:]
+            if self.kept == 1:
+                torch.maximum(high[first, None], high[None, later:], out=best)
+            elif self.kept == 2:  # one of each pair, or both of one
+                torch.maximum(best, both[first, None], out=best)
+                torch.maximum(best, both[None, later:], out=best)
+            else:
+                best += torch.maximum(low[first, None], low[None, later:])
+            found.append(best.sum(2).flatten(0, 1))
+        return torch.cat(found)[numbers].argmax(0)
 
     def tracker(self) -> Tracker:
         from .nesting import VNMTracker

@@ -54,6 +54,25 @@ def test_vnm_is_exact(pattern):
         assert (mask[here].sum(1) == pattern.kept).all() and int(mask[here].any(0).sum()) <= 4
 
 
+@pytest.mark.parametrize("pattern", [VNM(3, 1, 6), VNM(3, 2, 6), VNM(3, 3, 6), VNM(2, 2, 16)], ids=str)
+def test_vnm_takes_the_first_of_equal_choices(pattern):
+    score = torch.randint(0, 3, (pattern.rows, pattern.width), generator=torch.Generator().manual_seed(2)).double()
+    best, expected = -1.0, None
+    for columns in combinations(range(pattern.width), 4):
+        shared = score[:, list(columns)]
+        inner = shared.sort(dim=1, descending=True, stable=True).indices[:, : pattern.kept]
+        if (total := float(shared.gather(1, inner).square().sum())) > best:  # whole numbers: ties are exact
+            best = total
+            expected = torch.zeros_like(score).scatter_(1, torch.tensor(columns)[inner], 1.0)
+    assert torch.equal(pattern.keep(score).double(), expected)
+
+
+def test_vnm_tiles_do_not_depend_on_how_many_there_are():
+    score = random((64, 8 * 64), 3)  # more than are compared at a time
+    whole = VNM(64, 2, 8).keep(score)
+    assert torch.equal(whole, torch.cat([VNM(64, 2, 8).keep(part) for part in score.split(8, 1)], 1))
+
+
 def test_equal_scores_keep_the_first():
     assert Hierarchical(1, 2, 1, 2).keep(torch.ones(1, 8)).int().tolist() == [[1, 0, 0, 0, 1, 0, 0, 0]]
     assert VNM(2, 2, 8).keep(torch.ones(2, 8)).int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
