@@ -14,6 +14,7 @@ Differences from the released code, all deliberate:
 - s makes `gate_sweeps` gradient steps on sums of squares, whatever the number of tokens at once; there likewise, in
   minibatches of 1000 tokens. A step is no longer than one over a bound of the second derivative: with the fixed rate,
   tokens that drive a channel to thousands diverge (relative losses of 1e16 on SmolLM2 at 70 %).
+- gates may have GELU, too (Gemma's), with the same updates; there SiLU alone.
 - all blocks go through all rounds; there blocks 1, 30 and 31 of LLaMA through one only.
 - the last round ends with the pruning: updates of z, s and p behind it would change no weight.
 - activations are not kept but made again from the part's input, some tokens at a time.
@@ -29,7 +30,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, silu
+from torch.nn.functional import relu
 
 from alps_exp.base.checks import require
 from alps_exp.base.clock import Stopwatch
@@ -38,7 +39,7 @@ from alps_exp.baselines.sparsegpt import SparseGPT
 from alps_exp.calibration.capture import Enough, Group
 from alps_exp.layer.problem import Inputs, LayerProblem, Statistics
 from alps_exp.layer.solver import Solution
-from alps_exp.methods.alternating import Penalties, Weights, alternate
+from alps_exp.methods.alternating import ACTIVATIONS, SILU, Penalties, Weights, alternate
 from alps_exp.model.parts import FeedForward, feed_forward
 from alps_exp.model.structure import find_blocks
 from alps_exp.numerics.precision import full_precision
@@ -58,7 +59,7 @@ class Alternating:
 
     Attributes:
         rounds: of pruning; 1 leaves the alternation out.
-        alpha, beta, gamma: penalties; "auto" is the authors' 0.1 for plain parts (ReLU) and 5 for gated ones (SiLU).
+        alpha, beta, gamma: penalties; "auto" is the authors' 0.1 for plain parts (ReLU) and 5 for gated ones.
         steps, rate: gradient steps by which a plain part's down layer is fitted, and their length.
         gate_sweeps, gate_rate: the same of a gate's outputs, in each round.
         ridge: of least squares, over the diagonal of the Gram matrix.
@@ -92,14 +93,16 @@ class Alternating:
             UserError: an activation that it does not know.
         """
         plain = part.gate is None
-        if not part.computes(relu if plain else silu):
+        known = [None] if plain else [each for each in ACTIVATIONS if part.computes(each.function)]
+        if not known or (plain and not part.computes(relu)):
             raise UserError(
-                f"SparseLLM knows feed-forward parts with ReLU, and gated ones with SiLU; that of {name} is "
+                f"SparseLLM knows feed-forward parts with ReLU, and gated ones with SiLU or GELU; that of {name} is "
                 f"{'plain' if plain else 'gated'} with {type(part.activation).__name__}: choose another method"
             )
         auto = 0.1 if plain else 5.0
         weights = (auto if value == "auto" else float(value) for value in (self.alpha, self.beta, self.gamma))
-        return Penalties(*weights, self.steps, self.rate, self.gate_sweeps, self.gate_rate, self.ridge)
+        steps = (self.steps, self.rate, self.gate_sweeps, self.gate_rate)
+        return Penalties(*weights, *steps, self.ridge, activation=known[0] or SILU)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ over W₁, W_g and W₂ with zeros, and z, s and p:
     x    (tokens, in)          the part's input
     z    (tokens, channels)    outputs of the up layer W₁
     s    (tokens, channels)    outputs of the gate W_g, of a gated part
-    φ    (tokens, channels)    relu(z), or silu(s) z
+    φ    (tokens, channels)    relu(z), or act(s) z with the gate's activation, SiLU or GELU
     p    (tokens, channels)    inputs of the down layer W₂
     y    (tokens, out)         what the dense down layer gives, without its bias: fixed
     K    (out, out)            (W₂W₂ᵀ + (γ/β)I)⁻¹
@@ -15,9 +15,9 @@ over W₁, W_g and W₂ with zeros, and z, s and p:
 z, s and p begin at the dense activations. A round fits the weights to them (not the first), prunes each, and updates
 
     p ← φ + (y - φW₂ᵀ) K W₂
-    z ← with m = xW₁ᵀ + b₁: the better of max(0, (γp + αm) / (α + γ)) and min(0, m); gated: (αm + γ silu(s) p) /
-        (α + γ silu(s)²)
-    s ← s - step · gradient of α‖s - (xW_gᵀ + b_g)‖² + γ‖p - silu(s) z‖², so many times; step is the rate, or where that
+    z ← with m = xW₁ᵀ + b₁: the better of max(0, (γp + αm) / (α + γ)) and min(0, m); gated: (αm + γ act(s) p) /
+        (α + γ act(s)²)
+    s ← s - step · gradient of α‖s - (xW_gᵀ + b_g)‖² + γ‖p - act(s) z‖², so many times; step is the rate, or where that
         is less, one over a bound of the second derivative
 
 The update of p is (βW₂ᵀW₂ + γI)⁻¹(βW₂ᵀy + γφ) with its large inverse left out. The fits are, for a plain part's down
@@ -31,18 +31,60 @@ anew in each round, some tokens at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from ..base.errors import UserError
 
-# The largest |silu'| and |silu''|. Some tokens of real models drive a few channels to thousands: there a step of fixed
-# length overshoots, and each round multiplies the error. (The authors leave such blocks of LLaMA out.)
-_SLOPE, _BEND = 1.1, 0.5
+
+@dataclass(frozen=True)
+class Activation:
+    """That of a gate.
+
+    Some tokens of real models drive a few channels to thousands: there a gradient step of fixed length overshoots, and
+    each round multiplies the error. (The authors leave such blocks of LLaMA out.) So steps go by the second derivative.
+
+    Attributes:
+        function: act.
+        sloped: s ↦ act(s), act'(s).
+        slope, bend: bounds of |act'| and |act''|.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    sloped: Callable[[Tensor], tuple[Tensor, Tensor]]
+    slope: float
+    bend: float
+
+
+def _silu(s: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = s.sigmoid()
+    return s * sigmoid, sigmoid * (1 + s * (1 - sigmoid))
+
+
+def _gelu(s: Tensor) -> tuple[Tensor, Tensor]:
+    share = torch.special.ndtr(s)
+    return s * share, share + s * torch.exp(-s.square() / 2) / math.sqrt(2 * math.pi)
+
+
+def _gelu_by_tanh(s: Tensor) -> tuple[Tensor, Tensor]:
+    scale = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(scale * (s + 0.044715 * s**3))
+    share = (1 + tanh) / 2
+    return s * share, share + s * (1 - tanh.square()) / 2 * scale * (1 + 3 * 0.044715 * s.square())
+
+
+def gelu_by_tanh(s: Tensor) -> Tensor:
+    """GELU as Gemma has it."""
+    return gelu(s, approximate="tanh")
+
+
+SILU = Activation(silu, _silu, 1.1, 0.5)
+ACTIVATIONS = (SILU, Activation(gelu_by_tanh, _gelu_by_tanh, 1.13, 0.8), Activation(gelu, _gelu, 1.13, 0.8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +120,7 @@ class Penalties:
         sweeps, gate_rate: gradient steps of s in a round.
         ridge: of least squares, in units of the scaled Gram matrix's diagonal.
         raised: what it had to be instead, of each Gram matrix that was not positive definite with it.
+        activation: of a gate.
     """
 
     alpha: float
@@ -89,6 +132,7 @@ class Penalties:
     gate_rate: float = 0.01
     ridge: float = 1e-6
     raised: list[float] = field(default_factory=list, compare=False)
+    activation: Activation = SILU
 
 
 @dataclass(eq=False)
@@ -159,17 +203,17 @@ def _moved(
     """z and s less what they are in the dense model, y - p W₂ᵀ with the dense W₂, and p, after all rounds so far."""
     z0, s0 = dense.outputs(x)
     z, s = z0, s0
-    p = _activated(z, s)
+    p = _activated(z, s, penalties)
     y = p @ dense.down.T
     for weights, inverse in zip(history, inverses, strict=True):
-        phi = _activated(z, s)
+        phi = _activated(z, s, penalties)
         p = torch.addmm(phi, (y - phi @ weights.down.T) @ inverse, weights.down)
         z, s = updated(*weights.outputs(x), p, s, penalties)
     return z - z0, None if s is None else s - s0, y - p @ dense.down.T, p
 
 
-def _activated(z: Tensor, s: Tensor | None) -> Tensor:
-    return z.relu() if s is None else silu(s) * z
+def _activated(z: Tensor, s: Tensor | None, penalties: Penalties) -> Tensor:
+    return z.relu() if s is None else penalties.activation.function(s) * z
 
 
 def updated(
@@ -190,14 +234,14 @@ def updated(
         cost = alpha * (above - m).square_() + gamma * (p - above).square_()
         other = alpha * (below - m).square_() + gamma * p.square()
         return torch.where(cost <= other, above, below), None
-    active = silu(s)
+    activation = penalties.activation
+    active = activation.function(s)
     z = (alpha * m + gamma * active * p) / (alpha + gamma * active.square())
     for _ in range(penalties.sweeps):
-        sigmoid = s.sigmoid()
-        slope = sigmoid * (1 + s * (1 - sigmoid))
-        missed = s * sigmoid * z - p
+        active, slope = activation.sloped(s)
+        missed = active * z - p
         gradient = 2 * alpha * (s - m_gate) + 2 * gamma * missed * slope * z
-        curvature = 2 * alpha + 2 * gamma * (_SLOPE**2 * z.square() + _BEND * (missed * z).abs())
+        curvature = 2 * alpha + 2 * gamma * (activation.slope**2 * z.square() + activation.bend * (missed * z).abs())
         s = s - curvature.reciprocal_().clamp_max_(penalties.gate_rate) * gradient
     return z, s
 

@@ -9,7 +9,9 @@ import pytest
 import tiny_models
 import torch
 from helpers import planted_inputs
+from scipy.special import erf
 from tiny import execute, load
+from torch import nn
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,7 +23,8 @@ from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.layer.problem import Inputs, LayerProblem
 from alps_exp.layer.registry import solver
-from alps_exp.methods.alternating import GramSolve, Penalties, Weights, alternate
+from alps_exp.methods.alternating import ACTIVATIONS, SILU, GramSolve, Penalties, Weights, alternate
+from alps_exp.model.parts import FeedForward
 from alps_exp.patterns import parse_sparsity
 from alps_exp.pruning.rows import LayerRow
 from alps_exp.runs.record import warnings_of
@@ -34,14 +37,20 @@ def pruned(weight, gram, written) -> np.ndarray:
     return SparseGPT(block_size=16).solve(problem, parse_sparsity(written)).weight.numpy()
 
 
-def reference(x, dense: Weights, written: str, penalties: Penalties, rounds: int) -> list[dict]:
-    """What is pruned in each round, and what becomes of it; pseudo-inverses of X and P, and large inverses."""
+GATES = {
+    "silu": (SILU, lambda s: s / (1 + np.exp(-s))),
+    "gelu-tanh": (ACTIVATIONS[1], lambda s: s / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (s + 0.044715 * s**3)))),
+    "gelu": (ACTIVATIONS[2], lambda s: s / 2 * (1 + erf(s / np.sqrt(2)))),
+}
+
+
+def reference(x, dense: Weights, written: str, penalties: Penalties, rounds: int, act) -> list[dict]:
+    """What is pruned in each round, and what becomes of it; pseudo-inverses, large inverses, complex steps."""
     a, b, c = penalties.alpha, penalties.beta, penalties.gamma
     w1, w2, b1 = dense.up.numpy(), dense.down.numpy(), dense.up_bias.numpy()
     wg, bg = (None, None) if dense.gate is None else (dense.gate.numpy(), dense.gate_bias.numpy())
-    sigmoid = lambda t: 0.5 * (1 + np.tanh(t / 2))  # noqa: E731
     z, s = x @ w1.T + b1, None if wg is None else x @ wg.T + bg
-    activated = lambda z, s: np.maximum(z, 0) if s is None else s * sigmoid(s) * z  # noqa: E731
+    activated = lambda z, s: np.maximum(z, 0) if s is None else act(s) * z  # noqa: E731
     p = activated(z, s)
     y, trace = p @ w2.T, []
     for number in range(rounds):
@@ -64,13 +73,14 @@ def reference(x, dense: Weights, written: str, penalties: Penalties, rounds: int
             cost = [a * (v - m) ** 2 + c * (p - np.maximum(v, 0)) ** 2 for v in (one, other)]
             z = np.where(cost[0] <= cost[1], one, other)
         else:
-            active = s * sigmoid(s)
+            active = act(s)
             z = (a * m + c * active * p) / (a + c * active**2)
             mg = x @ wg.T + bg
             for _ in range(penalties.sweeps):
-                slope = sigmoid(s) * (1 + s * (1 - sigmoid(s)))
-                gradient = 2 * a * (s - mg) + 2 * c * (s * sigmoid(s) * z - p) * slope * z
-                steepest = 2 * a + 2 * c * (1.1**2 * z**2 + 0.5 * np.abs((s * sigmoid(s) * z - p) * z))
+                missed, slope = act(s) * z - p, act(s + 1e-20j).imag / 1e-20
+                gradient = 2 * a * (s - mg) + 2 * c * missed * slope * z
+                bounds = penalties.activation
+                steepest = 2 * a + 2 * c * (bounds.slope**2 * z**2 + bounds.bend * np.abs(missed * z))
                 s = s - np.minimum(penalties.gate_rate, 1 / steepest) * gradient
     return trace
 
@@ -90,9 +100,22 @@ def test_a_ridge_that_has_to_grow_is_told():
     assert warned and warned[0].startswith("1 layers' Gram matrices are not positive definite") and "0.001" in warned[0]
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("written", ["0.5", "2:4"])
-def test_every_round_equals_the_reference(gated, written):
+@pytest.mark.parametrize(("activation", "act"), GATES.values(), ids=list(GATES))
+def test_slopes_and_bends_are_within_their_bounds(activation, act):
+    s = np.linspace(-8, 8, 4001)
+    value, slope = activation.sloped(torch.from_numpy(s))
+    np.testing.assert_allclose(value, act(s), atol=1e-12)
+    np.testing.assert_allclose(slope, act(s + 1e-20j).imag / 1e-20, atol=1e-12)
+    bend = np.diff(slope.numpy()) / np.diff(s)
+    for found, bound in ((slope, activation.slope), (bend, activation.bend)):
+        assert 0.97 * bound < np.abs(np.asarray(found)).max() < bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate_of", "written"),
+    [(None, "0.5"), (None, "2:4"), ("silu", "0.5"), ("silu", "2:4"), ("gelu-tanh", "0.5"), ("gelu", "2:4")],
+)
+def test_every_round_equals_the_reference(gate_of, written):
     width, channels, out = 12, 32, 10
     x = planted_inputs(600, width, seed=5)
     generator = torch.Generator().manual_seed(6)
@@ -100,10 +123,12 @@ def test_every_round_equals_the_reference(gated, written):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    gate = (normal(channels, width), normal(channels)) if gated else (None, None)
+    gate = (normal(channels, width), normal(channels)) if gate_of else (None, None)
     dense = Weights(normal(channels, width), normal(out, channels), gate[0], normal(channels), gate[1])
-    penalties = Penalties(0.3, 0.2, 0.5, steps=7, rate=0.02, sweeps=2, gate_rate=0.05, ridge=0.0)
-    expected = reference(x.numpy(), dense, written, penalties, rounds=4)
+    activation, act = GATES[gate_of or "silu"]
+    steps = {"steps": 7, "rate": 0.02, "sweeps": 2, "gate_rate": 0.05}
+    penalties = Penalties(0.3, 0.2, 0.5, **steps, ridge=0.0, activation=activation)
+    expected = reference(x.numpy(), dense, written, penalties, 4, act)
     trace = []
 
     def prune(weights: Weights, gram):
@@ -114,7 +139,7 @@ def test_every_round_equals_the_reference(gated, written):
         return Weights(up_bias=dense.up_bias, gate_bias=dense.gate_bias, **tensors)
 
     start = dense.outputs(x)
-    p = start[0].relu() if gate[0] is None else silu(start[1]) * start[0]
+    p = start[0].relu() if gate[0] is None else activation.function(start[1]) * start[0]
     last = alternate(dense, lambda: x.split(70), x.T @ x, p.T @ p, prune, penalties, rounds=4)
     assert len(trace) == 4
     for found, wanted in zip(trace, expected, strict=True):
@@ -171,7 +196,7 @@ def network(folder, family: str, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma3"])
 def test_one_round_is_sparsegpt_and_more_bring_the_part_nearer(request, family):
     folder, block = request.getfixturevalue(f"tiny_{family}"), "decoder.layers.0" if family == "opt" else "layers.0"
     options = {"sparsity": 0.7, "include": [f"{block}.*"]}
@@ -232,8 +257,9 @@ def test_what_it_cannot_prune_is_refused_before_the_run(tiny, tiny_gemma3, tiny_
     def asked(*words):
         return resolve(compose([*tiny, "method=sparsellm", "sparsity=0.5", *words]))
 
-    with pytest.raises(UserError, match=r"model.layers.0 is gated with GELUTanh: choose another method"):
-        asked(f"model.path={tiny_gemma3}")
+    assert len(asked(f"model.path={tiny_gemma3}").patterns) == 21
+    with pytest.raises(UserError, match=r"that of layers.3 is gated with Tanh: choose another method"):
+        sparsellm.SparseLLM().penalties(FeedForward("up", "down", "gate", nn.Tanh()), "layers.3")
     with pytest.raises(UserError, match=r"that of transformer.h.0 is plain with NewGELUActivation"):
         asked(f"model.path={tiny_gpt2}")
     with pytest.raises(UserError, match=r"as a whole, and fc2 is left out: include or exclude all"):

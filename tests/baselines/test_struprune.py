@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import alps_exp
 from alps_exp import UserError
+from alps_exp.baselines import sparsellm
 from alps_exp.baselines.struprune import fitted, shares
 from alps_exp.cli.overrides import compose
+from alps_exp.methods.alternating import SILU
 from alps_exp.runs.settings import resolve
 from alps_exp.tables.figures import aggregate
 from alps_exp.tables.footnotes import footnotes
@@ -139,10 +141,12 @@ def test_runs_save_and_are_labelled(tiny, tmp_path, stream):
 
 
 @pytest.mark.slow
-def test_what_it_cannot_prune_is_refused(tiny, tiny_gemma3):
+def test_what_it_cannot_prune_is_refused(tiny, tiny_gemma3, monkeypatch):
     def asked(*words):
         return resolve(compose([*tiny, "method=struprune", "sparsity=0.25", *words]))
 
+    assert asked(f"model.path={tiny_gemma3}").patterns
+    monkeypatch.setattr(sparsellm, "ACTIVATIONS", (SILU,))
     with pytest.raises(UserError, match=r"gated with GELUTanh: choose another method, or give method.rounds=1"):
         asked(f"model.path={tiny_gemma3}")
     assert asked(f"model.path={tiny_gemma3}", "method.rounds=1").patterns
