@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
+    # The longest first, so that no process waits for another's at the end.
+    items.sort(key=lambda item: (not item.get_closest_marker("heavy"), "whole" not in item.path.parts))
 
 
 def _tiny(kind: str, steps: int):

@@ -554,7 +554,7 @@ def _quoted(override: Override) -> str:
     for value in _values(override):
         pattern = _pattern(value)
         name = str(value) if pattern is None else pattern.written
-        if pattern is not None:
+        if pattern is not None and f"{name}.yaml" not in ConfigStore.instance().repo.get("sparsity", ()):
             ConfigStore.instance().store(name, node_of(pattern), group="sparsity", provider="alps_exp")
         names.append(f"'{name}'")
     return f"{override.get_key_element()}={','.join(names)}"

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 from unittest import mock
 
-from hydra._internal import defaults_list
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 # Pickles are read back ten times as fast as configurations are copied.
 _read: dict[tuple, tuple[ConfigResult, bytes] | None] = {}  # by where a file lies and what it says
 _merged: dict[tuple, tuple[bytes, list]] = {}  # by the files that were merged, with the nodes whose ids are in the key
+_KEPT = 200  # of those, of 20 KB each
 
 
 class Repository(ConfigRepository):
@@ -75,7 +76,7 @@ class _Package(ImportlibResourcesConfigSource):
 @contextmanager
 def lean() -> Iterator[None]:
     """Hydra without the map of all choices that it makes anew for each file it reads, a sixth of a composition, and
-    without merging the same files again, half of one.
+    without merging the same files again, most of one.
 
     Names in a list of defaults that refer to other choices need the map; where there are any, Hydra's own is made.
     """
@@ -87,18 +88,40 @@ def lean() -> Iterator[None]:
     def merged(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: CachingConfigRepository) -> DictConfig:
         ours = isinstance(repo.delegate, Repository)
         origins = [repo.delegate.origin(default.config_path) if ours else None for default in defaults]
-        if None in origins:
-            return merge(self, defaults, repo)
-        key = tuple((d.package, d.primary, says) for d, (says, _) in zip(defaults, origins, strict=True))
-        if key not in _merged:
-            _merged[key] = pickle.dumps(merge(self, defaults, repo)), [node for _, node in origins]
-        return pickle.loads(_merged[key][0])
+        # Hydra's own files and the root come first, are the most, and are the same whatever a run chooses.
+        begun = 1 + next((number for number, default in enumerate(defaults) if default.primary), -1)
+        cfg = OmegaConf.create()
+        for first, last in ((0, begun), (begun, len(defaults))):
+            key = tuple((d.package, d.primary, o and o[0]) for d, o in zip(defaults[:last], origins, strict=False))
+            if key in _merged:
+                cfg = pickle.loads(_merged[key][0])
+                continue
+            with mock.patch.object(config_loader_impl, "OmegaConf", _From([cfg])):
+                cfg = merge(self, defaults[first:last], repo)
+            if None not in origins[:last]:
+                _merged[key] = pickle.dumps(cfg), [origin and origin[1] for origin in origins[:last]]
+                if len(_merged) > _KEPT:
+                    del _merged[next(iter(_merged))]
+        return cfg
 
     with (
         mock.patch.object(defaults_list, "_create_interpolation_map", needed),
         mock.patch.object(ConfigLoaderImpl, "_compose_config_from_defaults_list", merged),
     ):
         yield
+
+
+class _From:
+    """OmegaConf, whose first new configuration is one that is there already."""
+
+    def __init__(self, begun: list[DictConfig]) -> None:
+        self._begun = begun
+
+    def create(self, *given: Any, **more: Any) -> Any:
+        return self._begun.pop() if self._begun else OmegaConf.create(*given, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(OmegaConf, name)
 
 
 _NOTHING = OmegaConf.create()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,20 +102,26 @@ def test_large_models_calibrate_on_128_windows_of_2048():
     assert (cfg.nsamples, cfg.seqlen) == (128, 2048)
 
 
-def tiny_model(node):
+@cache
+def tiny_model(name):
     """A small model in place of the hub's, of the same family."""
-    config = tiny_models.CONFIGS["opt" if node["name"].startswith("opt") else "llama"]()
-    if node["name"] == "demo":  # widths that every pattern divides, as the demo model's do
+    config = tiny_models.CONFIGS["opt" if name.startswith("opt") else "llama"]()
+    if name == "demo":  # widths that every pattern divides, as the demo model's do
         config.hidden_size, config.intermediate_size, config.head_dim = 192, 384, 96
-    source = loading.ModelSource(node["name"], node["name"], None, False)
+    source = loading.ModelSource(name, name, None, False)
     return loading.ModelSettings(source, config, loading.skeleton(config))
+
+
+@cache
+def tokenizer():
+    return tiny_models.tokenizer("llama")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=label)
 def test_every_sweep_expands_into_runs_that_are_valid(path, monkeypatch):
-    monkeypatch.setattr(loading, "resolve", tiny_model)
-    monkeypatch.setattr(loading, "load_tokenizer", lambda source: tiny_models.tokenizer("llama"))
+    monkeypatch.setattr(loading, "resolve", lambda node: tiny_model(node["name"]))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda source: tokenizer())
     monkeypatch.setattr(loading, "check_weights", lambda model: None)
     monkeypatch.setattr(loading, "context_length", lambda config: 2048)
     monkeypatch.setattr(tasks, "prepare", lambda *_: ())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+from contextlib import nullcontext
 from functools import cache
 
 import hydra
@@ -17,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from alps_exp.base.errors import UserError
-from alps_exp.cli import overrides
+from alps_exp.cli import overrides, repository
 from alps_exp.cli.overrides import compose, prepare
 from alps_exp.cli.repository import Repository
 from alps_exp.patterns import NM, Unstructured
@@ -424,13 +425,18 @@ def said(node) -> tuple:
 @pytest.mark.slow
 def test_files_that_were_merged_before_give_the_same_configuration(tmp_path, monkeypatch):
     """As Hydra's own merge; a file of the user's is read again."""
-    words = ["model=opt-125m", "+preset=stream", "sparsity=2:4"]
-    with overrides.initialized():
-        prepared = overrides.prepared(words)
-        first, again = (said(overrides.compose_prepared(prepared, with_hydra=True)) for _ in range(2))
-        with monkeypatch.context() as patch:
-            patch.setattr(Repository, "origin", lambda *_: None)
-            assert first == again == said(overrides.compose_prepared(prepared, with_hydra=True))
+
+    def composed() -> tuple:
+        with overrides.initialized():
+            words = overrides.prepared(["model=opt-125m", "+preset=stream", "sparsity=2:4"])
+            return said(overrides.compose_prepared(words, with_hydra=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(overrides, "lean", nullcontext)
+        expected = composed()
+    composed()
+    kept = len(repository._merged)
+    assert [composed(), composed()] == [expected] * 2 and len(repository._merged) == kept
     (tmp_path / "preset").mkdir()
     for seed in (3, 4):
         (tmp_path / "preset/own.yaml").write_text(f"# @package _global_\nseed: {seed}\n")
