@@ -202,7 +202,7 @@ def test_several_processes_make_the_same_experts(settings, tmp_path, method, mon
 def test_methods_keep_their_order_on_a_trained_mixture(tmp_path, text_file):
     """In the losses of experts, and in perplexity but for the two that leave values as they are: Wanda selects within
     rows and magnitude in whole layers, which is worth more here than the score (docs/decisions.md)."""
-    folder = tiny_models.build("qwen2_moe", tmp_path / "model", steps=300)
+    folder = tiny_models.build("qwen2_moe", tmp_path / "model", steps=150)
     words = words_for(folder, text_file, "nsamples=24", "seqlen=64", "eval.windows=12", "eval.sample_tokens=0")
     losses, perplexities = [], []
     for method in ("alps", "sparsegpt", "wanda", "magnitude"):
