@@ -147,7 +147,7 @@ class HiddenStates:
         """The hidden states of the windows of these numbers on the device."""
         rows = torch.as_tensor(numbers)
         self._model.know_calls(self._tokens[rows])
-        picked = self._states[rows.to(self._states.device)]
+        picked = self._states[rows.to(self._states.device, non_blocking=True)]
         return picked.to(self._model.device, self._dtype, non_blocking=True)
 
     def _size_at(self, begin: int) -> int:

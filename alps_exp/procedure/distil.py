@@ -135,16 +135,18 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
 def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
     seqlen, vocabulary = teacher.tokens.shape[1], _text_config(model).vocab_size
     positions = -(-seqlen // -(-seqlen * vocabulary // _LOGITS))
+    together = max(1, _LOGITS // (seqlen * vocabulary))  # windows whose logits the dense model's head makes at once
 
     def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
         if teacher.states is None:
             raise UserError(f"{_FILE} is the checkpoint of another distillation: start again with resume=false")
         rows = [number + teacher.windows * held_out for number in numbers]
-        tokens, hidden = teacher.tokens[rows], teacher.states.take(rows)
+        tokens = teacher.tokens[rows].to(model.device, non_blocking=True)
+        hidden = teacher.states.take(rows)
         if positions == seqlen:
             logits = model.forward(tokens)
-            wanted = (model.head(tokens[i : i + 1], hidden[i : i + 1])[0] for i in range(len(rows)))
-            return divergence(logits, wanted)
+            parts = zip(tokens.split(together), hidden.split(together), strict=True)
+            return divergence(logits, (window for part in parts for window in model.head(*part)))
 
         def logits(window: int, part: slice, piece: Tensor) -> Tensor:
             return model.logits(tokens[window : window + 1, part], piece)

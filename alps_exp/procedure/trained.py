@@ -49,7 +49,7 @@ class TrainingMethod(ModelMethod):
         others: embeddings, norms, biases and the head follow gradients too.
         precision, state: as in `Recipe`.
         micro: windows per backward pass; None: as many of a batch as fit.
-        saved: steps between checkpoints.
+        saved: steps between checkpoints, where one is due.
         patience: end after so many looks at held-out windows without improvement, where a method has use for them.
     """
 

@@ -35,7 +35,7 @@ class Recipe:
             from there on; None: go on from where the weights are.
         minutes: end after so long; the rate has come to its end by then. Two such trainings are not alike to the bit.
         micro: windows per backward pass; `batch` by default, fewer when the device's memory does not suffice.
-        saved: steps between checkpoints, where there is a file for them.
+        saved: steps between checkpoints, where there is a file for them and one is due (`Trainer`).
         seed: of the order of the windows.
         key: how the user names these settings, for messages.
     """

@@ -35,6 +35,9 @@ from .recipe import Recipe
 _NOTICED = 16
 # Held-out loss that is worse by so much than the best is the rate's fault; less may come down again as the rate falls.
 _WORSE = 0.05
+# A checkpoint is written when the training since the last one has taken so many times what that took to write; the
+# first is taken to last as many seconds as the second number says.
+_WORTH, _FIRST = 20, 1.5
 
 
 class Companion:
@@ -114,7 +117,9 @@ class Trainer:
         label: what is trained, for progress and messages.
         quiet: no progress.
         file: for checkpoints; what an earlier attempt of the same training has left there is gone on from, to the same
-            bits on the same device. It is removed by the one who has kept the result.
+            bits on the same device. One is written at looks, and between them as often as the recipe says, when the
+            training since the last has taken 20 times as long as that took to write (the first after 30 s), and at
+            the end. It is removed by the one who has kept the result.
         companions: what is added to each step.
         working: dtype of weights → another that the module computes in meanwhile; the masters are made of the weights
             as they are.
@@ -179,6 +184,7 @@ class Trainer:
         self._recent: list[tuple[int, int, Tensor]] = []  # steps, windows and losses since the last look
         self._checked = 0
         self._start = 0.0
+        self._saved, self._saving = 0.0, _FIRST  # when the last checkpoint was there, and what it took, in seconds
 
     def run(self) -> Training:
         """Train, and leave the best weights in the module.
@@ -192,7 +198,8 @@ class Trainer:
             return self._taken_over()
         with self.masters.gathering(), cast(self._module, self._working), fused_norms(self._module), _repeatable():
             self._restore()
-            self._start = time.perf_counter() - self._done.seconds
+            self._saved = time.perf_counter()
+            self._start = self._saved - self._done.seconds
             if not self._done.curve:
                 self._look(0)
             self._train()
@@ -236,7 +243,7 @@ class Trainer:
                     done.ended = "minutes"
                 elif self._worse >= self.recipe.patience and done.steps < self.recipe.steps:
                     done.ended = "no improvement"
-            if done.steps in looks or late or done.steps % self.recipe.saved == 0:
+            if done.over or ((done.steps in looks or done.steps % self.recipe.saved == 0) and self._due()):
                 self._save()
             if done.ended != "all steps":
                 return
@@ -427,9 +434,16 @@ class Trainer:
         recipe = dataclasses.asdict(self.recipe) | {"micro": None}  # may have become less for want of memory
         return repr((recipe, self._windows, self._held_out, self.masters.shapes, self.masters.digest))
 
+    def _due(self) -> bool:
+        """Whether a checkpoint is worth what it takes to write; the same in all processes."""
+        return self._file is not None and self._together.tell(
+            time.perf_counter() - self._saved >= _WORTH * self._saving
+        )
+
     def _save(self) -> None:
         if self._file is None:
             return
+        begun = time.perf_counter()
         self._check()
         self._done.seconds = self._seconds()
         # At the end of a training with held-out windows nothing is needed any more but the best weights.
@@ -451,6 +465,8 @@ class Trainer:
             for other in self._file.parent.glob(f"{self._file.name}.*.*"):  # those of the checkpoint before
                 if int(other.name.split(".")[-2]) < self._done.steps:
                     other.unlink()
+        self._saved = time.perf_counter()
+        self._saving = self._saved - begun
 
     def _write(self, part: Mapping, companions: list) -> None:
         """The first process's file."""

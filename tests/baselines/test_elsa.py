@@ -23,6 +23,7 @@ from alps_exp.runs import together
 from alps_exp.runs.settings import resolve
 from alps_exp.runs.workspace import Workspace
 from alps_exp.training import optimisers
+from alps_exp.training import trainer as training_trainer
 from alps_exp.training.trainer import Trainer
 
 SHORT = Elsa(steps=10, batch=4, tokens=12 * 24, interval=3, rate=2e-3, penalty=0.3)
@@ -267,6 +268,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, whole, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", step)
+        patch.setattr(training_trainer, "_WORTH", 0)
         patch.setattr(elsa.Splitting, "end", ended if at == 9 else end)
         with pytest.raises(Killed):
             execute([*words, *SHORTER], tmp_path)

@@ -15,6 +15,7 @@ from alps_exp.baselines.tune import Tune, adapted, merged
 from alps_exp.cli.overrides import compose
 from alps_exp.model.structure import block_layers, find_blocks
 from alps_exp.runs.settings import resolve
+from alps_exp.training import trainer as training_trainer
 from alps_exp.training.trainer import Trainer
 
 SHORT = Tune(steps=6, batch=4, tokens=12 * 24, rate=2e-3)
@@ -214,6 +215,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, tmp_path, monkeypatch, nam
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", step)
+        patch.setattr(training_trainer, "_WORTH", 0)
         with pytest.raises(Killed):
             execute(words, tmp_path / "killed")
     steps = []

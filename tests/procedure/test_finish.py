@@ -24,6 +24,7 @@ from alps_exp.procedure import distil as procedure_distil
 from alps_exp.runs import together
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
+from alps_exp.training import trainer as training_trainer
 from alps_exp.training.finish import BlockFinish, Distillation, Finish, build_finish
 from alps_exp.training.recipe import Recipe
 from alps_exp.training.trainer import Trainer
@@ -378,7 +379,9 @@ class Killed(BaseException):
 
 
 def kill(monkeypatch, at: int) -> None:
-    """End the process, as it were, in the step of this number of all trainings, or after the last."""
+    """End the process, as it were, in the step of this number of all trainings, or after the last, where checkpoints
+    are written whenever there may be one."""
+    monkeypatch.setattr(training_trainer, "_WORTH", 0)
     steps, inner = [0], Trainer._step
 
     def step(self, number):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alps_exp.base.errors import UserError
+from alps_exp.training import trainer as training_trainer
 from alps_exp.training.losses import divergence, relative_error
 from alps_exp.training.masters import Masters
 from alps_exp.training.recipe import Recipe
@@ -213,7 +214,7 @@ def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
 
 
 @pytest.mark.parametrize("batch", [4, 3])
-def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tmp_path):
+def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tmp_path, often):
     """Killed, they go on from their parts of a checkpoint; so does one alone, which takes over what is complete."""
     recipe = Recipe(rate=0.01, steps=9, batch=batch, clip=0.5, patience=1, judged=9, back=0.5, saved=1)
     options = {"held_out": HELD_OUT, "quiet": True}
@@ -375,8 +376,33 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture
+def often(monkeypatch):
+    """Checkpoints whenever there may be one."""
+    monkeypatch.setattr(training_trainer, "_WORTH", 0)
+
+
+def test_checkpoints_are_written_as_often_as_they_are_worth_it(tmp_path, monkeypatch):
+    clock, written, inner = [0.0], [], training_trainer._write
+    monkeypatch.setattr(training_trainer.time, "perf_counter", lambda: clock[0])
+
+    def write(file, content):
+        clock[0] += 0.5
+        written.append(content["done"]["steps"])
+        inner(file, content)
+
+    class Second(Companion):
+        def after_update(self, trainer, step):
+            clock[0] += 1
+
+    monkeypatch.setattr(training_trainer, "_write", write)
+    options = {"file": tmp_path / "training.pt", "recipe": {"steps": 55, "judged": 11, "saved": 3}}
+    trainer(network(), companions=[Second()], **options).run()
+    assert written == [30, 40, 50, 55]  # 30 s for the first, 20 · 0.5 s for the others, and the end
+
+
 @pytest.mark.parametrize("step", range(0, 12))
-def test_a_training_that_was_killed_goes_on_to_the_same_bits(step, tmp_path):
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(step, tmp_path, often):
     options = {"recipe": {"saved": 2, "judged": 3, "clip": 0.1}}
     whole = network()
     expected = trainer(whole, companions=[Pull()], **options).run()
