@@ -147,7 +147,7 @@ class Tune(TrainingMethod):
         mean = _mean(found.values(), sizes)
         if mean == 0:
             raise UserError(
-                "method=tune keeps zeros where they are, and the checkpoint has none in the layers of this run: give "
+                "fine-tuning keeps zeros where they are, and the checkpoint has none in the layers of this run: give "
                 "the model.path of a pruned one"
             )
         for name, pattern in patterns.items():

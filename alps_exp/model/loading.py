@@ -23,11 +23,18 @@ import transformers.utils
 if sys.flags.optimize > 1:  # -OO drops docstrings, and this decorator of all models refuses classes without
     transformers.utils.auto_docstring = lambda obj=None, **_: (lambda decorated: decorated) if obj is None else obj
 
-# Assisted generation and losses of object detection take scikit-learn and scipy, and those two seconds of every start.
-# Both are imported when they are called, see below.
-with mock.patch.multiple(transformers.utils, is_sklearn_available=lambda: False, is_scipy_available=lambda: False):
+# Assisted generation and losses of object detection take scikit-learn and scipy, and those two seconds of every start;
+# quantised checkpoints take torchao, where it is installed, and that a second more and lines on the terminal. All are
+# imported when they are called, see below.
+with mock.patch.multiple(
+    transformers.utils,
+    is_sklearn_available=lambda: False,
+    is_scipy_available=lambda: False,
+    is_torchao_available=lambda: False,
+):
     import transformers.generation.candidate_generator
     import transformers.loss.loss_utils
+    import transformers.quantizers.quantizer_torchao
 
 from transformers import (
     AutoConfig,
@@ -76,6 +83,12 @@ for _name, _module in list(sys.modules.items()):
     if _name.startswith("transformers.loss.loss_") and hasattr(_module, "is_scipy_available"):
         _module.is_scipy_available = transformers.utils.is_scipy_available
         _module.linear_sum_assignment = _later("scipy.optimize", "linear_sum_assignment")
+
+_quantizer = transformers.quantizers.quantizer_torchao
+_quantizer.is_torchao_available = transformers.utils.is_torchao_available
+_quantizer.flatten_tensor_state_dict = _later(
+    "torchao.prototype.safetensors.safetensors_support", "flatten_tensor_state_dict"
+)
 
 _REMEDY = "give a folder with model=local model.path=DIR"
 

@@ -91,7 +91,13 @@ class TrainingMethod(ModelMethod):
 
     def training_windows(self, seqlen: int) -> int:
         most = self.steps * self.batch
-        return most if self.tokens is None else min(most, math.ceil(self.tokens / seqlen))
+        asked = most if self.tokens is None else math.ceil(self.tokens / seqlen)
+        if asked > most:
+            raise UserError(
+                f"method.tokens={self.tokens} are more than the {most * seqlen} that {self.steps} steps of "
+                f"{self.batch} windows of {seqlen} see: give method.steps={math.ceil(asked / self.batch)}, or method.tokens=null"
+            )
+        return asked
 
     def trained_windows(self) -> int:
         return self.steps * self.batch

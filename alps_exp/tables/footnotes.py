@@ -167,6 +167,9 @@ def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
     made_up = {
         r["method"] for r in records for row in r.get("layers") or () if (row.get("stats") or {}).get("reconstruction")
     }
+    whole = {record["method"] for record in records if (record.get("summary") or {}).get("removed")}
+    if whole and any(" loss" in metric for metric in metrics):
+        words.append(f"{', '.join(sorted(whole))}: losses of the layers whose inputs left")
     words += [f"{name}: a reconstruction, since the method's full text is not public" for name in sorted(made_up)]
     if zeros := _zeros(found):
         words.append(zeros)

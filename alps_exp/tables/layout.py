@@ -322,12 +322,14 @@ def _varying_n(frame: pd.DataFrame) -> bool:
 
 
 def number(value: float, metric: str) -> str:
-    """Losses and perplexities with four significant digits, no exponent below ten million; the rest with fixed
-    decimals."""
+    """Losses and perplexities with four significant digits, no exponent below ten million; tokens whole; the rest with
+    fixed decimals."""
     if not math.isfinite(value):
         return str(value)
     if metric.endswith(("seconds", "GB")):
         return f"{value:.1f}"
+    if metric.endswith(" tokens"):
+        return f"{value:.0f}"
     if " loss" not in metric and " perplexity" not in metric:
         return f"{value:.4f}"
     size = abs(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -58,11 +60,14 @@ def eight_bit() -> type[torch.optim.Optimizer]:
     Raises:
         UserError: there is none.
     """
-    for module in _EIGHT_BIT:
-        try:
-            return importlib.import_module(module).AdamW8bit
-        except (ImportError, AttributeError, RuntimeError):
-            continue
+    heard = logging.root.manager.disable
+    logging.disable(max(heard, logging.WARNING))  # torchao tells of kernels for other machines
+    try:
+        for module in _EIGHT_BIT:
+            with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+                return importlib.import_module(module).AdamW8bit
+    finally:
+        logging.disable(heard)
     raise UserError(
         "state=8bit needs torchao or bitsandbytes, and neither can be imported: install one, or leave it out"
     )

@@ -342,6 +342,7 @@ REFUSED = {
     "batch": ("method.batch=0", "method.batch=0 is not allowed"),
     "micro": ("method.micro=5", "method.micro=5 is not allowed: give a whole number from 1 up to 4"),
     "tokens": ("method.tokens=0", "method.tokens=0 is not allowed"),
+    "tokens of more steps": ("method.tokens=90000", r"more than the 15360 that 60 steps of 4 .*give method.steps=352"),
     "projection": ("method.projection=momentun", "method.projection='momentun' is not allowed"),
     "schedule": ("method.penalty_schedule=exp", "method.penalty_schedule='exp' is not allowed"),
     "point": ("method.point=float4", "method.point='float4' is not allowed"),

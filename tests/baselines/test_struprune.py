@@ -138,6 +138,7 @@ def test_runs_save_and_are_labelled(tiny, tmp_path, stream):
     assert zero == 2 * 64 and again["status"] == "complete"
     lines = footnotes(aggregate([record]), {}, ["relative loss"])
     assert any("struprune: a reconstruction, since" in line.lower() for line in lines)
+    assert any("struprune: losses of the layers whose inputs left" in line.lower() for line in lines)
 
 
 @pytest.mark.slow

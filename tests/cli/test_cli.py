@@ -365,7 +365,7 @@ def test_a_run_as_a_process(tmp_path, tiny):
     end = process(*tiny, "sparsity=0.6", "method=magnitude", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert end.returncode == 0, end.stderr
     imported = {line.split("|")[2].strip() for line in end.stderr.splitlines() if line.startswith("import time:")}
-    assert "transformers" in imported and not imported & {"sklearn", "scipy", "pandas", "matplotlib"}
+    assert "transformers" in imported and not imported & {"sklearn", "scipy", "pandas", "matplotlib", "torchao"}
     (record,) = records(tmp_path)
     assert record["status"] == "complete"
     (directory,) = (tmp_path / "results" / "runs").iterdir()
