@@ -95,7 +95,8 @@ class TrainingMethod(ModelMethod):
         if asked > most:
             raise UserError(
                 f"method.tokens={self.tokens} are more than the {most * seqlen} that {self.steps} steps of "
-                f"{self.batch} windows of {seqlen} see: give method.steps={math.ceil(asked / self.batch)}, or method.tokens=null"
+                f"{self.batch} windows of {seqlen} see: give method.steps={math.ceil(asked / self.batch)}, or "
+                "method.tokens=null"
             )
         return asked
 
