@@ -141,7 +141,8 @@ def prune_model(
             (conf/finish), or a choice; it needs `held_out`.
         held_out: (windows, seqlen) token ids that are not calibrated on: every layer's loss is measured on them too,
             and they choose among the weights of finishing.
-        fresh: (windows, seqlen) token ids that a distillation trains on beside `tokens`.
+        fresh: (windows, seqlen) token ids that finishing trains on beside `tokens`: a distillation, and blocks where
+            `finish.block.fresh` says so.
         expert_shrinkage: so many tokens for each input are added to the statistics of an expert, as the experts of its
             layer receive them on average.
         expert_weighting: "squared" counts an expert's tokens by the squares of their routing weights; "none" all alike.
@@ -441,8 +442,10 @@ def _check_fresh(finish: Finish, fresh: Tensor | None, held_out: Tensor | None) 
     if finish.tokens is not None or (finish.distil is not None and finish.distil.windows is not None):
         raise UserError("finish.tokens and finish.distil.windows are keys of runs: give the text itself, fresh=TOKENS")
     if fresh is None:
+        if finish.block is not None and finish.block.fresh:
+            raise UserError("finish.block.fresh=True trains on fresh text: give it, fresh=TOKENS")
         return
-    if finish.distil is None:
+    if not finish.reads:
         raise UserError("fresh is text to distil on: give finish='distil' or 'block+distil'")
     if shared := int(Spoken([held_out]).within(fresh).sum()):
         raise UserError(f"{shared} of {len(fresh)} windows of fresh share text with held_out: leave them out")

@@ -15,13 +15,14 @@ from .ladder import CALIBRATION, Ladder, naming_the_step
 from .replay import Replay
 
 HELD_OUT = "held out"
+FRESH = "fresh"  # text that blocks are finished on beside the calibration windows
 DENSE = "dense"  # in front of a stream's name: the same windows through the dense model, beside the pruned one
 
 
 @dataclass
 class Streams:
-    """Hidden states by name: those of the calibration windows, of held-out ones, and of both through the dense model
-    where they go through the pruned one. None at all where no block needs a forward.
+    """Hidden states by name: those of the calibration windows, of held-out ones and of fresh text, and of all of them
+    through the dense model where they go through the pruned one. None at all where no block needs a forward.
 
     All are under one ladder against lack of device memory.
 
@@ -82,6 +83,11 @@ class Streams:
         return self.states.get(HELD_OUT)
 
     @property
+    def fresh(self) -> HiddenStates | None:
+        """Those of fresh text, where blocks are finished on it."""
+        return self.states.get(FRESH)
+
+    @property
     def beside(self) -> HiddenStates:
         """Those of the calibration windows through the dense model."""
         return self.states[f"{DENSE} {CALIBRATION}"]
@@ -109,7 +115,7 @@ class Streams:
         """
         found = {}
         for name in self.states:
-            if f"{DENSE} {name}" in self.states:
+            if f"{DENSE} {name}" in self.states and name != FRESH:
                 errors = self._errors(name)
                 errors = torch.cat(gather([errors])) if name == CALIBRATION else errors
                 rest = errors[:, 1:] if errors.shape[1] > 1 else errors

@@ -38,7 +38,8 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
     if isinstance(error, MarkedYAMLError):
         return _broken_yaml(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _unknown_choice(str(error.missing_cfg_file), error.options or [])
+        path = str(error.missing_cfg_file)
+        return _unknown_choice(path, error.options or options(path.rpartition("/")[0]))  # of a list Hydra names none
     if broken := broken_file():
         return broken
     if isinstance(error, KeyError) and not isinstance(error, OmegaConfBaseException):

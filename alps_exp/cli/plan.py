@@ -213,20 +213,27 @@ def _training_flops(settings: Settings, block_weights: int, weights: int) -> flo
     held_out = windows.data.holdout
     found = 0.0
     for choice, size, trained in (
-        (finish.block, block_weights, windows.nsamples),
+        (finish.block, block_weights, windows.nsamples + _fresh_blocks(settings)),
         (finish.distil, weights, windows.nsamples + _fresh(settings)),
     ):
         if choice is not None:
             looks = 1 + max(4, choice.epochs)
             found += 2 * size * windows.seqlen * (3 * choice.epochs * trained + looks * held_out)
+    found += 2 * 2 * block_weights * windows.seqlen * _fresh_blocks(settings)  # through the dense blocks and the pruned
     if finish.distil is not None:  # what the dense model makes of the windows
         found += 2 * block_weights * windows.seqlen * (windows.nsamples + _fresh(settings) + held_out)
     return found
 
 
 def _fresh(settings: Settings) -> int:
-    """Windows of fresh text to distil on."""
+    """Windows of fresh text to train on."""
     return settings.finish.fresh(settings.calibration.nsamples, settings.calibration.seqlen)
+
+
+def _fresh_blocks(settings: Settings) -> int:
+    """Those that blocks are finished on, too."""
+    block = settings.finish.block
+    return _fresh(settings) if block is not None and block.fresh else 0
 
 
 def _passes(settings: Settings, needed: Statistics) -> float:
@@ -243,10 +250,11 @@ def _passes(settings: Settings, needed: Statistics) -> float:
 
 
 def _hidden(settings: Settings) -> tuple[int, str | None]:
-    """Bytes of the calibration windows' hidden states, and where they lie; None where there are none."""
+    """Bytes of the hidden states of all windows trained on, and where they lie; None where there are none."""
     windows, beside = settings.calibration, settings.target.beside or settings.finish.block is not None
     width = getattr(settings.model.config, "hidden_size", 0)
-    size = windows.nsamples * windows.seqlen * width * settings.itemsize * (1 + beside)
+    read = windows.nsamples + _fresh_blocks(settings)
+    size = read * windows.seqlen * width * settings.itemsize * (1 + beside)
     if not _needed(settings):
         return size, None
     return size, choose_place(settings.device, size) if settings.hidden_states == "auto" else settings.hidden_states

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.ladder import CALIBRATION
-from ..calibration.streams import DENSE, HELD_OUT
+from ..calibration.streams import DENSE, FRESH, HELD_OUT
 from ..model.blocks import hidden_of
 from ..pruning.block import BlockProblem
 from ..pruning.stages import Stage
@@ -39,13 +39,13 @@ class FinishBlock(Stage):
         if not block.layers:
             return
         ladder, streams, team = block.tools.ladder, block.streams, block.tools.team
-        windows, every = streams.calibration, len(block.job.tokens)
+        windows, every = streams.calibration, len(block.job.tokens) + block.job.fresh_blocks
         share = None if self.minutes is None else self.minutes / block.job.blocks
         trainer = Trainer(
             block.module,
             _masks(block),
             _Loss(block),
-            len(windows),
+            len(windows) + (len(streams.fresh) if streams.fresh is not None else 0),
             self.choice.recipe(every, windows.width, share, ladder.micro),
             held_out=len(streams.held_out),
             working=_WIDE,
@@ -72,9 +72,23 @@ class _Loss:
         self._dtype = torch.promote_types(next(iter(block.layers.values())).weight.dtype, torch.float32)
 
     def __call__(self, numbers: Sequence[int], held_out: bool) -> Tensor:
-        block, name = self._block, HELD_OUT if held_out else CALIBRATION
-        hidden = block.streams.states[name].take(numbers)
+        block = self._block
+        hidden = self._taken("", numbers, held_out)
         call = block.model.call(block.index, hidden)
         args, kwargs = floats_in(self._dtype, (call.args, call.kwargs))
         output = hidden_of(block.module(hidden.to(self._dtype), *args, **kwargs))
-        return relative_error(output, block.streams.states[f"{DENSE} {name}"].take(numbers))
+        return relative_error(output, self._taken(f"{DENSE} ", numbers, held_out))
+
+    def _taken(self, through: str, numbers: Sequence[int], held_out: bool) -> Tensor:
+        """Hidden states of windows; the numbers of fresh ones follow those of the calibration windows."""
+        states = self._block.streams.states
+        if held_out:
+            return states[f"{through}{HELD_OUT}"].take(numbers)
+        first = len(states[CALIBRATION])
+        own, more = [n for n in numbers if n < first], [n - first for n in numbers if n >= first]
+        parts = [states[f"{through}{name}"].take(part) for name, part in ((CALIBRATION, own), (FRESH, more)) if part]
+        if len(parts) == 1:
+            return parts[0]
+        job = self._block.job
+        self._block.model.know_calls(torch.cat([job.tokens, job.fresh])[: len(numbers)])  # of this shape
+        return torch.cat(parts)

@@ -38,7 +38,7 @@ class PruneJob:
         allocation: how the sparsity is divided among layers.
         sensitivity: whether gradients of the dense model weigh the outputs.
         finish: which gradients the kept weights follow after that.
-        fresh: (windows, seqlen) text to distil on beside the calibration windows.
+        fresh: (windows, seqlen) text that finishing trains on beside the calibration windows.
         shrinkage: how many tokens of all experts of a layer an expert's statistics borrow for each input.
         weighting: how a token counts in an expert's statistics, one of `WEIGHTINGS`.
         text: (windows, seqlen) text that a method trains on beside the calibration windows.
@@ -69,6 +69,12 @@ class PruneJob:
     def beside(self) -> bool:
         """Whether the dense model's hidden states go through the blocks beside those of the pruned one."""
         return self.target.beside or self.finish.block is not None
+
+    @property
+    def fresh_blocks(self) -> int:
+        """Windows of fresh text that blocks are finished on."""
+        asked = self.finish.block is not None and self.finish.block.fresh and self.fresh is not None
+        return len(self.fresh) if asked else 0
 
     @property
     def shared(self) -> Mapping[str, Pattern]:

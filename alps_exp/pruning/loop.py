@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ..base.clock import Stopwatch
 from ..base.progress import Progress
 from ..calibration.ladder import CALIBRATION
-from ..calibration.streams import HELD_OUT, Streams
+from ..calibration.streams import FRESH, HELD_OUT, Streams
 from ..model.blocks import BlockModel
 from ..model.structure import blocks_of
 from .block import BlockProblem
@@ -80,6 +80,7 @@ def _open(model: BlockModel, job: PruneJob, tools: Tools) -> Streams:
         return Streams(model, tools.ladder)
     windows = {CALIBRATION: tools.team.windows(job.tokens)}
     windows |= {HELD_OUT: job.held_out} if job.held_out is not None else {}
+    windows |= {FRESH: tools.team.windows(job.fresh)} if job.fresh_blocks else {}
     # Beside the dense model, windows go through the last block too, to tell how far the two have come apart.
     blocks = last + 1 + beside
     return Streams.open(model, windows, job.batch_size, blocks, tools.ladder, job.propagate, beside)

@@ -165,6 +165,8 @@ def _canonical_finish(node: Mapping) -> dict:
         floats = {field.name for field in dataclasses.fields(getattr(finish, stage)) if "float" in str(field.type)}
         pairs = node[stage].items()
         found[stage] = {k: float(v) if k in floats and type(v) is int else v for k, v in pairs}
+        if found[stage].get("fresh") is False:  # as before there was such a key
+            del found[stage]["fresh"]
     beside = {key: node[key] for key in BESIDE if node.get(key) is not None}
     changed = {"path": _absolute, "minutes": float}
     return found | {key: changed.get(key, lambda value: value)(value) for key, value in beside.items()}

@@ -344,6 +344,8 @@ def _check_finish(cfg: Mapping, method: Method, finish: Finish) -> None:
             "leave it out"
         )
     finish.check(cfg["propagate"], cfg["data"]["holdout"], cfg["nsamples"])
+    if finish.block is not None and finish.block.fresh and not finish.fresh(cfg["nsamples"], cfg["seqlen"]):
+        raise UserError("finish.block.fresh=true trains on fresh text: say how much (finish.tokens=1000000)")
     if finish.distil is not None:
         refuse_streamed(cfg["stream"] is True)
     if finish.block is not None and isinstance(method, ModelMethod):

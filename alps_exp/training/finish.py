@@ -71,7 +71,8 @@ class Finishing:
         """
         same = ("batch", "warmup", "clip", "patience", "precision", "state")
         return Recipe(
-            rate=self.rate * math.sqrt(_WIDTH / width),
+            rate=self.rate,
+            scale=math.sqrt(_WIDTH / width),
             steps=self.epochs * math.ceil(windows / self.batch),
             judged=max(4, self.epochs),
             minutes=minutes,
@@ -84,9 +85,19 @@ class Finishing:
 
 @dataclass(frozen=True)
 class BlockFinish(Finishing):
-    """Block by block, towards the dense block's output; `minutes` are those of all blocks together."""
+    """Block by block, towards the dense block's output; `minutes` are those of all blocks together.
+
+    Attributes:
+        fresh: whether windows of fresh text are trained on, too.
+    """
+
+    fresh: bool = False
 
     key = "finish.block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(f"{self.key}.fresh", self.fresh, (False, True))
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Finish:
 
     Attributes:
         block, distil: how, or None.
-        data: name of the data set whose text is distilled on beside the calibration windows; None: the calibration's.
+        data: name of the data set whose text is trained on beside the calibration windows; None: the calibration's.
         path: a local file in place of that data set's.
         tokens: of that text, each of which every epoch sees.
         minutes: both end after so long together: `block` after half of it, `distil` after what is left; None: when all
@@ -139,9 +150,12 @@ class Finish:
                     raise UserError(f"finish.{key}={value} is text to distil on: say how much (finish.tokens=1000000)")
             return
         require("finish.tokens", self.tokens, int, 1, float("inf"))
-        if self.distil is None:
-            raise UserError(f"finish.tokens={self.tokens} is text to distil on: give finish=distil or [block,distil]")
-        if self.distil.windows is not None:
+        if not self.reads:
+            raise UserError(
+                f"finish.tokens={self.tokens} is text to distil on: give finish=distil, [block,distil], or "
+                "finish.block.fresh=true, which trains blocks on it"
+            )
+        if self.distil is not None and self.distil.windows is not None:
             raise UserError(
                 f"finish.tokens={self.tokens} and finish.distil.windows={self.distil.windows} both say how much text "
                 "there is: leave one of them out"
@@ -151,6 +165,11 @@ class Finish:
     def name(self) -> str:
         """As it is written: "none", "block", "distil" or "block+distil"."""
         return "+".join(stage for stage in STAGES if getattr(self, stage) is not None) or "none"
+
+    @property
+    def reads(self) -> bool:
+        """Whether a stage reads fresh text, where there is some."""
+        return self.distil is not None or (self.block is not None and self.block.fresh)
 
     @property
     def block_minutes(self) -> float | None:

@@ -309,10 +309,13 @@ class Masters:
         for name, value in self.values.items():
             value.copy_(values[name])
 
-    def check_zeros(self, what: str) -> None:
-        """Raise RuntimeError if any pruned entry of the module's weights is not zero."""
+    def check_zeros(self, what: str) -> int:
+        """How many entries of the module's weights were pruned. Raises RuntimeError if any of them is not zero."""
+        zeros = 0
         for name, places in self._places.items():
             if places is not None:
                 weight = self._weights[name].data
                 if weight.count_nonzero() != self._picked(weight, places, weight.dtype).count_nonzero():
                     raise RuntimeError(f"{what}: {name} has weights that are not zero where it was pruned")
+                zeros += weight.numel() - places.count
+        return zeros

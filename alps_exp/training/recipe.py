@@ -19,7 +19,7 @@ class Recipe:
     """How a training goes.
 
     Attributes:
-        rate: learning rate of AdamW after the warm-up.
+        rate: learning rate of AdamW after the warm-up, as the user gave it.
         steps: how many.
         batch: windows per step; the last step of an epoch takes those that are left.
         betas: decay of AdamW's moments.
@@ -38,6 +38,7 @@ class Recipe:
         saved: steps between checkpoints, where there is a file for them and one is due (`Trainer`).
         seed: of the order of the windows.
         key: how the user names these settings, for messages.
+        scale: what the rate is multiplied by, where it is meant for a model of another size.
     """
 
     rate: float
@@ -58,6 +59,7 @@ class Recipe:
     saved: int = 100
     seed: int = 0
     key: str = "training"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         above = {"open_low": True}
@@ -91,7 +93,7 @@ class Recipe:
             gone = min(1.0, max(gone, seconds / (60 * self.minutes)))
         rising = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
         falling = {"cosine": 0.5 * (1 + math.cos(math.pi * gone)), "linear": 1 - gone, "constant": 1.0}
-        return self.rate * rising * falling[self.schedule]
+        return self.rate * self.scale * rising * falling[self.schedule]
 
     def compute(self, device: torch.device) -> torch.dtype:
         """In what products are made on this device."""

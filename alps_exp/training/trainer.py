@@ -83,6 +83,7 @@ class Training:
         curve: of every look: `step`, `loss` (mean over the windows since the look before; none at the start),
             `held_out`, `rate`, `seconds`.
         micro: windows per backward pass in the end.
+        zeros: pruned entries of the weights that were trained, every one of which was seen to be zero in the end.
         notes: what was done for want of device memory.
     """
 
@@ -96,6 +97,7 @@ class Training:
     ended: str = "all steps"
     curve: list[dict] = field(default_factory=list)
     micro: int = 0
+    zeros: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -208,8 +210,8 @@ class Trainer:
         for companion in self._companions:
             companion.end(self)
         self.masters.write()
-        self.masters.check_zeros(self.label)
         done = self._done
+        done.zeros = self.masters.check_zeros(self.label)
         done.seconds, done.micro = self._seconds(), self.micro
         if not self._held_out:
             done.kept = done.steps

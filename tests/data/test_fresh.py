@@ -115,7 +115,6 @@ def test_more_of_the_calibrations_own_text_is_free_of_what_judges_it(words, tmp_
         ("finish.tokens=99 finish.data=c5", "unknown data set 'c5'"),
         ("finish.tokens=99 finish.path=/no/file.txt", "finish.path=/no/file.txt does not exist"),
         ("finish.tokens=99 finish.data=generated finish.path=x.txt", "finish.data=generated has no file"),
-        ("finish=block finish.tokens=99", "unknown key 'finish.tokens'"),
     ],
     ids=lambda text: text[:60],
 )

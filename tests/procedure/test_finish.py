@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,24 +107,29 @@ def follow(loss, layers: list[nn.Module], recipe: Recipe, windows: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "opt-350m", "gpt-neox"])
-def test_blocks_are_finished_as_by_a_plain_loop(family):
-    ours, plain = network(family), network(family)
-    record = prune(ours, CHOICES["block"])
+@pytest.mark.parametrize(
+    ("family", "fresh"),
+    [*((family, 0) for family in ("llama", "gemma3", "opt", "opt-350m", "gpt-neox")), ("llama", 5)],
+)
+def test_blocks_are_finished_as_by_a_plain_loop(family, fresh):
+    ours, plain, ids = network(family), network(family), tokens(20)
+    choice = dataclasses.replace(CHOICES["block"].block, fresh=bool(fresh))
+    record = prune(ours, Finish(block=choice), fresh=ids[15:] if fresh else None)
     assert prune(plain, "none")["summary"]["layers"] == record["summary"]["layers"]
-    dense, ids = Outputs(network(family)), tokens(15)
+    dense = Outputs(network(family))
     prefix, blocks = find_blocks(plain)
     for index, block in enumerate(blocks):
         outputs = Outputs(plain)
 
         def loss(numbers, held_out, index=index, outputs=outputs):
-            rows = ids[[number + 12 * held_out for number in numbers]]
+            # 12 windows to calibrate on, three that are held out, then fresh ones.
+            rows = ids[[n + 12 if held_out else n if n < 12 else n + 3 for n in numbers]]
             with torch.no_grad():
                 wanted = dense.of(index, rows)
             return ((outputs.of(index, rows) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
         layers = [layer.module for layer in block_layers(block, f"{prefix}.{index}").values()]
-        follow(loss, layers, CHOICES["block"].block.recipe(12, 32, None), 12)
+        follow(loss, layers, choice.recipe(12 + fresh, 32, None), 12 + fresh)
         found = record["finish"]["blocks"][index]
         assert found["block"] == index and found["after"] < found["before"]
         assert found["after"] == pytest.approx(loss(range(3), True).item(), rel=2e-4)
@@ -200,6 +206,10 @@ def test_zeros_stay_where_they_are_in_their_exact_number(finish, sparsity):
     assert [row["sparsity"] for row in record["layers"]] == [row["sparsity"] for row in other["layers"]]
     changed = [not torch.equal(finished.get_submodule(n).weight, plain.get_submodule(n).weight) for n in before]
     assert all(changed)
+    zeros, made = sum(int((~mask).sum()) for mask in before.values()), record["finish"]
+    if "distil" in made:
+        assert made["distil"]["zeros"] == zeros
+    assert sum(row["zeros"] for row in made.get("blocks", [])) == (zeros if "block" in finish else 0)
 
 
 @dataclass(frozen=True)
@@ -429,8 +439,11 @@ def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
 @pytest.mark.slow
 def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity, monkeypatch):
     monkeypatch.setattr(together, "_start", Served)
+    words = [*words, "finish.tokens=300", "finish.block.fresh=true"]
     record = execute([*words, "finish=[block,distil]", "devices=2"], tmp_path)
     alone = execute([*words, "finish=block"], tmp_path / "alone")
+    assert alone["finish"]["blocks"][0]["windows"] == 4 * (8 + 5)
+    assert alone["drift"][0].keys() == record["drift"][0].keys() == {"calibration", "held out"}
     for one, other in zip(record["finish"]["blocks"], alone["finish"]["blocks"], strict=True):
         assert (one["steps"], one["windows"], one["tokens"]) == (other["steps"], other["windows"], other["tokens"])
         assert one["before"] == pytest.approx(other["before"], rel=0.05)
@@ -479,8 +492,10 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=block finish.minutes=soon", "finish.minutes='soon' is not allowed"),
         ("finish=block finish.block.precision=half", "finish.block.precision='half' is not allowed"),
         ("finish=blok", "unknown finish 'blok'; did you mean block?"),
-        ("finish=[block,foo]", "unknown finish 'foo'"),
+        ("finish=[block,foo]", "unknown finish 'foo'; known: block, distil, none"),
         ("finish=[block,3]", "finish=[block,3] is a list"),
+        ("finish=block finish.block.fresh=true", "finish.block.fresh=true trains on fresh text: say how much"),
+        ("finish=block finish.tokens=99", "finish.tokens=99 is text to distil on: give finish=distil, [block,distil]"),
         ("finish=block finish.block.epoch=3", "unknown key 'finish.block.epoch'"),
         ("finish=distil finish.block.epochs=3", "unknown key 'finish.block"),
         ("finish=block method=dense", "finish=block finishes what was pruned, and method=dense prunes nothing"),
@@ -540,6 +555,7 @@ def test_no_finish_changes_no_name_and_the_order_of_stages_none_either(words):
         digests[more] = Configuration.of(compose([*words, *filter(None, [more])])).digest
     assert digests[""] == digests["finish=none"]
     assert digests["finish=block"] == digests["finish=[block]"] != digests[""]
+    assert "fresh" not in Configuration.of(compose([*words, "finish=block"])).content["finish"]["block"]
     assert digests["finish=[block,distil]"] == digests["finish=[distil,block]"] != digests["finish=block"]
     whole = Configuration.of(compose([*words, "finish=block", "finish.block.clip=1"])).digest
     assert whole == Configuration.of(compose([*words, "finish=block", "finish.block.clip=1.0"])).digest
@@ -547,8 +563,10 @@ def test_no_finish_changes_no_name_and_the_order_of_stages_none_either(words):
 
 def test_the_rate_goes_with_the_width():
     choice = BlockFinish(rate=1e-3, epochs=3)
-    assert choice.recipe(128, 576, None).rate == pytest.approx(1e-3)
-    assert choice.recipe(128, 4 * 576, None).rate == pytest.approx(5e-4)
+    for width, rate in ((576, 1e-3), (4 * 576, 5e-4)):
+        recipe = choice.recipe(128, width, None)
+        assert recipe.rate == 1e-3 and recipe.rate_at(0, 0) == pytest.approx(rate)  # messages name what was given
+    assert BlockFinish(rate=1.0).recipe(8, 36, None).rate_at(0, 0) == pytest.approx(4.0)
     assert choice.recipe(126, 576, None).steps == 96
     assert choice.recipe(8, 576, 2.5, micro=8).micro == 4
 
