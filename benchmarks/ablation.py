@@ -14,8 +14,10 @@ import argparse
 import copy
 import statistics
 import time
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,7 +30,9 @@ from alps_exp.evaluation.perplexity import perplexity
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
+from alps_exp.model.residual import Addition
 from alps_exp.patterns import NM, parse_sparsity
+from alps_exp.pruning import capture
 
 
 def outputs(rows: float, windows: int = 8) -> SensitivityChoice:
@@ -48,6 +52,8 @@ VARIANTS: dict[str, dict] = {
     "order: plain, group by group": {"capture": "groups"},
     "ridge 0.001": {"target": StreamTarget(ridge=0.001)},
     "ridge 0.1": {"target": StreamTarget(ridge=0.1)},
+    "the stream's error left out": STREAM | {"without_error": True},
+    "the stream's error left out, strength 1": {"target": StreamTarget(strength=1.0), "without_error": True},
     "rows 0.5, plain": {"sensitivity": outputs(0.5)},
     "rows 1, plain": {"sensitivity": outputs(1.0)},
     "rows 0.5, stream": STREAM | {"sensitivity": outputs(0.5)},
@@ -84,6 +90,11 @@ def divided(sparsity: str) -> dict[str, dict]:
                 f"{among}, sensitivity, stream": STREAM | {"sensitivity": outputs(0.0), "allocation": gradients},
             }
     return found
+
+
+def _none(dense: Addition, pruned: Addition) -> torch.Tensor:
+    """In place of h_d - h_p: of r only W(x_d - x_p) is left."""
+    return torch.zeros_like(pruned.stream)
 
 
 def main() -> None:
@@ -125,13 +136,14 @@ def main() -> None:
         found, seconds = [], []
         for seed in options.seeds:
             model.load_state_dict(dense)
-            rest = {key: value for key, value in variant.items() if key != "text"}
+            rest = {key: value for key, value in variant.items() if key not in ("text", "without_error")}
             if "text" in variant:
                 tokens = generate_tokens(model, tokenizer, **drawn, seed=seed)
             else:
                 tokens = calibration_tokens(web, tokenizer, **drawn, seed=seed)[0]
             begin = time.perf_counter()
-            prune_model(model, tokens, options.method, options.sparsity, batch_size=8, **rest)
+            with mock.patch.object(capture, "_error", _none) if "without_error" in variant else nullcontext():
+                prune_model(model, tokens, options.method, options.sparsity, batch_size=8, **rest)
             seconds.append(time.perf_counter() - begin)
             found.append(perplexities())
         cells = [f"{statistics.fmean(values):.4g}" for values in zip(*found, strict=True)]
