@@ -49,7 +49,7 @@ from ..layer.solver import Solution, Solver
 from ..layer.trace import Trace
 from ..numerics.fit import fit_on_support
 from ..numerics.kernels import kernel_for
-from ..numerics.precision import Multiplier, fast_products, halves, low_precision
+from ..numerics.precision import EIGHT, Multiplier, eight_product, eights, fast_products, halves, low_precision
 from ..numerics.resolvent import NODES, Resolvent, first_node, multiplies
 from ..patterns import Pattern
 from ..patterns.tracker import Tracker
@@ -59,6 +59,8 @@ SCHEDULES = ("geometric", "paper")
 
 # In half precision, differences of weights are brought to this size, and ρ(H + ρI)⁻¹, which is below 1, to this one.
 _UNIT, _LIFT = 64.0, 2.0**14
+# In float8 ρ(H + ρI)⁻¹ is brought to this size. Products of fewer entries wait for their launch.
+_EIGHT_LIFT, _EIGHT_WORTH = 256.0, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,8 @@ class _Stack:
         self._halves = self._low is not None and halves(device)
         if self._halves:
             self._low = torch.float16
+        rows = sum(problems[0].weight.shape[0] for problems, _ in columns)
+        self._eights = self._halves and self._groups == 1 and eights(device) and _worth_eights(rows, scaled.gram)
         self.layers: list[_Layer] = []
         end = 0
         for problems, pattern in columns:
@@ -366,6 +370,7 @@ class _Stack:
         for layer in self.layers:
             layer.unit /= _UNIT * _LIFT if self._halves else 1
             layer.part(self.w).div_(layer.unit)
+        self._eight_scale = self.w.new_tensor(_LIFT / _EIGHT_LIFT)
         self._step = self._rule()
         self.restart()
         self.remembered = self.support.clone()
@@ -412,7 +417,7 @@ class _Stack:
     def step(self) -> None:
         """One iteration."""
         if self._change is not None and self._target_rho == self.rho:
-            self.b = self._corrected(self.b, self._change)
+            self.b = self._next_b()
         else:
             self.b = self._restarted_b()
         self._select()
@@ -426,6 +431,12 @@ class _Stack:
         if self._halves:
             return self._corrected(self.w, difference.half())
         return (difference @ self.resolvent.at(self.rho)).add_(self.w)
+
+    def _next_b(self) -> Tensor:
+        if not self._eights:
+            return self._corrected(self.b, self._change)
+        right = self.resolvent.eight_at(self.rho, _LIFT, _EIGHT_LIFT)
+        return self.b.add_(eight_product(self._change, right, self._eight_scale))
 
     @property
     def _factor(self) -> float:
@@ -443,7 +454,7 @@ class _Stack:
         scale = self._target_rho / self.rho
         if self._step is not None:
             if self._change is None:
-                self._change = torch.empty_like(self.b, dtype=self._low)
+                self._change = torch.empty_like(self.b, dtype=EIGHT if self._eights else self._low)
             self._step(self.b, self.target, self.support, scale, self._factor, self._change)
         else:
             former = self.target * self.support
@@ -451,7 +462,9 @@ class _Stack:
             self.support = self._chosen(lambda layer, score: layer.tracker(score), target)
             if self._low is not None:
                 change = (target * self.support).mul_(2).sub_(self.b).sub_(former)
-                self._change = change.mul_(self._factor).to(self._low)
+                change.mul_(self._factor)
+                largest = torch.finfo(EIGHT).max
+                self._change = change.clamp_(-largest, largest).to(EIGHT) if self._eights else change.to(self._low)
             self.target = target
         self._target_rho = self.rho
 
@@ -535,6 +548,10 @@ class _Stack:
 def _sampled(b: Tensor, target: Tensor, support: Tensor, scale: float) -> Tensor:
     """|B + V/ρ| of the next iteration, of a sample of entries."""
     return torch.where(support, 0, target).mul_(scale).add_(b).abs_()
+
+
+def _worth_eights(rows: int, gram: Tensor) -> bool:
+    return rows % 16 == 0 and gram.shape[-1] % 16 == 0 and gram.numel() >= _EIGHT_WORTH
 
 
 def launches(device: torch.device) -> bool:

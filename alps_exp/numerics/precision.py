@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..base.fallbacks import fell_back
+
+EIGHT = torch.float8_e4m3fn
 # Least width of the stripes that a symmetric matrix is multiplied by, where half of it is left out.
 _STRIPE = 2048
 # Entries from which on a sum is worth the passes that divide its products' factors.
@@ -48,6 +52,32 @@ def low_precision(device: torch.device) -> torch.dtype | None:
 def halves(device: torch.device) -> bool:
     """Whether products of two matrices in float16 are made in float32 there, faster than those of float32 matrices."""
     return device.type == "cuda"
+
+
+@cache
+def eights(device: torch.device) -> bool:
+    """Whether products of two matrices in float8 (e4m3) run there, at twice the rate of halves."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    values = (torch.arange(32 * 64, device=device) % 15 - 7.0).view(32, 64)
+    try:
+        found = eight_product(values.to(EIGHT), values.to(EIGHT), values.new_tensor(0.5))
+    except RuntimeError as error:
+        fell_back(f"float8 products do not run here, so ALPS multiplies in float16 ({str(error).partition(chr(10))[0]})")
+        return False
+    return torch.allclose(found.float(), values @ values.T / 2, rtol=1e-2)
+
+
+def eight_product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """scale · left @ rightᵀ in bfloat16.
+
+    Args:
+        left: (rows, in) in float8, both dimensions multiples of 16.
+        right: (out, in), likewise.
+        scale: 0-dim float32 there.
+    """
+    one = torch.ones_like(scale)
+    return torch._scaled_mm(left, right.T, scale, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 class Multiplier:

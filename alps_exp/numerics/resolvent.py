@@ -24,10 +24,11 @@ from torch import Tensor
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from .kernels import kernel_for
-from .precision import fast_products, full_precision
+from .precision import EIGHT, fast_products, full_precision
 from .triangular import inverse_cholesky, lower_gram, symmetric_product, triangular_inverse
 
 NODES = 4
+_LIFT = 1024.0
 _SPAN = 15.0
 # Width up to which a single matrix's factorisations do not fill a GPU one by one.
 _SMALL = 2048
@@ -65,6 +66,8 @@ class Resolvent:
         self._low: Tensor | None = None
         self._half: Tensor | None = None
         self._half_rho: float | None = None
+        self._eight: Tensor | None = None
+        self._eight_rho: float | None = None
         self._span: int | None = None
         self._powers = multiplies(gram.device) and not elsewhere
         self._basis: list[Tensor] = []  # what (H + ρI)⁻¹ is a weighted sum of
@@ -80,7 +83,7 @@ class Resolvent:
         """The same with a basis of its own, and without waiting for the device to tell the time."""
         own = copy.copy(self)
         own._timed, own._basis = False, [part.clone() for part in self.basis(self._start)]
-        own._rho = own._half_rho = None  # nothing is taken from before
+        own._rho = own._half_rho = own._eight_rho = None  # nothing is taken from before
         return own
 
     def covers(self, rho: float) -> bool:
@@ -129,14 +132,23 @@ class Resolvent:
             self.seconds += watch.lap("resolvent") if watch is not None else 0.0
         return self._half
 
+    def eight_at(self, rho: float, lift: float, unit: float) -> Tensor:
+        """The same in float8, times ρ and `unit`, of that in float16, times ρ and `lift`."""
+        if rho != self._eight_rho:
+            half = self.half_at(rho, lift)
+            self._eight, self._eight_rho = None, rho
+            self._eight = (half * (unit / lift)).to(EIGHT)
+        return self._eight
+
     def free(self) -> None:
         """Give the memory back; the next `at` starts afresh."""
-        self._rho = self._half_rho = self._inverse = self._half = self._low = self._span = None
+        self._rho = self._half_rho = self._eight_rho = self._span = None
+        self._inverse = self._half = self._low = self._eight = None
         self._basis = []
 
     def _interpolate(self, rho: float) -> Tensor:
         basis, weights = self.basis(rho), self._weights(rho)
-        result = basis[0] * weights[0]
+        result = basis[0].to(self._gram.dtype) * weights[0]
         for part, weight in zip(basis[1:], weights[1:], strict=True):
             result.add_(part, alpha=weight)
         return result
@@ -168,11 +180,12 @@ class Resolvent:
         return self._start * _SPAN ** (span + 0.5)
 
     def _multiplied(self, span: int) -> list[Tensor]:
-        """X, X², X³, X⁴."""
-        powers = [inverse(self._gram, self._middle(span), self._name)]
-        with fast_products(self._gram.device):
-            for _ in range(1, NODES):
-                powers.append(symmetric_product(powers[-1], powers[0]))
+        """s, s², s³, s⁴ of s = cX, whose entries are below 1, times `_LIFT` in half precision: TF32's mantissa at twice
+        its rate."""
+        middle = self._middle(span)
+        powers = [inverse(self._gram, middle, self._name).mul_(middle * _LIFT).half()]
+        for _ in range(1, NODES):
+            powers.append(symmetric_product(powers[-1], powers[0], 1 / _LIFT))
         return powers
 
 
@@ -188,14 +201,14 @@ def _between_nodes(at: float) -> list[float]:
 
 
 def _in_powers(rho: float, middle: float) -> list[float]:
-    """Weights of the powers of (H + cI)⁻¹ for (H + ρI)⁻¹.
+    """Weights of the powers of s = cX, X = (H + cI)⁻¹, for (H + ρI)⁻¹.
 
-    With s = cX, r = ρ/c and 1 + (r - 1)z = 0, that is X times (1 - T₄(2s - 1) / T₄(2z - 1)) / (1 + (r - 1)s),
+    With r = ρ/c and 1 + (r - 1)z = 0, that is X times (1 - T₄(2s - 1) / T₄(2z - 1)) / (1 + (r - 1)s),
     a division without remainder.
     """
     excess = rho / middle - 1
     if abs(excess) < 1e-6:
-        return [1.0, *[0.0] * (NODES - 1)]
+        return [1 / middle / _LIFT, *[0.0] * (NODES - 1)]
     residual = [1.0, -32.0, 160.0, -256.0, 128.0]  # T₄(2s - 1) by powers of s
     size = sum(value * (-1 / excess) ** power for power, value in enumerate(residual))
     numerator = [float(not power) - value / size for power, value in enumerate(residual)]
@@ -203,7 +216,7 @@ def _in_powers(rho: float, middle: float) -> list[float]:
     for value in numerator[:-1]:
         rest = value - excess * rest
         weights.append(rest)
-    return [weight * middle**power for power, weight in enumerate(weights)]
+    return [weight / middle / _LIFT for weight in weights]
 
 
 def first_node(gram: Tensor, start: float, index: int, name: str = "the layer") -> Tensor:

@@ -78,21 +78,24 @@ def _gram(lower: Tensor, out: Tensor) -> None:
     out[:half, half:].copy_(out[half:, :half].T)
 
 
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """AB of symmetric matrices of which one is a polynomial in the other, so that AB is symmetric, too: of a large one
+def symmetric_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · AB of symmetric matrices of which one is a polynomial in the other, so that AB is symmetric, too: of a large one
     only the part below the diagonal is made, and mirrored.
 
     Args:
         left, right: (…, n, n).
     """
     size = left.shape[-1]
-    if left.ndim > 2 or size <= 2 * _SMALL:
-        return left @ right
     out = torch.empty_like(left)
+    if left.ndim > 2:
+        return torch.baddbmm(out, left, right, beta=0, alpha=scale)
+    if size <= 2 * _SMALL:
+        return torch.addmm(out, left, right, beta=0, alpha=scale)
     step = max(_SMALL, size // 8)
     for begin in range(0, size, step):
         end = min(begin + step, size)
-        torch.matmul(left[begin:end], right[:, :end], out=out[begin:end, :end])
+        own = out[begin:end, :end]
+        torch.addmm(own, left[begin:end], right[:, :end], beta=0, alpha=scale, out=own)
         out[:begin, begin:end].copy_(out[begin:end, :begin].T)
     return out
 

@@ -146,13 +146,13 @@ def sweep_step(work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, group
     """
     columns, out = work.shape[-2:]
     kept, width = group or (0, 0)
-    block = 64
+    block = 32  # with one warp: what steps wait for is in its own registers, and few rows still fill the device
     several = work.ndim > 2
     apart = [part.stride(0) if several else 0 for part in (work, keep, factor, errors)]
     with torch.cuda.device_of(work):
         _sweep_step[(triton.cdiv(out, block), len(work) if several else 1)](
             work, keep.view(torch.uint8), factor, errors, *apart, columns, out, *factor.stride()[-2:], kept,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(columns), BLOCK=block,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(columns), BLOCK=block, num_warps=1,
         )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype)
     """Σ weight · part, rounded to a lower precision, in one pass.
 
     Args:
-        parts: four contiguous float32 tensors of one shape.
+        parts: four contiguous tensors of one shape.
         weights: their weights.
         low: the lower precision.
     """
@@ -364,6 +364,8 @@ def _best_pairs(
 def _combine(a_at, b_at, c_at, d_at, a, b, c, d, low_at, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    total = a * tl.load(a_at + at, mask=inside, other=0.0) + b * tl.load(b_at + at, mask=inside, other=0.0)
-    total += c * tl.load(c_at + at, mask=inside, other=0.0) + d * tl.load(d_at + at, mask=inside, other=0.0)
+    total = a * tl.load(a_at + at, mask=inside, other=0.0).to(tl.float32)
+    total += b * tl.load(b_at + at, mask=inside, other=0.0).to(tl.float32)
+    total += c * tl.load(c_at + at, mask=inside, other=0.0).to(tl.float32)
+    total += d * tl.load(d_at + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(low_at + at, total.to(low_at.dtype.element_ty), mask=inside)
