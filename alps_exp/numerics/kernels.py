@@ -163,6 +163,30 @@ def _combine(kernel: Callable, device: torch.device) -> bool:
     return torch.allclose(kernel(parts, weights, torch.bfloat16).float(), wanted, rtol=1e-2, atol=1.0)
 
 
+def _small_numbers(count: int, device: torch.device) -> Tensor:
+    """(count,) whole numbers from -7 to 7, which float8 holds."""
+    return torch.arange(count, device=device) * 37 % 15 - 7.0
+
+
+def _rounded(kernel: Callable, device: torch.device) -> bool:
+    wanted = _small_numbers(3000, device)
+    change, left = wanted.half(), wanted.sign() / 64
+    rest, eight = left.half(), torch.empty(3000, dtype=torch.float8_e4m3fn, device=device)
+    kernel(change, rest, eight)
+    right = torch.equal(eight.float(), wanted) and torch.equal(rest.float(), left)
+    kernel(torch.full_like(change, 1000), rest.zero_(), eight)
+    return right and bool((eight.float() == 448).all())
+
+
+def _add_correction(kernel: Callable, device: torch.device) -> bool:
+    b, diagonal = _numbers(64 * 50, device).view(64, 50), _numbers(50, device)
+    product = b.flip(0).div(8).bfloat16()
+    eight = _small_numbers(64 * 50, device).view(64, 50).to(torch.float8_e4m3fn)
+    wanted = b + product.float() + eight.float() * diagonal
+    kernel(b, product, eight, diagonal)
+    return torch.allclose(b, wanted)
+
+
 def _bits(kernel: Callable, device: torch.device) -> bool:
     values = _numbers(3000, device)
     mask = values > 0
@@ -184,5 +208,7 @@ PROBES: dict[str, Callable[[Callable, torch.device], bool]] = {
     "sweep_step": _sweep_step,
     "best_pairs": _best_pairs,
     "combine": _combine,
+    "rounded": _rounded,
+    "add_correction": _add_correction,
     "Bits": _bits,
 }

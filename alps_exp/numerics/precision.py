@@ -63,9 +63,10 @@ def eights(device: torch.device) -> bool:
     try:
         found = eight_product(values.to(EIGHT), values.to(EIGHT), values.new_tensor(0.5))
     except RuntimeError as error:
-        fell_back(f"float8 products do not run here, so ALPS multiplies in float16 ({str(error).partition(chr(10))[0]})")
+        reason = str(error).partition("\n")[0]
+        fell_back(f"products in float8 do not run here, so ALPS multiplies in float16, which is slower ({reason})")
         return False
-    return torch.allclose(found.float(), values @ values.T / 2, rtol=1e-2)
+    return torch.allclose(found.float(), values @ values.T / 2, rtol=1e-2, atol=1e-2)
 
 
 def eight_product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:

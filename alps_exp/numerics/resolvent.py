@@ -24,10 +24,11 @@ from torch import Tensor
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
 from .kernels import kernel_for
-from .precision import EIGHT, fast_products, full_precision
+from .precision import EIGHT, fast_products, full_precision, halves
 from .triangular import inverse_cholesky, lower_gram, symmetric_product, triangular_inverse
 
 NODES = 4
+# What powers are multiplied by: most entries of an inverse are far below what half precision holds with all its digits.
 _LIFT = 1024.0
 _SPAN = 15.0
 # Width up to which a single matrix's factorisations do not fill a GPU one by one.
@@ -66,7 +67,7 @@ class Resolvent:
         self._low: Tensor | None = None
         self._half: Tensor | None = None
         self._half_rho: float | None = None
-        self._eight: Tensor | None = None
+        self._eight: tuple[Tensor, Tensor] | None = None
         self._eight_rho: float | None = None
         self._span: int | None = None
         self._powers = multiplies(gram.device) and not elsewhere
@@ -132,12 +133,22 @@ class Resolvent:
             self.seconds += watch.lap("resolvent") if watch is not None else 0.0
         return self._half
 
-    def eight_at(self, rho: float, lift: float, unit: float) -> Tensor:
-        """The same in float8, times ρ and `unit`, of that in float16, times ρ and `lift`."""
+    def eight_at(self, rho: float, lift: float, unit: float) -> tuple[Tensor, Tensor]:
+        """ρ(H + ρI)⁻¹ as its part off the diagonal, times `unit` in float8, and its diagonal (in,) in float32. Off the
+        diagonal of a matrix between 0 and I nothing is above ½.
+
+        Args:
+            rho: ρ, of one H (in, in).
+            lift: of `half_at`, from which it is made.
+            unit: at most 512.
+        """
         if rho != self._eight_rho:
             half = self.half_at(rho, lift)
-            self._eight, self._eight_rho = None, rho
-            self._eight = (half * (unit / lift)).to(EIGHT)
+            self._eight = None  # free the former ρ's before making this one
+            scaled = half * (unit / lift)
+            diagonal = scaled.diagonal().float() / unit
+            scaled.diagonal().zero_()
+            self._eight, self._eight_rho = (scaled.to(EIGHT), diagonal), rho
         return self._eight
 
     def free(self) -> None:
@@ -180,10 +191,12 @@ class Resolvent:
         return self._start * _SPAN ** (span + 0.5)
 
     def _multiplied(self, span: int) -> list[Tensor]:
-        """s, s², s³, s⁴ of s = cX, whose entries are below 1, times `_LIFT` in half precision: TF32's mantissa at twice
-        its rate."""
+        """s, s², s³, s⁴ of s = cX, whose entries are below 1, times `_LIFT`; in half precision where there is one, which
+        has TF32's mantissa at twice its rate."""
         middle = self._middle(span)
-        powers = [inverse(self._gram, middle, self._name).mul_(middle * _LIFT).half()]
+        powers = [inverse(self._gram, middle, self._name).mul_(middle * _LIFT)]
+        if halves(self._gram.device):
+            powers[0] = powers[0].half()
         for _ in range(1, NODES):
             powers.append(symmetric_product(powers[-1], powers[0], 1 / _LIFT))
         return powers

@@ -79,8 +79,8 @@ def _gram(lower: Tensor, out: Tensor) -> None:
 
 
 def symmetric_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · AB of symmetric matrices of which one is a polynomial in the other, so that AB is symmetric, too: of a large one
-    only the part below the diagonal is made, and mirrored.
+    """scale · AB of symmetric matrices of which one is a polynomial in the other, so that AB is symmetric, too: of
+    a large one only the part below the diagonal is made, and mirrored.
 
     Args:
         left, right: (…, n, n).

@@ -193,6 +193,55 @@ def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype)
     return rounded
 
 
+def rounded(change: Tensor, rest: Tensor, eight: Tensor) -> None:
+    """What is left over by rounding is rounded with the next change, so that it does not add up.
+
+    Args:
+        change: any shape, contiguous like the others, in low precision.
+        rest: of the same shape and dtype: what former calls have left over; overwritten.
+        eight: float8 of the same shape, overwritten: change + rest, rounded, where that is below 448.
+    """
+    size = change.numel()
+    with torch.cuda.device_of(change):
+        _rounded[(triton.cdiv(size, _BLOCK),)](change, rest, eight, size, BLOCK=_BLOCK)
+
+
+def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) -> None:
+    """b += product + eight · diag(diagonal), in one pass.
+
+    Args:
+        b: (rows, width) float32, contiguous like the others.
+        product: (rows, width).
+        eight: (rows, width) float8.
+        diagonal: (width,) float32.
+    """
+    size, width = b.numel(), b.shape[-1]
+    with torch.cuda.device_of(b):
+        _add_correction[(triton.cdiv(size, _BLOCK),)](b, product, eight, diagonal, size, width, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _rounded(change_at, rest_at, eight_at, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.load(change_at + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(rest_at + at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.minimum(tl.maximum(total, -448.0), 448.0)  # the largest that float8 holds
+    eight = total.to(eight_at.dtype.element_ty)
+    tl.store(eight_at + at, eight, mask=inside)
+    tl.store(rest_at + at, (total - eight.to(tl.float32)).to(rest_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_correction(b_at, product_at, eight_at, diagonal_at, size, width, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    b = tl.load(b_at + at, mask=inside, other=0.0)
+    b += tl.load(product_at + at, mask=inside, other=0.0).to(tl.float32)
+    diagonal = tl.load(diagonal_at + at % width, mask=inside, other=0.0)
+    tl.store(b_at + at, b + tl.load(eight_at + at, mask=inside, other=0.0).to(tl.float32) * diagonal, mask=inside)
+
+
 @triton.jit
 def _advance(b, target, support, scale):
     """(former D, new B + V/ρ)."""

@@ -21,6 +21,7 @@ from alps_exp.layer.scaled import ScaledGram
 from alps_exp.methods import alps, recorded
 from alps_exp.methods.alps import SCHEDULES, Alps, _paper_rho
 from alps_exp.numerics.fit import fit_on_support
+from alps_exp.numerics.precision import eight_product
 from alps_exp.patterns import parse_sparsity
 
 # λ₂ over the mean diagonal, in the solver and in the references.
@@ -306,3 +307,30 @@ def test_iterations_that_cannot_be_recorded_are_made_one_by_one(monkeypatch):
         assert Alps()._replayed(stack) == 6  # those that were made, so that the seventh is next
     assert list(recorded._seen) == [other]
     assert fallbacks.taken() == ["small layers are solved without recorded iterations, which is slower (out of memory)"]
+
+
+def test_corrections_in_float8_lose_next_to_nothing(monkeypatch):
+    """The way of a GPU on a CPU, its kernels and products replaced by their equations."""
+
+    def rounded(change: Tensor, rest: Tensor, eight: Tensor) -> None:
+        total = change.float() + rest.float()
+        eight.copy_(total.clamp(-448, 448))
+        rest.copy_(total - eight.float())
+
+    def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) -> None:
+        b += product.float() + eight.float() * diagonal
+
+    found = {"rounded": rounded, "add_correction": add_correction}
+    monkeypatch.setattr(alps, "kernel_for", lambda device, name: found.get(name))
+    for name, value in {"low_precision": torch.bfloat16, "halves": True, "eights": True}.items():
+        monkeypatch.setattr(alps, name, lambda device, value=value: value)
+    monkeypatch.setattr(alps, "_add_product", lambda base, a, b: base + a.float() @ b.float())
+    problem, pattern = planted(rows=192, width=128, tokens=700, dtype=torch.float32), parse_sparsity("0.7")
+
+    def loss(inputs: int) -> float:
+        monkeypatch.setattr(alps, "_EIGHT_INPUTS", inputs)
+        return problem.relative_loss(registry.solver("alps").solve(problem, pattern).weight)
+
+    half, made = loss(129), []
+    monkeypatch.setattr(alps, "eight_product", lambda *parts: made.append(1) or eight_product(*parts))
+    assert loss(128) == pytest.approx(half, rel=3e-3) and made

@@ -11,9 +11,9 @@ from alps_exp.calibration.capture import Accumulator
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
-from alps_exp.methods import recorded
+from alps_exp.methods import alps, recorded
 from alps_exp.numerics.kernels import kernel_for
-from alps_exp.numerics.precision import Multiplier, fast_products, quadratic, subtract_product
+from alps_exp.numerics.precision import Multiplier, eights, fast_products, quadratic, subtract_product
 from alps_exp.patterns import parse_sparsity
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -133,6 +133,21 @@ def test_combine(kernels):
     low = kernels.combine(parts, weights, LOW)
     full = sum(w * part for w, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(low.float(), full, rtol=1e-2, atol=1e-2)
+    halved = kernels.combine([part.half() for part in parts], weights, torch.float16)
+    torch.testing.assert_close(halved.float(), full, rtol=1e-3, atol=1e-2)
+
+
+@needs_cuda
+def test_what_rounding_leaves_over_goes_with_the_next_change(kernels):
+    changes = torch.randn(6, 100, 100, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE).mul(20).half()
+    rest, total = torch.zeros_like(changes[0]), 0
+    for change in changes:
+        eight = torch.empty_like(change, dtype=torch.float8_e4m3fn)
+        kernels.rounded(change, rest, eight)
+        total = total + eight.float()
+    wanted = changes.float().sum(0)
+    torch.testing.assert_close(total + rest.float(), wanted, rtol=0, atol=0.02)
+    assert float((total - wanted).abs().max()) < 5  # single ones deviate by up to 4
 
 
 @needs_cuda
@@ -192,8 +207,11 @@ def on(problem: LayerProblem, device: torch.device, dtype: torch.dtype) -> Layer
 
 # Large enough (more than 2²⁰ weights) for the sampled threshold on CUDA.
 @needs_cuda
+@pytest.mark.parametrize("inputs", [1024, 1 << 20], ids=["float8", "float16"])
 @pytest.mark.parametrize("written", ["0.5", "0.7", "0.9", "2:4", "4:8"])
-def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written):
+def test_alps_with_all_shortcuts_loses_what_it_loses_in_float64(written, inputs, monkeypatch):
+    monkeypatch.setattr(alps, "_EIGHT_INPUTS", inputs)
+    assert eights(DEVICE) or torch.cuda.get_device_capability() < (8, 9)
     pattern = parse_sparsity(written)
     problem = planted(rows=1200, width=1024, tokens=6000, seed=4)
     found = registry.solver("alps").solve(on(problem, DEVICE, torch.float32), pattern)

@@ -74,6 +74,16 @@ def test_half_precision_keeps_what_is_tiny():
     torch.testing.assert_close(half.float() / 0.3 / 2**14, shared.at(0.3), rtol=1e-3, atol=1e-9)
 
 
+def test_float8_leaves_the_diagonal_out():
+    shared = Resolvent(gram().float() * 1e-2 + torch.eye(48), 0.1, exact=False)
+    eight, diagonal = shared.eight_at(0.3, 2.0**14, 512.0)
+    wanted = 0.3 * shared.at(0.3)
+    torch.testing.assert_close(diagonal, wanted.diagonal(), rtol=1e-3, atol=0)
+    found = eight.float() / 512
+    assert not found.diagonal().any() and float(found.abs().max()) > 5e-4
+    torch.testing.assert_close(found, wanted - wanted.diagonal().diag(), rtol=0.07, atol=4e-6)
+
+
 def test_lower_precision_is_the_rounded_inverse():
     shared = Resolvent(gram().float(), 0.1, exact=False)
     low = shared.low_at(0.3, torch.bfloat16)
