@@ -191,8 +191,8 @@ class Resolvent:
         return self._start * _SPAN ** (span + 0.5)
 
     def _multiplied(self, span: int) -> list[Tensor]:
-        """s, s², s³, s⁴ of s = cX, whose entries are below 1, times `_LIFT`; in half precision where there is one, which
-        has TF32's mantissa at twice its rate."""
+        """s, s², s³, s⁴ of s = cX, whose entries are below 1, times `_LIFT`, where the device has it in half precision:
+        TF32's mantissa at twice its rate."""
         middle = self._middle(span)
         powers = [inverse(self._gram, middle, self._name).mul_(middle * _LIFT)]
         if halves(self._gram.device):
