@@ -215,9 +215,10 @@ def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) 
         eight: (rows, width) float8.
         diagonal: (width,) float32.
     """
-    size, width = b.numel(), b.shape[-1]
+    rows, width = b.shape
+    block = 1024
     with torch.cuda.device_of(b):
-        _add_correction[(triton.cdiv(size, _BLOCK),)](b, product, eight, diagonal, size, width, BLOCK=_BLOCK)
+        _add_correction[(rows, triton.cdiv(width, block))](b, product, eight, diagonal, width, BLOCK=block)
 
 
 @triton.jit
@@ -233,13 +234,15 @@ def _rounded(change_at, rest_at, eight_at, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_correction(b_at, product_at, eight_at, diagonal_at, size, width, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+def _add_correction(b_at, product_at, eight_at, diagonal_at, width, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = tl.program_id(0).to(tl.int64) * width + column
     b = tl.load(b_at + at, mask=inside, other=0.0)
     b += tl.load(product_at + at, mask=inside, other=0.0).to(tl.float32)
-    diagonal = tl.load(diagonal_at + at % width, mask=inside, other=0.0)
-    tl.store(b_at + at, b + tl.load(eight_at + at, mask=inside, other=0.0).to(tl.float32) * diagonal, mask=inside)
+    diagonal = tl.load(diagonal_at + column, mask=inside, other=0.0)
+    b += tl.load(eight_at + at, mask=inside, other=0.0).to(tl.float32) * diagonal
+    tl.store(b_at + at, b, mask=inside)
 
 
 @triton.jit
