@@ -59,9 +59,10 @@ SCHEDULES = ("geometric", "paper")
 
 # In half precision, differences of weights are brought to this size, and ρ(H + ρI)⁻¹, which is below 1, to this one.
 _UNIT, _LIFT = 64.0, 2.0**14
-# In float8, ρ(H + ρI)⁻¹ off the diagonal is brought to this size. It takes two more passes over the weights, which
-# products with fewer inputs do not make up for.
-_EIGHT_LIFT, _EIGHT_INPUTS = 512.0, 4096
+# In float8, differences of weights are brought to this size in all, so that larger ones than 28 of 128 wait for the next
+# product, and ρ(H + ρI)⁻¹ off the diagonal to that one. It takes two more passes over the weights, which products with
+# fewer inputs do not make up for.
+_EIGHT_UNIT, _EIGHT_LIFT, _EIGHT_INPUTS = 16.0, 512.0, 4096
 
 
 @dataclass(frozen=True)
@@ -449,15 +450,15 @@ class _Stack:
             self._rounded, self._add_correction = kernels
             self._rest = torch.empty_like(self.w, dtype=self._low)
             self._eight = torch.empty_like(self.w, dtype=EIGHT)
-            self._eight_scale = self.w.new_tensor(_LIFT / _EIGHT_LIFT)
+            self._eight_scale = self.w.new_tensor(_LIFT / _EIGHT_LIFT / _EIGHT_UNIT)
 
     def _next_b(self) -> Tensor:
         if not self._eights:
             return self._corrected(self.b, self._change)
         right, diagonal = self.resolvent.eight_at(self.rho, _LIFT, _EIGHT_LIFT)
-        self._rounded(self._change, self._rest, self._eight)
+        self._rounded(self._change, self._rest, self._eight, _EIGHT_UNIT)
         product = eight_product(self._eight, right, self._eight_scale)
-        self._add_correction(self.b, product, self._eight, diagonal * _LIFT)
+        self._add_correction(self.b, product, self._eight, diagonal * (_LIFT / _EIGHT_UNIT))
         return self.b
 
     @property

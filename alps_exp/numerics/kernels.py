@@ -170,12 +170,12 @@ def _small_numbers(count: int, device: torch.device) -> Tensor:
 
 def _rounded(kernel: Callable, device: torch.device) -> bool:
     wanted = _small_numbers(3000, device)
-    change, left = wanted.half(), wanted.sign() / 64
+    change, left = wanted.half() / 4, wanted.sign() / 64
     rest, eight = left.half(), torch.empty(3000, dtype=torch.float8_e4m3fn, device=device)
-    kernel(change, rest, eight)
+    kernel(change, rest, eight, 4.0)
     right = torch.equal(eight.float(), wanted) and torch.equal(rest.float(), left)
-    kernel(torch.full_like(change, 1000), rest.zero_(), eight)
-    return right and bool((eight.float() == 448).all())
+    kernel(torch.full_like(change, 1000), rest.zero_(), eight, 4.0)
+    return right and bool((eight.float() == 448).all() and (rest == 888).all())
 
 
 def _add_correction(kernel: Callable, device: torch.device) -> bool:

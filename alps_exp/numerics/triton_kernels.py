@@ -193,17 +193,18 @@ def combine(parts: Sequence[Tensor], weights: Sequence[float], low: torch.dtype)
     return rounded
 
 
-def rounded(change: Tensor, rest: Tensor, eight: Tensor) -> None:
-    """What is left over by rounding is rounded with the next change, so that it does not add up.
+def rounded(change: Tensor, rest: Tensor, eight: Tensor, unit: float) -> None:
+    """What is left over by rounding, or is too large, is rounded with the next change, so that it does not add up.
 
     Args:
         change: any shape, contiguous like the others, in low precision.
         rest: of the same shape and dtype: what former calls have left over; overwritten.
-        eight: float8 of the same shape, overwritten: change + rest, rounded, where that is below 448.
+        eight: float8 of the same shape, overwritten: unit · (change + rest), between -448 and 448.
+        unit: a power of two.
     """
     size = change.numel()
     with torch.cuda.device_of(change):
-        _rounded[(triton.cdiv(size, _BLOCK),)](change, rest, eight, size, BLOCK=_BLOCK)
+        _rounded[(triton.cdiv(size, _BLOCK),)](change, rest, eight, unit, 1 / unit, size, BLOCK=_BLOCK)
 
 
 def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) -> None:
@@ -222,15 +223,14 @@ def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) 
 
 
 @triton.jit
-def _rounded(change_at, rest_at, eight_at, size, BLOCK: tl.constexpr):
+def _rounded(change_at, rest_at, eight_at, unit, inverse, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.load(change_at + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(rest_at + at, mask=inside, other=0.0).to(tl.float32)
-    total = tl.minimum(tl.maximum(total, -448.0), 448.0)  # the largest that float8 holds
-    eight = total.to(eight_at.dtype.element_ty)
+    eight = tl.minimum(tl.maximum(total * unit, -448.0), 448.0).to(eight_at.dtype.element_ty)
     tl.store(eight_at + at, eight, mask=inside)
-    tl.store(rest_at + at, (total - eight.to(tl.float32)).to(rest_at.dtype.element_ty), mask=inside)
+    tl.store(rest_at + at, (total - eight.to(tl.float32) * inverse).to(rest_at.dtype.element_ty), mask=inside)
 
 
 @triton.jit

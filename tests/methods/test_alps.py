@@ -312,10 +312,10 @@ def test_iterations_that_cannot_be_recorded_are_made_one_by_one(monkeypatch):
 def test_corrections_in_float8_lose_next_to_nothing(monkeypatch):
     """The way of a GPU on a CPU, its kernels and products replaced by their equations."""
 
-    def rounded(change: Tensor, rest: Tensor, eight: Tensor) -> None:
+    def rounded(change: Tensor, rest: Tensor, eight: Tensor, unit: float) -> None:
         total = change.float() + rest.float()
-        eight.copy_(total.clamp(-448, 448))
-        rest.copy_(total - eight.float())
+        eight.copy_((total * unit).clamp(-448, 448))
+        rest.copy_(total - eight.float() / unit)
 
     def add_correction(b: Tensor, product: Tensor, eight: Tensor, diagonal: Tensor) -> None:
         b += product.float() + eight.float() * diagonal
