@@ -59,9 +59,9 @@ SCHEDULES = ("geometric", "paper")
 
 # In half precision, differences of weights are brought to this size, and ρ(H + ρI)⁻¹, which is below 1, to this one.
 _UNIT, _LIFT = 64.0, 2.0**14
-# In float8, differences of weights are brought to this size in all, so that larger ones than 28 of 128 wait for the next
-# product, and ρ(H + ρI)⁻¹ off the diagonal to that one. It takes two more passes over the weights, which products with
-# fewer inputs do not make up for.
+# In float8, differences of weights are multiplied by the first, so that what is above 28 of 128 waits for the next
+# product, and ρ(H + ρI)⁻¹ off the diagonal is brought to the second. Below that many inputs nothing is gained, since two
+# more passes over the weights are made.
 _EIGHT_UNIT, _EIGHT_LIFT, _EIGHT_INPUTS = 16.0, 512.0, 4096
 
 

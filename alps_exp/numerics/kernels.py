@@ -170,7 +170,7 @@ def _small_numbers(count: int, device: torch.device) -> Tensor:
 
 def _rounded(kernel: Callable, device: torch.device) -> bool:
     wanted = _small_numbers(3000, device)
-    change, left = wanted.half() / 4, wanted.sign() / 64
+    change, left = wanted.half() / 4, wanted.sign() / 256
     rest, eight = left.half(), torch.empty(3000, dtype=torch.float8_e4m3fn, device=device)
     kernel(change, rest, eight, 4.0)
     right = torch.equal(eight.float(), wanted) and torch.equal(rest.float(), left)
