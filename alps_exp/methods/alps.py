@@ -60,8 +60,8 @@ SCHEDULES = ("geometric", "paper")
 # In half precision, differences of weights are brought to this size, and ρ(H + ρI)⁻¹, which is below 1, to this one.
 _UNIT, _LIFT = 64.0, 2.0**14
 # In float8, differences of weights are multiplied by the first, so that what is above 28 of 128 waits for the next
-# product, and ρ(H + ρI)⁻¹ off the diagonal is brought to the second. Below that many inputs nothing is gained, since two
-# more passes over the weights are made.
+# product, and ρ(H + ρI)⁻¹ off the diagonal is brought to the second. Below that many inputs nothing is gained: it takes
+# two more passes over the weights.
 _EIGHT_UNIT, _EIGHT_LIFT, _EIGHT_INPUTS = 16.0, 512.0, 4096
 
 
@@ -83,7 +83,8 @@ class Alps(Solver):
         damping: λ₂ over the mean of the Gram matrix's diagonal.
         pcg_iterations: at most, of the fit on the support.
         exact: factorise for every ρ and multiply in the problem's own precision (always so in float64); otherwise the
-            resolvent is interpolated and most products run in float16, bfloat16 or TF32 where the device has them.
+            resolvent is interpolated and most products run in float8, float16, bfloat16 or TF32 where the device
+            has them.
         trace: record the loss of D, the change of its support, and ρ, of every iteration.
         pcg_tolerance: the fit stops once an iteration lowers the objective by less than this fraction of it.
     """
