@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or what kind of error it is where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A phrase naming the known names nearest to `name`, or all of them when none is near."""
     known = sorted(known)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from ..base.checks import one_of, require
-from ..base.errors import UserError
+from ..base.errors import UserError, first_line
 from ..checkpoints.packed import stored_size
 from ..model.blocks import BlockModel
 from ..model.loading import context_length
@@ -193,8 +193,9 @@ def _decoder(
     try:
         return _Graph(network, device, batch, cached, steps, compiled)
     except (RuntimeError, AttributeError, KeyError, ValueError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"decoding is measured without CUDA graphs, which this model refuses ({reason})", stacklevel=2)
+        warnings.warn(
+            f"decoding is measured without CUDA graphs, which this model refuses ({first_line(error)})", stacklevel=2
+        )
         return _Steps(network, device, batch, cached, steps)
     finally:
         torch.compiler.reset()

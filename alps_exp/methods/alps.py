@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..base.checks import one_of, require
 from ..base.clock import Stopwatch
-from ..base.errors import UserError, nearest
+from ..base.errors import UserError, first_line, nearest
 from ..base.fallbacks import fell_back
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
@@ -238,8 +238,7 @@ class Alps(Solver):
                 self._test_support(stack, stack.iterations + self.update_every, recording.advance(stack, number))
         except RuntimeError as error:  # most likely for want of memory; the stack is where the last replay has left it
             forget()
-            reason = str(error).partition("\n")[0]
-            fell_back(f"small layers are solved without recorded iterations, which is slower ({reason})")
+            fell_back(f"small layers are solved without recorded iterations, which is slower ({first_line(error)})")
         return stack.iterations
 
     def _test_support(self, stack: _Stack, iteration: int, changes: Tensor) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..base.errors import first_line
 from .nvrtc import Kernel
 
 BITS = (3, 4, 8)
@@ -258,9 +259,9 @@ def usable(device: torch.device) -> bool:
         if not all(torch.equal(_few(x, coded, None), x) for x in (ones[:1], ones)):  # both sizes of blocks
             raise RuntimeError("they give wrong products")
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         warnings.warn(
-            f"packed weights are unpacked for each product, since kernels do not run ({reason})", stacklevel=2
+            f"packed weights are unpacked for each product, since kernels do not run ({first_line(error)})",
+            stacklevel=2,
         )
         return False
     return True

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from ..base.errors import first_line
 from ..base.fallbacks import fell_back
 
 
@@ -39,8 +40,7 @@ def _tried(device: torch.device, name: str) -> Callable | str:
     except torch.OutOfMemoryError:  # says nothing of the kernel: the next use tries again
         raise
     except Exception as error:  # no C compiler, a card that is too old: whatever it is, there is the plain path
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"the Triton kernel {name} does not run here, so its passes run unfused and slower ({reason})"
+        return f"the Triton kernel {name} does not run here, so its passes run unfused and slower ({first_line(error)})"
     if not right:
         return f"the Triton kernel {name} gives wrong results here, so its passes run unfused and slower"
     return kernel

@@ -71,7 +71,7 @@ def prune_blocks(model: BlockModel, job: PruneJob, tools: Tools | None = None) -
     result.cached_passes, result.notes = list(tools.passes.shared), [*result.notes, *tools.passes.notes]
     if teacher is not None:
         distil(model, job, tools, teacher, result)
-    result.notes += taken()
+    result.notes += [line for line in taken() if line not in result.notes]
     if job.target.beside and all(row.target == "layer" for row in result.layers):
         result.notes.append("none was fitted to the stream: no layer that writes to the hidden states is pruned")
     if job.sensitivity.used and not read:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.clock import Stopwatch
+from ..base.fallbacks import taken
 from ..calibration.replay import Replay
 from ..calibration.streams import Streams
 from ..layer.inputs import Inputs
@@ -174,7 +175,8 @@ class BlockProblem:
         self.watch.lap("propagate")
         if self.model.source is not None:  # of a model in memory they are back there soon, and not brought twice
             self._tensors = self._own_tensors()
-        return FinishedBlock(rows, self.watch.seconds, self._sizes, drift, self.finished)
+        fallbacks = list(dict.fromkeys(self.tools.team.gather(taken())))
+        return FinishedBlock(rows, self.watch.seconds, self._sizes, drift, self.finished, fallbacks)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the store is given of a finished block, in host memory; nothing in a process that does not write."""

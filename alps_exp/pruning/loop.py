@@ -26,8 +26,8 @@ from .tools import Tools
 class BlockLoop(ModelMethod):
     """One block after the other goes through the stages.
 
-    Blocks behind the last one that has layers to prune are neither read nor run; blocks that the store holds are taken
-    from there and not pruned again.
+    The loop stops after the last block with a layer to prune. Blocks that the store holds are taken from there and not
+    pruned again.
     """
 
     stages: Sequence[Stage] = (Solve(),)
@@ -65,7 +65,7 @@ class BlockLoop(ModelMethod):
         watch.lap("write")
         watch.seconds.pop("blocks", None)  # the blocks have booked theirs
         result.add_seconds(watch.seconds)
-        result.notes = [*tools.ladder.notes, *tools.sharing.notes]
+        result.notes = [*tools.ladder.notes, *tools.sharing.notes, *result.notes]
         result.hidden_states = streams.place
         return result
 

@@ -83,6 +83,7 @@ class FinishedBlock:
             without forwards.
         drift: of its output from the dense model's, by stream (`Streams.drift`); empty where that does not go beside.
         finish: what its finishing did (`training.Training`) with its seconds and tokens; empty without.
+        fallbacks: what was done in a plainer way than usual since the block before, in words (`base.fallbacks`).
     """
 
     rows: list[LayerRow]
@@ -90,6 +91,7 @@ class FinishedBlock:
     sizes: dict[str, list[int]] = field(default_factory=dict)
     drift: dict[str, dict[str, float]] = field(default_factory=dict)
     finish: dict = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -100,7 +102,7 @@ class PruneResult:
         layers: one row per pruned layer, in the model's order.
         seconds: wall time of calibrate, solve, propagate, and transfer (blocks to the device and back).
         block_seconds: wall time of each block, all phases.
-        notes: what was done for want of device memory.
+        notes: what was done for want of device memory, or otherwise in a plainer way than usual.
         hidden_states: where they were in the end, "device", "host" or "disk"; None without forwards.
         cached_blocks: blocks whose statistics were those that another run had collected; those done by this attempt.
         cached_passes: passes over the dense model whose results were those of another run.
@@ -132,6 +134,7 @@ class PruneResult:
         if done.finish:
             self.finish.setdefault("blocks", []).append(done.finish)
         self.add_seconds(done.seconds)
+        self.notes += [line for line in done.fallbacks if line not in self.notes]
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Account for wall time by phase."""

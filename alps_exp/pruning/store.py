@@ -192,7 +192,8 @@ class ProgressStore:
         if journal is None or not shard.is_file() or file_sha256(shard) != journal["shard"]:
             return None
         rows = [LayerRow(**row) for row in journal["rows"]]
-        return FinishedBlock(rows, journal["seconds"], journal["sizes"], journal["drift"], journal["finish"])
+        others = ("seconds", "sizes", "drift", "finish", "fallbacks")
+        return FinishedBlock(rows, *(journal[name] for name in others))
 
 
 class NoStore:

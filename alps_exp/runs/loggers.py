@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.checks import one_of
-from ..base.errors import UserError
+from ..base.errors import UserError, first_line
 from ..base.redaction import redacted
 
 _MODES = ("online", "offline", "disabled", "shared")
@@ -77,8 +77,7 @@ def log_record(record: Mapping, settings: LoggerSettings, directory: Path) -> st
         try:
             _log_wandb(record, settings, directory)
         except Exception as error:  # whatever W&B raises, the record on disk is the result
-            first = redacted(str(error).splitlines()[0]) if str(error) else ""
-            line = f"W&B logging failed ({type(error).__name__}: {first})"
+            line = f"W&B logging failed ({type(error).__name__}: {redacted(first_line(error))})"
             if _online(settings):
                 _unreachable.append(line)
     if line is not None:

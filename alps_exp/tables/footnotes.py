@@ -139,7 +139,7 @@ def _seeds(groups: Sequence[Group]) -> str:
 
 
 def _legend(found: Aggregate, metrics: Sequence[str]) -> str:
-    pruned = found.frame[(found.frame["sparsity"] != "0") & found.frame["metric"].isin(metrics)]
+    pruned = found.frame[(found.frame["sparsity"] != written.DENSE) & found.frame["metric"].isin(metrics)]
     words = []
     counts = sorted(set(pruned["n"]))
     if counts and counts[-1] > 1:

@@ -259,7 +259,7 @@ def _axes(spec: Spec, settings: Sequence[str], varies: set[str], metrics: Sequen
 def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], columns: Sequence[str]) -> list:
     """(axis → value, figure) of every cell; a group without figures has its status under every metric, and the dense
     model stands in every column that tells pruned ones apart."""
-    values = {axis: list(dict.fromkeys(frame.loc[frame["sparsity"] != "0", axis])) for axis in axes}
+    values = {axis: list(dict.fromkeys(frame.loc[frame["sparsity"] != written.DENSE, axis])) for axis in axes}
     found = []
     for row in frame.to_dict("records"):
         names = metrics if row["metric"] is None or row["metric"] != row["metric"] else [row["metric"]]
@@ -281,7 +281,7 @@ def _best(frame: pd.DataFrame) -> dict[tuple, str]:
     """(model, sparsity, metric) → the best mean as it is shown, so that equal figures are equally bold. The dense model
     does not compete, and a figure without another beside it has won nothing."""
     found = {}
-    competing = frame[(frame["sparsity"] != "0") & (frame["better"] != 0)]
+    competing = frame[(frame["sparsity"] != written.DENSE) & (frame["better"] != 0)]
     for key, rows in competing.groupby(["model", "sparsity", "metric"]):
         means = [value for value in rows["mean"] if math.isfinite(value)]
         if len(rows) > 1 and means:
@@ -296,7 +296,7 @@ def _ours(row: Mapping | None, best: Mapping) -> Cell:
         return Cell(row["status"] if row["status"] in ("OOM", "error") else NONE)
     text = number(row["mean"], row["metric"])
     error = row["std"] if row["n"] > 1 else row["stderr"]
-    is_best = row["sparsity"] != "0" and best.get((row["model"], row["sparsity"], row["metric"])) == text
+    is_best = row["sparsity"] != written.DENSE and best.get((row["model"], row["sparsity"], row["metric"])) == text
     return Cell(text if not _known(error) else with_deviation(row["mean"], error, text), is_best)
 
 
@@ -317,7 +317,7 @@ def _word(word: str) -> str:
 
 
 def _varying_n(frame: pd.DataFrame) -> bool:
-    pruned = frame[(frame["sparsity"] != "0") & frame["metric"].notna()]
+    pruned = frame[(frame["sparsity"] != written.DENSE) & frame["metric"].notna()]
     return pruned["n"].nunique() > 1
 
 

@@ -7,6 +7,7 @@ since nothing ever writes there.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -72,6 +73,13 @@ def _mixed(one: int, other: int) -> int:
     return (one * 6364136223846793005 + other + 1442695040888963407) % 2**64
 
 
+def _block_of(name: str) -> tuple[str, int]:
+    """What a weight's name says of its block: the words before the first number, and the number. Other weights, such as
+    those of the last norm and the embedding, are in blocks of their own."""
+    found = re.match(r"(?:(.*?)\.)?(\d+)\.", name)
+    return (found[1] or "", int(found[2])) if found else (name, 0)
+
+
 def _divided(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
     """The process that each weight falls to: the largest first, each to the one with the least so far."""
     loads, owners = [0] * processes, {}
@@ -115,7 +123,8 @@ class Masters:
     freed: gradients of one weight at a time are held in full. Where processes work together, each weight's master is in
     one of them, which is sent the sum of all its gradients (ZeRO's stage 2, by whole weights). They are sent in one
     order, the reverse of the weights': in every pass each process sends each of them, zeros where it has none, whatever
-    came first there. What waits for its turn is mostly of one block.
+    came first there. What waits for its turn is of one block: when an earlier one has gradients, a later one's weights
+    that have none, such as experts without tokens, get none in this pass.
 
     Args:
         module: it computes with the weights, in their own dtype.
@@ -148,6 +157,9 @@ class Masters:
         self._dtypes: dict[str, torch.dtype] = {}
         self._ready: set[str] = set()  # weights that have their gradients of this pass
         self._sent = 0  # how many of them have been
+        self._reached: dict[
+            str, int
+        ] = {}  # the first block with gradients of this pass, by what comes before its number
         self.values: dict[str, nn.Parameter] = {}
         self.shapes: dict[str, list[int]] = {}
         self._room: dict[str, Tensor] = {}
@@ -164,6 +176,7 @@ class Masters:
             self.digest = _mixed(self.digest, 0 if places is None else _digest(mask))
             self._dtypes[name] = torch.promote_types(weight.dtype, torch.float32)
             self.shapes[name] = list(weight.shape) if places is None else [self._padded(places.count)]
+        self._turn = {name: turn for turn, name in enumerate(reversed(self._weights))}
         self._owners = _divided({name: math.prod(shape) for name, shape in self.shapes.items()}, together.size)
         for name, weight in self._weights.items():
             if not idle and self._owners[name] == together.rank:
@@ -206,9 +219,13 @@ class Masters:
 
     def _collector(self, name: str):
         if self._together.size > 1:
+            stack, block = _block_of(name)
 
             def collect(weight: nn.Parameter) -> None:
+                if self._turn[name] < self._sent:
+                    raise RuntimeError(f"the gradient of {name} came after those of an earlier block")
                 self._ready.add(name)
+                self._reached[stack] = min(block, self._reached.get(stack, block))
                 self._send(everything=False)
 
             return collect
@@ -229,11 +246,16 @@ class Masters:
         """After every backward pass, also of one that was broken off or that this process had no windows for."""
         if self._together.size > 1:
             self._send(everything=True)
-            self._ready, self._sent = set(), 0
+            self._ready, self._reached, self._sent = set(), {}, 0
+
+    def _is_due(self, name: str) -> bool:
+        """Whether a weight has its gradients of this pass, or gets none any more."""
+        stack, block = _block_of(name)
+        return name in self._ready or block > self._reached.get(stack, block)
 
     def _send(self, everything: bool) -> None:
-        order = list(reversed(self._weights))
-        while self._sent < len(order) and (everything or order[self._sent] in self._ready):
+        order = list(self._turn)
+        while self._sent < len(order) and (everything or self._is_due(order[self._sent])):
             name = order[self._sent]
             weight, places, dtype = self._weights[name], self._places[name], self._dtypes[name]
             gradient, weight.grad = weight.grad, None

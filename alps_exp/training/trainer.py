@@ -177,7 +177,7 @@ class Trainer:
         self._batch = recipe.batch if shared else own
         self._counts = together.gather([windows])
         # Passes are made together, and an attempt that ran short may be known to one process alone.
-        self.micro = min(together.gather([min(recipe.micro or recipe.batch, own + (rest > 0))]))
+        self.micro = self._most = min(together.gather([min(recipe.micro or recipe.batch, own + (rest > 0))]))
         self._short = True  # whether it was this process's memory that did not suffice
         self._factor = 1.0  # of the rate
         self._done = Training(planned=recipe.steps)
@@ -477,7 +477,7 @@ class Trainer:
         content = {
             "same": self._same(),
             "done": dataclasses.asdict(self._done),
-            "micro": self.micro,
+            "micro": self.micro if self.micro < self._most else None,  # of other processes it would be another
             "worse": self._worse,
             "factor": self._factor,
             "recent": [(step, count, float(loss)) for step, count, loss in self._recent],
@@ -501,7 +501,7 @@ class Trainer:
         if not content:
             return
         own = self.masters.values
-        self._done, self.micro = Training(**content["done"]), content["micro"]
+        self._done, self.micro = Training(**content["done"]), min(content["micro"] or self._most, self._most)
         self._worse, self._factor = content["worse"], content["factor"]
         self._best = {name: best for name, best in content["best"].items() if name in own}
         recent = content["recent"]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import execute, weights, words_for
 
+from alps_exp.base import fallbacks
 from alps_exp.base.errors import UserError
 from alps_exp.cli.overrides import compose
 from alps_exp.pruning import stages, store
@@ -47,6 +48,9 @@ def interrupted(settings, folder, monkeypatch, *more: str) -> None:
     """A run that failed in its third block."""
     with monkeypatch.context() as patch:
         fail_at(patch, "solve_layers", 16)
+        solve = stages.solve_layers
+        patch.setattr(fallbacks, "_warned", {"a plainer way"})
+        patch.setattr(stages, "solve_layers", lambda *given: [fallbacks.fell_back("a plainer way"), solve(*given)][1])
         with pytest.raises(Failure):
             execute(settings, folder, *more)
 
@@ -69,6 +73,7 @@ def test_a_failed_run_goes_on_with_the_next_block(settings, tmp_path, monkeypatc
         record = execute(settings, tmp_path / "run", *more)
     assert {name.split(".")[2] for name in solved} == {"2"}
     assert record["attempts"] == 2 and "restore_seconds" in record["phases"]
+    assert record["warnings"].count("a plainer way") == 1 and "a plainer way" not in expected["warnings"]
     assert [row["name"] for row in record["layers"]] == [row["name"] for row in expected["layers"]]
     assert [row["relative_loss"] for row in record["layers"]] == [row["relative_loss"] for row in expected["layers"]]
     assert record["evaluations"] == expected["evaluations"] and record["sample"] == expected["sample"]

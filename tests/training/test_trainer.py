@@ -179,6 +179,28 @@ class Two:
         return self._exchanged(value)[0]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_weights_without_gradients_hold_up_their_own_block_alone(order):
+    """The last block's second expert has no tokens. Blocks whose gradients come in no order are no silent mistake."""
+    blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in "ab"}) for _ in range(2))
+    sent, together = [], types.SimpleNamespace(size=2, rank=0)
+    together.reduce = lambda tensor, owner: sent.append(tensor.clone())
+    masters = Masters(blocks, {name: None for name, _ in blocks.named_parameters()}, together=together)
+    x = torch.ones(2, 4)
+    with masters.gathering():
+        for index in order:
+            x = blocks[index]["a"](x) + (blocks[index]["b"](x) if index == 0 else 0)
+        if order == (1, 0):
+            with pytest.raises(RuntimeError, match=r"gradient of 1\.a\.weight came after those of an earlier block"):
+                x.sum().backward()
+            return
+        x.sum().backward()
+        assert len(sent) == 4, "all are on their way before the pass ends"
+        masters.end_pass()
+    assert len(sent) == 4 and [bool(tensor.any()) for tensor in sent] == [False, True, True, True]
+    assert all(weight.grad is None for weight in blocks.parameters())
+
+
 @pytest.mark.parametrize("minutes", [None, 60.0], ids=str)
 def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
     table, barrier = [None, None], threading.Barrier(2, timeout=60)
@@ -256,6 +278,7 @@ def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tm
         training = Trainer(single, masks(single), loss, WINDOWS, recipe, **options, **more)
         assert (set(training.masters.values) == set()) == (steps == 999)
         training.run()
+        assert steps == 999 or training.micro == batch, "its own, not that of each of two processes"
         for name, weight in alone.named_parameters():
             torch.testing.assert_close(single.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
         assert bool(loss.calls) == (steps == 13) and sum(loss.calls) < 9 * batch + 10 * HELD_OUT
