@@ -324,6 +324,7 @@ def test_memory_that_ran_short_does_not_cost_the_progress(words, whole, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_gradients", lambda self, *more: gradients(self, *more) if self.micro < 4 else None)
         patch.setattr(Trainer, "_step", step)
+        patch.setattr(training_trainer, "_WORTH", 0)
         with pytest.raises(Killed):
             execute([*words, *SHORTER], tmp_path)
     steps = []
