@@ -174,7 +174,7 @@ def _time_lines(settings: Settings) -> list[str]:
     lines = []
     if more := _fresh(settings):
         whose, count = (settings.fresh or windows).data.name, more * windows.seqlen
-        lines = [f"           {more} windows of fresh text to distil on (data={whose}), {count:,} tokens"]
+        lines = [f"           {more} windows of fresh text to train on (data={whose}), {count:,} tokens"]
     if seen := settings.solver.trained_windows():
         distinct = settings.solver.training_windows(windows.seqlen) * windows.seqlen
         lines = [f"           training on {seen * windows.seqlen:,} tokens ({distinct:,} of them distinct)"]

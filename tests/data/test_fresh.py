@@ -85,7 +85,7 @@ def test_a_distillation_reads_text_of_another_file(words, tmp_path, text_file, o
     path = other_text(text_file)
     words = [*words, "finish.tokens=900", f"finish.path={path}"]
     text = plan(resolve(compose(words)))
-    assert "15 windows of fresh text to distil on (data=local), 960 tokens" in text
+    assert "15 windows of fresh text to train on (data=local), 960 tokens" in text
     assert re.search(r"\d+ (MB|GB) for the dense model's hidden states", text)
     record = execute(words, tmp_path / "run")
     done = record["finish"]["distil"]
