@@ -110,6 +110,10 @@ class SparseLLM(Alternating, BlockMethod):
     """SparseLLM with its hyperparameters: those of the alternation, and SparseGPT's `damping` and `block_size`.
 
     With one round it is SparseGPT.
+
+    Attributes:
+        damping: of SparseGPT, λ over the mean of the Gram matrix's diagonal.
+        block_size: of SparseGPT, columns that are pruned together.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,12 +60,19 @@ def local_path(key: str, value) -> Path:
     return path
 
 
+def check_device(name: str) -> None:
+    """Raise UserError for what can be no device's name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(name)):
+        raise UserError(f"device={name} is not allowed: give auto, cpu, cuda or cuda:N")
+
+
 def parse_device(name: str) -> torch.device:
     """The device that a configuration names: auto, cpu, cuda or cuda:N; without N, the one that this process claimed.
 
     Raises:
         UserError: no such name, or no such device here.
     """
+    check_device(name)
     import torch  # takes seconds, and the checks above are for values that are refused at once
 
     from . import gpus
@@ -74,12 +82,7 @@ def parse_device(name: str) -> torch.device:
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cuda" and gpus.claimed() is not None:
         return torch.device("cuda", gpus.claimed())
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={text} is not allowed: give auto, cpu, cuda or cuda:N")
+    device = torch.device(text)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -105,6 +105,13 @@ def fetch(repo: str, filename: str, revision: str | None, remedy: str) -> tuple[
     return Path(path), Path(path).parents[filename.count("/")].name
 
 
+def lies_here(repo: str, filename: str, revision: str | None) -> bool:
+    """Whether a file of a data set on the hub is in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, filename, revision=revision, repo_type="dataset"), str)
+
+
 def checkpoint_folder(repo: str, revision: str | None, precedence: Sequence[str], remedy: str) -> Path:
     """The folder in the hub's cache with the weight files of a model, downloaded once.
 

@@ -29,7 +29,7 @@ from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..base.terminal import INTERRUPTED, interrupted, settle
 from ..checkpoints.location import check_there
-from ..runs.values import check_root
+from ..runs import early
 from . import completion, overrides, sweep
 from .cell import Outcome, describe_error, full_error, single
 
@@ -236,8 +236,10 @@ def _making_directories() -> Iterator[None]:
 
 
 def _resolved(cfg: DictConfig) -> Settings:
-    check_root(cfg)  # before what imports torch
+    early.check(cfg)  # before what imports torch
     check_there(cfg["model"])
+    if mistake := early.first_mistake([cfg]):
+        raise UserError(mistake[1])
     from ..runs.settings import resolve
 
     settings = resolve(cfg)

@@ -1,12 +1,11 @@
 """alps-exp --help and help KEY: what keys, groups and choices mean, from the comments of the yaml files.
 
-Needs neither Hydra nor torch, but for the hyperparameters of a class: their meaning is in its docstring, and what they
-take is asked of the class itself.
+Needs neither Hydra nor torch. What the hyperparameters of a class mean is in its docstring, and what they take is asked
+of the class itself, without the packages that it computes with.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from ..base import standins
 from ..base.errors import UserError, nearest
 from ..base.resources import resource_root
 from ..runs.values import ROOT
@@ -66,8 +66,8 @@ def main(words: Sequence[str]) -> int:
         if not named:
             print(overview())
         for word in named:
-            for line in explained(word):
-                print(line, flush=True)
+            told = standins.answered(lambda word=word: "\n".join(explained(word)))
+            print("\n".join(explained(word)) if told is None else told, flush=True)
     except UserError as error:
         print(f"alps_exp: {error}", file=sys.stderr)
         return 2
@@ -146,6 +146,38 @@ def _folder(group: str) -> Path:
 def _near(word: str, known: Iterable[str]) -> str:
     close = nearest(word, known)
     return close if close.startswith("did") else "give a group, a key or a choice"
+
+
+def page() -> str:
+    """docs/keys.md: every key in a table of its group."""
+    lines = [_PAGE, "", "## At the root", "", *_HEAD]
+    for name, key in _root().items():
+        takes = str(ROOT.get(name, ""))
+        lines.append(_row(name, "", key.comment, takes, key.default))
+    known = _all_keys()
+    for group in groups_known():
+        rows = [
+            _row(word, ", ".join(one.choices), one.text, one.takes, one.default)
+            for word, having in known.items()
+            if word.startswith(f"{group}.")
+            for one in _meanings(word, having)
+        ]
+        lines += ["", f"## {group}", "", *_HEAD, *rows] if rows else []
+    return "\n".join(lines) + "\n"
+
+
+_PAGE = """\
+# Keys
+
+Every key that a configuration has, as `alps-exp help KEY` explains it; `alps-exp help GROUP` has the choices of a group.
+A key without named choices means the same for all that have it. The page is written by
+`python -m alps_exp.cli.helping > docs/keys.md`."""
+_HEAD = ("| key | with | meaning | takes | default |", "|---|---|---|---|---|")
+
+
+def _row(*cells: str) -> str:
+    key, choices, text, takes, default = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    return f"| `{key}` | {choices} | {text} | {takes} | {f'`{default}`' if default else ''} |"
 
 
 # What lies in the files
@@ -303,40 +335,59 @@ def _of_key(word: str) -> Iterator[str]:
     known = _all_keys()
     if word not in known:
         raise UserError(f"unknown key {word!r}; {_near(word, {*known, *_root()})} (alps-exp help lists groups)")
-    group, _, name = word.partition(".")
-    reference = [choice for choice in _REFERENCE.get(group, ()) if choice in known[word]]
-    shown = reference[:1] or known[word]
+    group = word.partition(".")[0]
+    told = _meanings(word, known[word])
     yield word
-    told: dict[tuple[str, str], list[str]] = {}
-    defaults = {choice: _keys(group, choice)[name] for choice in known[word]}
-    for choice in shown:
-        told.setdefault(_meaning(group, choice, name, defaults[choice].comment), []).append(choice)
-    for (text, takes), names in told.items():
-        if not reference:
+    for one in told:
+        if one.choices:
             yield from textwrap.wrap(
-                f"{group}={', '.join(names)}:", _WIDTH, initial_indent="  ", subsequent_indent="    "
+                f"{group}={', '.join(one.choices)}:", _WIDTH, initial_indent="  ", subsequent_indent="    "
             )
-        yield from textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
-        if takes:
-            yield f"  takes:   {takes}"
-        own = sorted({defaults[choice].default or "{…}" for choice in names})
-        if len(own) == 1:
-            yield f"  default: {own[0]}"
-        else:
-            yield "  default: " + ", ".join(f"{defaults[choice].default} ({choice})" for choice in names)
+        yield from textwrap.wrap(one.text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+        if one.takes:
+            yield f"  takes:   {one.takes}"
+        yield f"  default: {one.default}"
     commands = [line for c in known[word] for line in read(_folder(group) / f"{c}.yaml").commands if f"{word}=" in line]
-    chosen = f"{group}={known[word][0]} " if not reference else ""
-    yield from _examples(commands[:2] or [f"{_USE}{chosen}{word}={defaults[shown[0]].default or 'VALUE'}"])
+    chosen = f"{group}={told[0].choices[0]} " if told[0].choices else ""
+    default = told[0].default.partition(" (")[0]
+    value = "VALUE" if default in ("null", "{…}", "[]") or default.startswith("$") else default
+    yield from _examples(commands[:2] or [f"{_USE}{chosen}{word}={value}"])
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What a key means, what it takes, and its default, for some choices of its group; for all where none are named."""
+
+    choices: tuple[str, ...]
+    text: str
+    takes: str
+    default: str
+
+
+def _meanings(word: str, having: Sequence[str]) -> list[_Meaning]:
+    """What a key of a group means, by the choices that have it: those with the same meaning together."""
+    group, _, name = word.partition(".")
+    reference = [choice for choice in _REFERENCE.get(group, ()) if choice in having]
+    defaults = {choice: _keys(group, choice)[name] for choice in having}
+    told: dict[tuple[str, str], list[str]] = {}
+    for choice in reference[:1] or having:
+        told.setdefault(_meaning(group, choice, name, defaults[choice].comment), []).append(choice)
+    found = []
+    for (text, takes), names in told.items():
+        own = sorted({defaults[choice].default or "{…}" for choice in names})
+        default = own[0] if len(own) == 1 else ", ".join(f"{defaults[name].default} ({name})" for name in names)
+        found.append(_Meaning(() if reference else tuple(names), text, takes, default))
+    return found
 
 
 def _meaning(group: str, choice: str, name: str, comment: str) -> tuple[str, str]:
-    """What a key means, and what it takes: by its comment, and by the class whose field it is."""
-    target = _class(group, choice, name)
-    if target is None:
-        return comment, ""
-    field = name.rpartition(".")[2]
-    described = next((text for text in (_described(kind, field) for kind in target.__mro__) if text), "")
-    return comment or described, _takes(target, field)
+    """What a key means, and what it takes: by its comment, the class whose field it is, or its file's head."""
+    target, field = _class(group, choice, name), name.rpartition(".")[2]
+    kinds = target.__mro__ if target is not None else ()
+    text = comment or next((text for text in (_described(kind, field) for kind in kinds) if text), "")
+    if not text and f"`{field}`" in (head := read(_folder(group) / f"{choice}.yaml").text):
+        text = head
+    return text, _takes(target, field) if target is not None else ""
 
 
 def _class(group: str, choice: str, name: str) -> type | None:
@@ -345,7 +396,7 @@ def _class(group: str, choice: str, name: str) -> type | None:
     if path is None:
         return None
     module, _, attribute = path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(standins.imported(module), attribute)
 
 
 def _described(kind: type, field: str) -> str:
@@ -367,3 +418,7 @@ def _takes(target: type, field: str) -> str:
     except Exception:  # a class that needs other fields, too
         return ""
     return ""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

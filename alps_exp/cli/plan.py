@@ -16,6 +16,7 @@ from torch import nn
 
 from ..allocation.prunable import linear_shapes
 from ..base.clock import duration
+from ..base.errors import UserError
 from ..checkpoints import upload
 from ..checkpoints.packed import packed_size
 from ..data.settings import GeneratedSettings
@@ -25,20 +26,26 @@ from ..model.hidden import choose_place
 from ..model.layers import ExpertLayer, find_layer
 from ..model.structure import blocks_of, count, find_blocks
 from ..procedure.distil import device_bytes
+from ..runs.fresh import refuse_too_little
 from ..runs.settings import Settings
-from ..runs.workspace import streams
+from ..runs.workspace import Workspace, streams
 
 # What a solve takes beside its inputs, in float32 copies of the weight (out × in) and of the Gram matrix (in × in).
 _WORKSPACE = {Statistics.NONE: (3, 0), Statistics.DIAGONAL: (3, 0), Statistics.MOMENTS: (6, 0), Statistics.GRAM: (8, 8)}
 
 _SAVED = "the saved model"
+_FINISHING, _DISTILLING = "finishing blocks", "distilling"
 
 
 def plan(settings: Settings) -> str:
     """A text: layers with their patterns, estimated time, device, host and disk memory.
 
     Everything is derived from the model's configuration; the time is the work in floating-point operations over the
-    rate of a matrix product measured on the device just now, and good to a factor of about two.
+    rate of a matrix product measured on the device just now, and good to a factor of about two. Text is read only
+    where a training asks for more than the calibration's, to see that there is so much.
+
+    Raises:
+        UserError: there is too little of it.
     """
     patterns, skeleton = settings.patterns, settings.model.skeleton
     shapes = settings.shapes or linear_shapes(skeleton, settings.selection)
@@ -60,7 +67,7 @@ def plan(settings: Settings) -> str:
         f"           {count:4d} × {suffix:<12} {shape[0]} × {shape[1]:<6} {pattern}"
         for (suffix, shape, pattern), count in kinds.items()
     ]
-    lines += _time_lines(settings)
+    lines += _time_lines(settings, Workspace())
     lines += _memory_lines(settings)
     if settings.push is not None:
         size = sum(part.size for part in _disk(settings) if part.what == _SAVED)
@@ -84,11 +91,17 @@ def plan_of_all(names: Sequence[str], runs: Sequence[Settings], complete: Sequen
         place: the folder that they write to, which need not exist.
     """
     rows, seconds, kept, passing, unknown = [["run", "state", "time", "disk"]], 0.0, 0, 0, set()
+    workspace = Workspace()
     for name, settings, done in zip(names, runs, complete, strict=True):
         if done:
             rows.append([name, "complete", "", ""])
             continue
-        own, disk = estimated_work(settings) / _measured_rate(settings.device), _disk(settings)
+        if _more_text(settings):
+            try:
+                refuse_too_little(settings, workspace)
+            except UserError as error:
+                raise UserError(f"{error} (run {name})") from error
+        own, disk = sum(_seconds(settings).values()), _disk(settings)
         keeps = sum(part.size for part in disk if part.stays)
         seconds, kept = seconds + own, kept + keeps
         passing = max(passing, sum(part.size for part in disk if not part.stays))
@@ -148,10 +161,21 @@ def _work(settings: Settings) -> dict[str, float]:
     evaluation = 2 * everything * (asked.windows or 0) * texts * (asked.seqlen if texts else 0)
     parts = {"forward passes": forward, "Gram matrices": gram, "solving": solving}
     parts |= {"evaluation": evaluation} if asked.windows else {}  # of whole texts, whose length is not known yet
-    parts |= {"finishing": training} if training else {}
+    parts |= training
     if seen := settings.solver.trained_windows():
         parts["training"] = 6 * everything * seen * windows.seqlen
     return parts
+
+
+def _seconds(settings: Settings) -> dict[str, float]:
+    """Those of `_work`'s parts at the rate measured now; a stage of finishing ends when its minutes are over."""
+    rate, finish = _measured_rate(settings.device), settings.finish
+    found = {part: flops / rate for part, flops in _work(settings).items()}
+    if finish.block is not None and (minutes := finish.block_minutes) is not None:
+        found[_FINISHING] = min(found[_FINISHING], 60 * minutes)
+    if finish.distil is not None and (minutes := finish.distil_minutes(found.get(_FINISHING, 0))) is not None:
+        found[_DISTILLING] = min(found[_DISTILLING], 60 * minutes)
+    return found
 
 
 def _not_estimated(settings: Settings) -> list[str]:
@@ -164,10 +188,10 @@ def _not_estimated(settings: Settings) -> list[str]:
     return missing + ([f"eval={asked.protocol}"] if asked.own is not None else [])
 
 
-def _time_lines(settings: Settings) -> list[str]:
-    windows, device, parts = settings.calibration, settings.device, _work(settings)
+def _time_lines(settings: Settings, workspace: Workspace) -> list[str]:
+    windows, device, parts = settings.calibration, settings.device, _seconds(settings)
     rate = _measured_rate(device)
-    text = ", ".join(f"{name} {duration(flops / rate)}" for name, flops in parts.items())
+    text = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     missing = _not_estimated(settings)
     written = isinstance(windows.data, GeneratedSettings)
     unknown = f"; {' and '.join(missing)} not in it" if missing else ""
@@ -178,10 +202,12 @@ def _time_lines(settings: Settings) -> list[str]:
     if seen := settings.solver.trained_windows():
         distinct = settings.solver.training_windows(windows.seqlen) * windows.seqlen
         lines = [f"           training on {seen * windows.seqlen:,} tokens ({distinct:,} of them distinct)"]
+    if _more_text(settings) and (unseen := refuse_too_little(settings, workspace)):
+        lines.append(f"           ({unseen})")
     return [
         f"tokens     {windows.nsamples} windows of {windows.seqlen}{', written by the model' if written else ''}",
         *lines,
-        f"time       about {duration(sum(parts.values()) / rate)} on {device}: {text}{unknown}",
+        f"time       about {duration(sum(parts.values()))} on {device}: {text}{unknown}",
         f"           (from {rate / 1e12:.2g} TFLOP/s measured now in float32; loading is not in it)",
     ]
 
@@ -207,21 +233,23 @@ def _of_experts(settings: Settings) -> list[str]:
     return [name for name in settings.patterns if isinstance(find_layer(settings.model.skeleton, name), ExpertLayer)]
 
 
-def _training_flops(settings: Settings, block_weights: int, weights: int) -> float:
-    """Of finishing: a forward and a backward of twice that per window and epoch, and the looks at held-out windows."""
+def _training_flops(settings: Settings, block_weights: int, weights: int) -> dict[str, float]:
+    """Of finishing, by stage: a forward and a backward of twice that per window and epoch, and the looks at held-out
+    windows."""
     windows, finish = settings.calibration, settings.finish
-    held_out = windows.data.holdout
-    found = 0.0
-    for choice, size, trained in (
-        (finish.block, block_weights, windows.nsamples + _fresh_blocks(settings)),
-        (finish.distil, weights, windows.nsamples + _fresh(settings)),
+    held_out, more, beside = windows.data.holdout, _fresh(settings), _fresh_blocks(settings)
+    found = {}
+    for part, choice, size, trained in (
+        (_FINISHING, finish.block, block_weights, windows.nsamples + beside),
+        (_DISTILLING, finish.distil, weights, windows.nsamples + more),
     ):
         if choice is not None:
             looks = 1 + max(4, choice.epochs)
-            found += 2 * size * windows.seqlen * (3 * choice.epochs * trained + looks * held_out)
-    found += 2 * 2 * block_weights * windows.seqlen * _fresh_blocks(settings)  # through the dense blocks and the pruned
+            found[part] = 2 * size * windows.seqlen * (3 * choice.epochs * trained + looks * held_out)
+    if beside:  # through the dense blocks and the pruned
+        found["fresh text through the blocks"] = 2 * 2 * block_weights * windows.seqlen * beside
     if finish.distil is not None:  # what the dense model makes of the windows
-        found += 2 * block_weights * windows.seqlen * (windows.nsamples + _fresh(settings) + held_out)
+        found["teaching"] = 2 * block_weights * windows.seqlen * (windows.nsamples + more + held_out)
     return found
 
 
@@ -234,6 +262,11 @@ def _fresh_blocks(settings: Settings) -> int:
     """Those that blocks are finished on, too."""
     block = settings.finish.block
     return _fresh(settings) if block is not None and block.fresh else 0
+
+
+def _more_text(settings: Settings) -> bool:
+    """Whether a training asks for more text than the calibration's."""
+    return bool(_fresh(settings) or settings.calibration.training)
 
 
 def _passes(settings: Settings, needed: Statistics) -> float:

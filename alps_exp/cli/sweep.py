@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..base.errors import UserError
 from ..base.redaction import redacted
 from ..checkpoints.location import check_there
-from ..runs.values import check_root
+from ..runs import early
 from . import overrides
 from .cell import Outcome, SweepJob, changes, complete_record, is_done, mark
 
@@ -60,9 +60,12 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     for number, line in enumerate(jobs):
         with _naming_the_run(jobs, number):
             found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
-            check_root(found[-1])
+            early.check(found[-1])
             check_there(found[-1]["model"])
             _refuse_other_places(found[-1])
+    if mistake := early.first_mistake(found):
+        with _naming_the_run(jobs, mistake[0]):
+            raise UserError(mistake[1])
     from ..runs.settings import resolve  # imports torch, for which only what is composed need wait
 
     for number, cfg in enumerate(found):

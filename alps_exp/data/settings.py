@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from ..base.checks import one_of, require
 from ..base.errors import UserError, nearest
 from ..base.resources import resource_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLINGS = ("auto", "documents", "concatenated")
 EVALUATION_SAMPLINGS = ("consecutive", "documents")

@@ -103,6 +103,20 @@ def check_source(data: DataSettings, evaluates: bool = False) -> None:
         raise _no_source(data, key)
 
 
+def lies_here(data: DataSettings, path: str | None = None, evaluates: bool = False) -> bool:
+    """Whether the text to calibrate on, or to evaluate on, can be read without a network.
+
+    Args:
+        data: the data set.
+        path: a local file that stands in for it.
+        evaluates: which of the two.
+    """
+    own = evaluates and not _holds_out(data)
+    if data.package or path or (data.eval_path if own else data.path):
+        return True
+    return hub.lies_here(data.hub, data.evaluation_file if own else data.calibration_file, data.revision)
+
+
 def _no_source(data: DataSettings, key: str) -> UserError:
     return UserError(f"data={data.name} needs data.{key}=FILE ({', '.join(EXTENSIONS)})")
 

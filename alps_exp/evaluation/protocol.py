@@ -13,7 +13,7 @@ from ..model.blocks import BlockModel
 from ..model.loading import ModelSettings
 from . import perplexity
 from .evaluation import Text, build_evaluation
-from .settings import EvaluationSettings, EvaluationText, TaskSettings
+from .settings import EvaluationSettings, EvaluationText, TaskSettings, check_values
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,8 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
     Raises:
         UserError: the first mistake found.
     """
-    for key in ("batch_size", "windows"):
-        if not (key == "windows" and options["windows"] is None):
-            require(f"eval.{key}", options[key], int, 1, float("inf"))
-    require("eval.sample_tokens", options["sample_tokens"], int, 0, float("inf"))
-    if not isinstance(options["prompt"], str):
-        raise UserError(f"eval.prompt={options['prompt']} is not allowed: give a text, as in eval.prompt='\"Once\"'")
+    check_values(options)
     names = options["datasets"]
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")
     asked = []
     for name in names:
         found = data if name == data.name else DataSettings.named(name)

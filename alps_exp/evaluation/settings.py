@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..base.checks import require
+from ..base.errors import UserError
 from ..data.settings import DataSettings
 from .evaluation import Evaluation
 
@@ -71,3 +74,16 @@ class EvaluationSettings:
         """Whether anything of it needs the model's tokenizer."""
         own = self.own is not None and self.own.reads != "nothing"
         return bool(self.texts or self.tasks.names or self.sample_tokens or own)
+
+
+def check_values(options: Mapping) -> None:
+    """Raise UserError for the first value of an `eval` node that is not allowed, whatever the model and the texts."""
+    for key in ("batch_size", "windows"):
+        if not (key == "windows" and options["windows"] is None):
+            require(f"eval.{key}", options[key], int, 1, float("inf"))
+    require("eval.sample_tokens", options["sample_tokens"], int, 0, float("inf"))
+    if not isinstance(options["prompt"], str):
+        raise UserError(f"eval.prompt={options['prompt']} is not allowed: give a text, as in eval.prompt='\"Once\"'")
+    names = options["datasets"]
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(f"eval.datasets={names} is not allowed: give a list, as in 'eval.datasets=[wikitext2,c4]'")

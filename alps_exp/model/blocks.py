@@ -53,6 +53,17 @@ class Call:
         return _equal((self.args, self.kwargs), (other.args, other.kwargs))
 
 
+@dataclass
+class Known:
+    """What was found of a network.
+
+    Attributes:
+        faithful: so many of its first blocks, run one by one, do what they do in its own forward (`faithful.ensure`).
+    """
+
+    faithful: int = 0
+
+
 class BlockModel:
     """A model cut into blocks.
 
@@ -65,6 +76,7 @@ class BlockModel:
         source: reads the blocks from files, for a model of which only the rest is in memory (`open_streamed`).
         hidden_states: where hidden states lie between blocks, one of `base.choices.PLACES`.
         scratch: folder for those on disk; the system's for temporary files by default.
+        known: what a `BlockModel` of the same network and device, whose weights alone have changed, has found.
 
     Raises:
         UserError: no decoder blocks.
@@ -78,6 +90,7 @@ class BlockModel:
         source: StreamedBlocks | None = None,
         hidden_states: str = "auto",
         scratch: Path | None = None,
+        known: Known | None = None,
     ) -> None:
         self.model = model
         self.device = device
@@ -86,7 +99,7 @@ class BlockModel:
         self.hidden_states = hidden_states
         self.scratch = scratch
         self.prefix, self.blocks = find_blocks(model)
-        self.compared = 0  # so many blocks were found to be faithful
+        self.known = Known() if known is None else known
         self._returns: Callable[[Tensor], object] | None = None
         self._calls: dict[tuple[int, int], list[Call]] = {}  # by (windows, seqlen) of a batch
         if offload is None:

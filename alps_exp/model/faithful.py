@@ -47,9 +47,9 @@ def ensure(model: BlockModel, tokens: Tensor, blocks: int | None = None) -> None
         torch.OutOfMemoryError: a block and one window do not fit on the device.
     """
     blocks = len(model) if blocks is None else blocks
-    if model.compared < blocks:
+    if model.known.faithful < blocks:
         _compare(model, tokens, blocks)
-        model.compared = blocks
+        model.known.faithful = blocks
 
 
 @torch.no_grad()

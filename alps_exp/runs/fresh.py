@@ -7,6 +7,8 @@ from torch import Tensor
 from ..base.errors import UserError
 from ..data.fresh import Spoken, fresh_tokens
 from ..data.settings import DataSettings, GeneratedSettings
+from ..data.texts import lies_here
+from ..evaluation.evaluation import Text
 from ..evaluation.protocol import Prepared
 from .settings import Settings
 from .workspace import Workspace
@@ -58,6 +60,30 @@ def fresh_text(
         vocabulary=settings.model.vocabulary,
     )
     return kept, facts, []
+
+
+def refuse_too_little(settings: Settings, workspace: Workspace) -> str:
+    """Draw the text that a planned run would train on, unless that takes the network or the model.
+
+    Returns:
+        What only the run can tell, and why; empty where all is well.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    own = settings.calibration.data
+    asked = settings.fresh.data if settings.fresh is not None else own
+    if any(isinstance(data, GeneratedSettings) for data in (own, asked)):
+        return "the run writes it itself"
+    judging = settings.evaluation.texts
+    read = [*((data, None, False) for data in (own, asked)), *((text.data, text.path, True) for text in judging)]
+    for data, path, evaluates in read:
+        if not lies_here(data, path, evaluates):
+            return f"whether data={data.name}, which is not on this machine yet, has so much text, the run will see"
+    tokens, _ = workspace.calibration(settings)
+    texts = [Text(text.data.name, *workspace.evaluation(settings, text)) for text in judging]
+    fresh_text(settings, tokens, Prepared(texts, ()), workspace)
+    return ""
 
 
 def _free(windows: Tensor, spoken: Spoken, data: DataSettings) -> tuple[Tensor, int]:

@@ -6,18 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from ..allocation.allocations import Allocation, build_allocation
+from ..allocation.allocations import Allocation
 from ..allocation.prunable import linear_shapes, other_names
 from ..allocation.selection import Selection
 from ..base import garbage
 from ..base.checks import local_path, parse_device, require
 from ..base.errors import UserError
 from ..base.redaction import refuse_keys
-from ..calibration.sensitivity import Sensitivity, SensitivityChoice, build_sensitivity
+from ..calibration.sensitivity import Sensitivity, SensitivityChoice
 from ..checkpoints import upload
 from ..data import texts
 from ..data.settings import CalibrationSettings, DataSettings, GeneratedSettings, check_bos
@@ -26,7 +25,7 @@ from ..evaluation.settings import EvaluationSettings
 from ..layer.method import Method
 from ..layer.registry import build
 from ..methods.refit import refitted
-from ..methods.target import Target, build_target
+from ..methods.target import Target
 from ..model import loading
 from ..model.loading import ModelSettings
 from ..patterns import Pattern
@@ -38,8 +37,9 @@ from ..procedure.strength import check_strength
 from ..procedure.trained import refuse_streamed as refuse_untrainable
 from ..procedure.weighing import check_weighing
 from ..pruning.method import ModelMethod
-from ..training.finish import Finish, build_finish
+from ..training.finish import Finish
 from . import loggers, resume, together
+from .choices import Choices
 from .loggers import LoggerSettings
 from .naming import Configuration, plain
 from .shrinking import shrunk_config
@@ -128,20 +128,6 @@ _AS_THEY_ARE = ("devices", "batch_size", "propagate", "losses", "capture", "expe
 _AS_THEY_ARE += ("stream", "hidden_states", "resumable", "resume", "statistics_cache")
 
 
-class _Choices(NamedTuple):
-    """What the configuration names beside the method, built; the fields are those of `Settings`."""
-
-    target: Target
-    sensitivity: SensitivityChoice
-    allocation: Allocation
-    finish: Finish
-
-    @classmethod
-    def of(cls, cfg: Mapping) -> _Choices:
-        target, sensitivity = build_target(cfg["target"]), build_sensitivity(cfg["sensitivity"])
-        return cls(target, sensitivity, build_allocation(cfg["allocation"]), build_finish(cfg["finish"]))
-
-
 def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     """Check a configuration, as far as that goes without the weights and the texts, and give what it says.
 
@@ -160,7 +146,7 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     pattern_of(cfg["sparsity"])  # so that a mistake in it is told before those below
     _check_values(cfg)
     _check_stream(cfg, prunes)
-    choices = _Choices.of(cfg)
+    choices = Choices.of(cfg)
     configuration = Configuration.of(cfg)
     _check_together(cfg, configuration, choices)
     device = parse_device(cfg["device"])
@@ -210,7 +196,7 @@ def _check_stream(cfg: Mapping, prunes: bool) -> None:
         raise UserError("stream=true keeps pruned blocks in the run's directory and needs resumable=true")
 
 
-def _check_together(cfg: Mapping, configuration: Configuration, choices: _Choices) -> None:
+def _check_together(cfg: Mapping, configuration: Configuration, choices: Choices) -> None:
     """What the choices say to each other."""
     target = choices.target
     _check_target(cfg, target)
@@ -232,7 +218,7 @@ def _model(cfg: Mapping, prunes: bool) -> ModelSettings:
 
 
 def _layers(
-    cfg: Mapping, configuration: Configuration, model: ModelSettings, selection: Selection, choices: _Choices
+    cfg: Mapping, configuration: Configuration, model: ModelSettings, selection: Selection, choices: Choices
 ) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, Pattern], Method]:
     """The model's layers, the patterns of those to prune, and the method as it treats this model, if it can."""
     solver = refitted(configuration.solver, cfg["refit"])

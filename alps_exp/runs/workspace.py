@@ -17,7 +17,7 @@ from ..evaluation import perplexity, protocol
 from ..evaluation.evaluation import Text
 from ..evaluation.settings import EvaluationText
 from ..model import loading
-from ..model.blocks import BlockModel
+from ..model.blocks import BlockModel, Known
 from .settings import Settings
 
 
@@ -37,6 +37,7 @@ class Workspace:
         self._tokenizers: dict[loading.ModelSource, object] = {}
         self._samples: dict[tuple, str | None] = {}
         self._network: tuple[tuple, torch.nn.Module, dict[str, Tensor]] | None = None
+        self._known: dict[torch.device, Known] = {}
 
     def tokenizer(self, settings: Settings):
         """The model's tokenizer."""
@@ -145,7 +146,7 @@ class Workspace:
         return self._network is not None and self._network[0] == (settings.model.source, settings.dtype)
 
     def _release(self) -> None:
-        self._network = None
+        self._network, self._known = None, {}
         gc.collect()  # networks refer to themselves
 
     def model(self, settings: Settings, device: torch.device, scratch: Path) -> BlockModel:
@@ -162,7 +163,9 @@ class Workspace:
         if settings.stream is True or (not self._holds(settings) and streams(settings, 2 if self.keep else 1)):
             network, source = loading.load_streamed(settings.model, settings.dtype, pin=device.type == "cuda")
             return BlockModel(network, device, source=source, **options)
-        return BlockModel(self.network(settings), device, **options)
+        network = self.network(settings)  # where it is kept, it is compared with its blocks once for all runs
+        known = self._known.setdefault(device, Known()) if self.keep else None
+        return BlockModel(network, device, **options, known=known)
 
     def dense_sample(self, settings: Settings, model: BlockModel) -> str | None:
         """The dense model's continuation of the prompt."""

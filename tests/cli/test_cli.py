@@ -290,7 +290,14 @@ def test_the_demo_model_takes_no_other_path(here, capsys):
 @pytest.mark.slow
 def test_mistakes_are_answered_without_importing_torch(tmp_path):
     refused = (["method=alsp", "sparsity=0.7"], ["model.path=./none"], ["-m", "refit=pgc", "seed=0,1"])
+    refused += (
+        ["method.rho=0"],
+        ["-m", "seed=0,1", "+preset=residual", "target.strength=2"],
+        ["finish=block", "finish.block.rate=2"],
+    )
+    refused += (["data.path=./none.txt"], ["data=generated", "data.top_p=2"], ["eval.windows=0"], ["device=tpu"])
     answered = [(words, 2) for words in refused] + [(["--version"], 0), (["list", "--runs", str(tmp_path)], 0)]
+    answered += [(["help", "method.rho"], 0)]
     code = (
         "import sys\nfrom alps_exp.__main__ import main\n"
         f"for words, status in {answered}:\n"

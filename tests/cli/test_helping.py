@@ -114,3 +114,21 @@ def test_what_is_unknown_is_answered_with_the_nearest_names(word, part, capsys):
     assert helping.main([word]) == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1 and error.startswith("alps_exp: ")
+
+
+@pytest.mark.slow
+def test_the_page_of_keys_is_what_help_says():
+    """Mend it with python -m alps_exp.cli.helping > docs/keys.md."""
+    page = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert page == helping.page()
+    for word in ("data.calibration_file", "data.evaluate_on", "model.gguf_file", "logger.entity", "finish.distil.rate"):
+        assert f"\n| `{word}` |" in page
+
+
+def test_every_key_says_what_it_means():
+    for word, having in helping._all_keys().items():
+        assert all(one.text for one in helping._meanings(word, having)), word
+
+
+def test_an_example_can_be_pasted_into_a_shell():
+    assert told("eval.bos").endswith("eval.bos=VALUE") and told("model.gguf_file").endswith("model.gguf_file=VALUE")

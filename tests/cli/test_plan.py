@@ -80,6 +80,35 @@ def test_a_plan_tells_what_finishing_takes(settings):
 
 
 @pytest.mark.slow
+def test_a_plan_of_fresh_text_refuses_what_the_run_would(settings, tmp_path, capsys):
+    settings = [*settings, "sparsity=0.7", "data.holdout=2", "finish=distil"]
+    assert "32 windows of fresh text to distil on (data=local)" in plan_of([*settings, "finish.tokens=2000"])
+    (tmp_path / "short.txt").write_text("A few words. " * 100, encoding="utf-8")
+    short = [*settings, "finish.tokens=90000", f"finish.path={tmp_path / 'short.txt'}"]
+    with pytest.raises(UserError, match=r"finish.data=local: the text has only \d+ windows .* 1407 were asked"):
+        plan_of(short)
+    words = ["-m", *short, "method=wanda,magnitude", "plan=true", f"hydra.sweep.dir={tmp_path}"]
+    assert command.guarded(lambda: command.command(words)) == 2
+    assert (
+        "1407 were asked; lower finish.tokens, or give a longer text (run tiny_llama-wanda-" in capsys.readouterr().err
+    )
+    elsewhere = plan_of([*settings, "finish.tokens=90000", "finish.data=c4"])
+    assert "(whether data=c4, which is not on this machine yet, has so much text, the run will see)" in elsewhere
+
+
+@pytest.mark.slow
+def test_a_plan_keeps_to_the_minutes_of_finishing(settings, monkeypatch):
+    monkeypatch.setattr("alps_exp.cli.plan._measured_rate", lambda device: 1e3)  # operations per second
+    settings = [*settings, "sparsity=0.7", "data.holdout=2", "finish=[block,distil]"]
+    assert "finishing blocks 10 min, distilling 10 min" in plan_of([*settings, "finish.minutes=20"])
+    own = plan_of([*settings, "finish.block.minutes=3", "finish.distil.minutes=4"])
+    assert "finishing blocks 3 min, distilling 4 min" in own
+    assert "finishing blocks 10 min, distilling 5 min" in plan_of(
+        [*settings, "finish.minutes=20", "finish.distil.minutes=5"]
+    )
+
+
+@pytest.mark.slow
 def test_a_plan_of_a_sweep_is_one_table(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     done = [*settings, "method=magnitude", "sparsity=0.5", "hydra.run.dir=${hydra.sweep.dir}/${run_name:}"]

@@ -234,8 +234,11 @@ def test_it_is_done_once_and_only_for_blocks_that_are_run():
     faithful.ensure(model, tokens(), 1)
     assert len(ran) == 7
     faithful.ensure(model, tokens())
-    assert set(ran[7:]) == {0, 1, 2, 3} and model.compared == 4
+    assert set(ran[7:]) == {0, 1, 2, 3} and model.known.faithful == 4
     assert model.shapes == []
+    before = len(ran)
+    faithful.ensure(BlockModel(network, CPU, known=model.known), tokens())
+    assert len(ran) == before
 
 
 def test_long_windows_are_cut(monkeypatch):

@@ -33,3 +33,12 @@ def test_a_kept_network_is_restored_with_all_that_its_blocks_hold(tiny_gpt2, mon
     after = held(network)
     assert {name.rpartition(".")[2] for name in before} == {"weight", "bias", "scale"}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_kept_network_is_compared_with_its_blocks_once(tiny_llama, tmp_path):
+    words = ["model=local", f"model.path={tiny_llama}", "data=local", "eval=none", "method=dense", "device=cpu"]
+    settings, workspace = resolve(compose([*words, "stream=false"])), Workspace(keep=True)
+    models = [workspace.model(settings, settings.device, tmp_path) for _ in range(2)]
+    assert models[0] is not models[1] and models[0].known is models[1].known
+    alone = [Workspace().model(settings, settings.device, tmp_path).known for _ in range(2)]
+    assert alone[0] is not alone[1]
