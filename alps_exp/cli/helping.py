@@ -169,7 +169,7 @@ def page() -> str:
 _PAGE = """\
 # Keys
 
-Every key that a configuration has, as `alps-exp help KEY` explains it; `alps-exp help GROUP` has the choices of a group.
+Every key that a configuration has, as `alps-exp help KEY` explains it; `help GROUP` has the choices of a group.
 A key without named choices means the same for all that have it. The page is written by
 `python -m alps_exp.cli.helping > docs/keys.md`."""
 _HEAD = ("| key | with | meaning | takes | default |", "|---|---|---|---|---|")
