@@ -18,7 +18,15 @@ from alps_exp.runs.settings import resolve
 
 PACKAGE = Path(alps_exp.__file__).parent
 # Where words become settings; and the one function that they pass on the way.
-READERS = ("cli/", "runs/naming.py", "runs/settings.py", "runs/values.py", "base/redaction.py")
+READERS = (
+    "cli/",
+    "runs/naming.py",
+    "runs/settings.py",
+    "runs/choices.py",
+    "runs/early.py",
+    "runs/values.py",
+    "base/redaction.py",
+)
 
 
 @pytest.fixture
