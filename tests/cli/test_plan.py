@@ -82,7 +82,7 @@ def test_a_plan_tells_what_finishing_takes(settings):
 @pytest.mark.slow
 def test_a_plan_of_fresh_text_refuses_what_the_run_would(settings, tmp_path, capsys):
     settings = [*settings, "sparsity=0.7", "data.holdout=2", "finish=distil"]
-    assert "32 windows of fresh text to distil on (data=local)" in plan_of([*settings, "finish.tokens=2000"])
+    assert "32 windows of fresh text to train on (data=local)" in plan_of([*settings, "finish.tokens=2000"])
     (tmp_path / "short.txt").write_text("A few words. " * 100, encoding="utf-8")
     short = [*settings, "finish.tokens=90000", f"finish.path={tmp_path / 'short.txt'}"]
     with pytest.raises(UserError, match=r"finish.data=local: the text has only \d+ windows .* 1407 were asked"):
