@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..base.errors import first_line
 from ..base.fallbacks import fell_back
 
 EIGHT = torch.float8_e4m3fn
@@ -54,19 +55,27 @@ def halves(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@cache
 def eights(device: torch.device) -> bool:
-    """Whether products of two matrices in float8 (e4m3) run there, at twice the rate of halves."""
+    """Whether products of two matrices in float8 (e4m3) run there, at twice the rate of halves. Where a GPU that should
+    have them does not, the record tells."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
+    if fault := _fault_of_eights(device):
+        fell_back(f"products in float8 {fault}, so ALPS multiplies in float16, which is slower")
+    return not fault
+
+
+@cache
+def _fault_of_eights(device: torch.device) -> str:
     values = (torch.arange(32 * 64, device=device) % 15 - 7.0).view(32, 64)
     try:
         found = eight_product(values.to(EIGHT), values.to(EIGHT), values.new_tensor(0.5))
+    except torch.OutOfMemoryError:  # says nothing of the products: the next use tries again
+        raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        fell_back(f"products in float8 do not run here, so ALPS multiplies in float16, which is slower ({reason})")
-        return False
-    return torch.allclose(found.float(), values @ values.T / 2, rtol=1e-2, atol=1e-2)
+        return f"do not run here ({first_line(error)})"
+    right = torch.allclose(found.float(), values @ values.T / 2, rtol=1e-2, atol=1e-2)
+    return "" if right else "are wrong here"
 
 
 def eight_product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:

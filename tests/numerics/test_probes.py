@@ -10,7 +10,7 @@ from alps_exp.base import fallbacks
 from alps_exp.layer import registry
 from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
-from alps_exp.numerics import kernels
+from alps_exp.numerics import kernels, precision
 from alps_exp.patterns import parse_sparsity
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -90,3 +90,24 @@ def test_alps_goes_on_without_one_of_its_kernels(forgetful, monkeypatch, lost):
     assert found == pytest.approx(wanted, rel=5e-3)
     (line,) = fallbacks.taken()
     assert lost in line
+
+
+def test_products_in_float8_that_are_wrong_or_missing_are_told(monkeypatch):
+    device = torch.device("cpu")
+
+    def broken(left, right, scale):
+        raise RuntimeError("no such product\nand more")
+
+    def exact(left, right, scale):
+        return (scale * left.float() @ right.float().T).bfloat16()
+
+    products = {
+        "": exact,
+        "do not run here (no such product)": broken,
+        "are wrong here": lambda *given: 2 * exact(*given),
+    }
+    for told, product in products.items():
+        precision._fault_of_eights.cache_clear()
+        monkeypatch.setattr(precision, "eight_product", product)
+        assert precision._fault_of_eights(device) == told
+    precision._fault_of_eights.cache_clear()
