@@ -57,14 +57,17 @@ def imported(name: str) -> ModuleType:
 _touched: list[str] = []
 
 
+def _part(owner, name: str):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    _touched.append(name)
+    return _Thing
+
+
 class _Kind(type):
     """Whose classes stand in for classes, functions and constants alike."""
 
-    def __getattr__(cls, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        _touched.append(name)
-        return _Thing
+    __getattr__ = _part
 
     def __call__(cls, *values, **named):
         _touched.append("a call")
@@ -87,11 +90,7 @@ class _Thing(metaclass=_Kind):
 
 
 class _Module(ModuleType):
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        _touched.append(name)
-        return _Thing
+    __getattr__ = _part
 
 
 class _Finder(MetaPathFinder, Loader):

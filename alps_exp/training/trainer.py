@@ -552,8 +552,8 @@ def _told(row: Mapping) -> str:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Kernels that give the same bits again, where there are such. Fused attention on a GPU gives others all the same:
-    it heeds a strict setting alone, which refuses whatever else a model has without such kernels."""
+    """Kernels that give the same bits again, where there are such. Not strictly, which would refuse what has none; on
+    a GPU trainings of a model with fused attention were seen to differ in rounding."""
     before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     told = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
