@@ -40,8 +40,7 @@ from alps_exp.patterns import Pattern
 
 # Columns walked one by one between two matrix products, about; a multiple of M under an N:M pattern.
 _STEP = 16
-_FUSED_STEP = 32
-# Columns that the kernel walks over at most.
+# Columns that the kernel walks over, at most.
 _WIDEST = 64
 
 
@@ -90,10 +89,7 @@ class SparseGPT(Solver):
         self, groups: Sequence[Sequence[LayerProblem]], patterns: Sequence[Pattern]
     ) -> list[list[Solution]]:
         weights = [[problem.weight for problem in problems] for problems in groups]
-        known = all(pattern.group is None or pattern.tracker().group for pattern in patterns)
-        known &= all((pattern.group or 0) <= _WIDEST for pattern in patterns)
-        single = weights[0][0].dtype == torch.float32
-        if not known or not single or len(set(patterns)) > 1 or _kernel(weights[0][0].device) is None:
+        if len(set(patterns)) > 1 or _kernel(weights[0][0], patterns[0]) is None:
             return super()._solve_alike(groups, patterns)
         watch = Stopwatch(weights[0][0].device)
         leaders = [problems[0] for problems in groups]
@@ -125,7 +121,7 @@ class SparseGPT(Solver):
         work.masked_fill_(dead[..., None], 0)
         keep = torch.empty_like(work, dtype=torch.bool)
         group = pattern.group or 1
-        step = -(-(_FUSED_STEP if _kernel(work.device) else _STEP) // group) * group
+        step = -(-_STEP // group) * group if _kernel(work, pattern) is None else _WIDEST // group * group
         width = -(-self.block_size // group) * group
         for begin in range(0, work.shape[-2], width):
             end = min(begin + width, work.shape[-2])
@@ -138,8 +134,10 @@ class SparseGPT(Solver):
         return [(weight.mT.contiguous(), support.mT.contiguous()) for weight, support in layers]
 
 
-def _kernel(device: torch.device) -> Callable | None:
-    return kernel_for(device, "sweep_step")
+def _kernel(work: Tensor, pattern: Pattern) -> Callable | None:
+    """What walks over the columns of a step at once; None where it does not know the pattern, too."""
+    known = pattern.group is None or (pattern.group <= _WIDEST and pattern.tracker().group is not None)
+    return kernel_for(work.device, "sweep_step") if known and work.dtype == torch.float32 else None
 
 
 def _sweep_block(work: Tensor, keep: Tensor, factor: Tensor, rows: list[int], pattern: Pattern, step: int) -> Tensor:
@@ -181,14 +179,8 @@ def _sweep_step(
         inverse: (…, columns, 1) 1 / U_jj.
     """
     columns, group = work.shape[-2], pattern.group
-    kernel, rule = _kernel(work.device), pattern.tracker().group
-    if (
-        kernel is not None
-        and work.dtype == torch.float32
-        and columns <= _WIDEST
-        and (group is None or rule is not None)
-    ):
-        kernel(work, keep, factor, errors, rule)
+    if (kernel := _kernel(work, pattern)) is not None:
+        kernel(work, keep, factor, errors, pattern.tracker().group)
         return
     span = group or columns
     for begin in range(0, columns, span):

@@ -146,7 +146,7 @@ def sweep_step(work: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, group
     """
     columns, out = work.shape[-2:]
     kept, width = group or (0, 0)
-    block = 32  # with one warp: what steps wait for is in its own registers, and few rows still fill the device
+    block = 16  # with one warp: what steps wait for is in its own registers, and few rows still fill the device
     several = work.ndim > 2
     apart = [part.stride(0) if several else 0 for part in (work, keep, factor, errors)]
     with torch.cuda.device_of(work):

@@ -77,11 +77,11 @@ def test_group_step(kernels, shape, written):
 
 @pytest.mark.parametrize("written", [None, "2:4", "4:8", "1:4"])
 @pytest.mark.parametrize(
-    ("columns", "out", "transposed"), [(32, 70, False), (16, 64, True), (24, 1, True), (8, 200, False)]
+    ("columns", "out", "transposed"), [(64, 70, False), (16, 64, True), (24, 1, True), (8, 200, False)]
 )
 def test_sweep_step(kernels, columns, out, written, transposed):
     generator = torch.Generator(DEVICE).manual_seed(1)
-    factor = torch.randn(64, 64, generator=generator, device=DEVICE).triu(1) / 8 + torch.eye(64, device=DEVICE)
+    factor = torch.randn(72, 72, generator=generator, device=DEVICE).triu(1) / 8 + torch.eye(72, device=DEVICE)
     factor = factor.T.contiguous().T if transposed else factor
     factor = factor[5 : 5 + columns, 5 : 5 + columns]
     work = torch.randn(columns, out, generator=generator, device=DEVICE)
