@@ -114,6 +114,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
             shrunk=lambda micro: ladder.for_training("the distillation", micro, streams),
             together=tools.team,
             shared=True,
+            blocks=model.blocks,
         )
         done = dataclasses.asdict(trainer.run())
         result.layers = [_recounted(row, model) for row in result.layers]

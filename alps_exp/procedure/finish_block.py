@@ -54,6 +54,7 @@ class FinishBlock(Stage):
             lighter=lambda: ladder.lighter_training(block.name, streams.states),
             together=team,
             shrunk=lambda micro: ladder.for_training(block.name, micro, streams.states),
+            blocks=[block.module],
         )
         done = dataclasses.asdict(trainer.run())
         seconds = block.watch.lap("finish")

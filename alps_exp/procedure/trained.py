@@ -213,6 +213,7 @@ class TrainingMethod(ModelMethod):
                 companions=companions,
                 together=tools.team,
                 shared=True,
+                blocks=model.blocks,
             ).run()
         done = dataclasses.asdict(done)
         seen = done["windows"] * windows.shape[1]

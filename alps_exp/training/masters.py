@@ -189,6 +189,11 @@ class Masters:
         """Where the weights are."""
         return next(iter(self._weights.values())).device
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The module's weights that are trained, as they are."""
+        return [weight.data for weight in self._weights.values()]
+
     def _padded(self, count: int) -> int:
         return count + -count % self._multiple
 

@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,6 +30,7 @@ from .masters import SINGLE, Masters, Single
 from .norms import fused_norms
 from .optimisers import MULTIPLE, optimiser
 from .recipe import Recipe
+from .replayed import Replayed
 
 # A loss that is not finite is noticed after so many steps at the latest: to look at it is to wait for the device.
 _NOTICED = 16
@@ -84,7 +85,8 @@ class Training:
             `held_out`, `rate`, `seconds`.
         micro: windows per backward pass in the end.
         zeros: pruned entries of the weights that were trained, every one of which was seen to be zero in the end.
-        notes: what was done for want of device memory.
+        replayed: passes of training through the blocks that were replayed as CUDA graphs.
+        notes: what was done for want of device memory, and why steps of a small model were not replayed on a GPU.
     """
 
     steps: int = 0
@@ -98,6 +100,7 @@ class Training:
     curve: list[dict] = field(default_factory=list)
     micro: int = 0
     zeros: int = 0
+    replayed: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -133,6 +136,8 @@ class Trainer:
             takes them over: it makes no masters.
         shared: whether all processes have the same windows; a step's, and the held-out ones, are divided among them.
             Otherwise each has windows of its own, and all held-out ones, and a step takes an equal part from each.
+        blocks: of the module, as `Replayed` wants them: a process that trains by itself on a GPU, with the optimiser's
+            state in float32, may record and replay their passes.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Trainer:
         shrunk: Callable[[int], None] = lambda micro: None,
         together: Single = SINGLE,
         shared: bool = False,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         self.recipe, self.label = recipe, label
         self._loss, self._windows, self._held_out = loss, windows, held_out
@@ -172,6 +178,10 @@ class Trainer:
             del self.masters  # before there are others
             self.masters = Masters(module, trained, multiple, together)
         self.device = self.masters.device
+        whole = together.size == 1 and recipe.state != "8bit"
+        self._replayed = Replayed(
+            blocks if whole else (), self.masters, lambda: min(self.micro, self._batch, windows), self._note
+        )
         values = self.masters.values.values()
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._batch = recipe.batch if shared else own
@@ -198,7 +208,12 @@ class Trainer:
             raise UserError(f"{self.label}: not every process can read {self._file}: see why, or delete it")
         if "weights" in self._left:
             return self._taken_over()
-        with self.masters.gathering(), cast(self._module, self._working), fused_norms(self._module), _repeatable():
+        with ExitStack() as stack:
+            stack.enter_context(self.masters.gathering())
+            stack.enter_context(cast(self._module, self._working))
+            stack.enter_context(fused_norms(self._module))
+            stack.enter_context(_repeatable())
+            stack.enter_context(self._replayed)
             self._restore()
             self._saved = time.perf_counter()
             self._start = self._saved - self._done.seconds
@@ -255,6 +270,8 @@ class Trainer:
         count = sum(sizes)
         while (loss := self._gradients(batch, sizes)) is None:
             self._shrink(self._short)
+        if self._replayed.due:
+            self._replayed.prove(loss, lambda: self._gradients(batch, sizes))
         self._recent.append((step, count, loss))
         if len(self._recent) - self._checked >= _NOTICED:
             self._check()
@@ -276,7 +293,8 @@ class Trainer:
         self.masters.forget()
         for companion in self._companions:
             companion.after_update(self, step)
-        self.masters.write()
+        self._replayed.write()
+        self._done.replayed += self._replayed.passes
         self._done.windows += count
 
     def _set_rate(self, rate: float) -> None:
@@ -315,6 +333,7 @@ class Trainer:
         """The mean loss of all processes' windows, whose gradients are in the masters; None when some device's memory
         does not suffice."""
         total, short = torch.zeros((), device=self.device), False
+        self._replayed.passes = 0
         for begin in range(0, max(sizes), self.micro):  # as many passes in every process
             part = batch[begin : begin + self.micro]
             try:
@@ -344,7 +363,9 @@ class Trainer:
         """Take the next measure; `short`: whether it was this process's device whose memory did not suffice."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.micro > 1:
+        if self._replayed.drop():
+            measure = "steps are not replayed as CUDA graphs"
+        elif self.micro > 1:
             self.micro //= 2
             self._shrunk(self.micro)
             measure = f"{self.micro} windows per backward pass"
@@ -356,6 +377,10 @@ class Trainer:
                 "windows (seqlen), or a larger device"
             )
         self._done.notes.append(f"device memory ran short in {self.label}; from there on: {measure}")
+
+    def _note(self, note: str) -> None:
+        if (told := f"{self.label}: {note}") not in self._done.notes:
+            self._done.notes.append(told)
 
     def _check(self) -> None:
         """Refuse to go on from a loss that is not finite."""
