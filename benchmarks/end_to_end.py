@@ -2,6 +2,9 @@
 
     python benchmarks/end_to_end.py --shape opt-13b --blocks 4 --methods alps,alps+stream,sparsegpt
     torchrun --nproc-per-node 2 benchmarks/end_to_end.py --shape opt-13b --blocks 4      (a GPU for each process)
+    python benchmarks/end_to_end.py --shape opt-13b --blocks 40 --windows 8 --methods sensitivity
+
+`sensitivity` is no method: it times the backward pass of `sensitivity=outputs` over the windows, all blocks and head.
 
 Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
 to propagate) are left out of the mean; the whole model's seconds are extrapolated from it and say so. The blocks stay
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
+from alps_exp.calibration.sensitivity import measure_sensitivity
 from alps_exp.layer.registry import solver
 from alps_exp.methods.target import LayerTarget, StreamTarget
 from alps_exp.model.blocks import BlockModel
@@ -33,6 +37,7 @@ from alps_exp.procedure.prune import prune_blocks
 from alps_exp.pruning.job import PruneJob
 from alps_exp.pruning.team import Alone, Team
 from alps_exp.pruning.tools import Tools
+from alps_exp.runs.provenance import peak_memory
 
 
 def _opt(width: int, heads: int, blocks: int) -> tuple[OPTConfig, int]:
@@ -67,6 +72,28 @@ def build(shape: str, blocks: int, dtype: torch.dtype, device: torch.device) -> 
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().cpu()
 
 
+def choice(method: str) -> tuple:
+    """The solver and the target of METHOD or METHOD+stream."""
+    name, _, target = method.partition("+")
+    return solver(name), {"layer": LayerTarget, "stream": StreamTarget}[target or "layer"]()
+
+
+def weigh(network: torch.nn.Module, options: argparse.Namespace, device: torch.device) -> dict:
+    """Run the backward pass of `sensitivity=outputs` over all windows and describe the cost."""
+    selection = Selection()
+    torch.manual_seed(1)
+    tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen))
+    shapes = linear_shapes(network, selection)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    measure_sensitivity(BlockModel(network, device, offload=True), tokens, shapes, selection.excluded, quiet=True)
+    seconds = time.perf_counter() - start
+    kept = {key: getattr(options, key) for key in ("shape", "blocks", "windows", "seqlen", "dtype")}
+    return {"pass": "sensitivity", **kept, "seconds": seconds, **peak_memory(device)}
+
+
 def measure(
     network: torch.nn.Module, options: argparse.Namespace, method: str, device: torch.device, team=None
 ) -> dict:
@@ -75,8 +102,7 @@ def measure(
     torch.manual_seed(1)  # the processes of a team draw the same tokens
     tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen))
     patterns = selection.patterns_for(linear_shapes(network, selection), pattern)
-    target = {"layer": LayerTarget, "stream": StreamTarget}[method.partition("+")[2] or "layer"]()
-    chosen = solver(method.partition("+")[0])
+    chosen, target = choice(method)
     job = PruneJob(chosen, patterns, selection, tokens, options.batch_size, quiet=True, target=target)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -117,7 +143,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="opt-125m", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=2, help="blocks to measure")
-    parser.add_argument("--methods", default="alps", help="METHOD or METHOD+stream (target=stream), several by commas")
+    parser.add_argument("--methods", default="alps", help="METHOD, METHOD+stream or sensitivity, by commas")
     parser.add_argument("--sparsity", default="0.7")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
@@ -130,7 +156,8 @@ def main() -> None:
         device = team.device
     for method in options.methods.split(","):
         network = build(options.shape, options.blocks, getattr(torch, options.dtype), device)
-        line = measure(network, options, method, device, team)
+        weighs = method == "sensitivity"
+        line = weigh(network, options, device) if weighs else measure(network, options, method, device, team)
         if team is None or team.leads:
             print(json.dumps(line), flush=True)
         del network

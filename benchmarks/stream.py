@@ -22,14 +22,13 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from end_to_end import SHAPES, _opt
+from end_to_end import SHAPES, _opt, choice
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
 from alps_exp.base.choices import PLACES
 from alps_exp.checkpoints.checkpoint import INDEX
 from alps_exp.evaluation.perplexity import perplexity
-from alps_exp.layer.registry import solver
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.loading import load_streamed, resolve, skeleton
 from alps_exp.model.structure import find_blocks
@@ -103,7 +102,8 @@ def measure(options: argparse.Namespace, checkpoint: Path, device: torch.device)
     patterns = selection.patterns_for(linear_shapes(network, selection), parse_sparsity(options.sparsity))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen), generator=generator)
-    job = PruneJob(solver(options.method), patterns, selection, tokens, options.batch_size, quiet=True)
+    chosen, target = choice(options.method)
+    job = PruneJob(chosen, patterns, selection, tokens, options.batch_size, quiet=True, target=target)
     store = Reporting(Path(options.folder), {"benchmark": "stream"})
     store.device = device
     store.open()
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--shape", default="opt-30b", choices=SHAPES)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--folder", required=True, help="an empty or new one with room for the checkpoint twice")
-    parser.add_argument("--method", default="alps")
+    parser.add_argument("--method", default="alps", help="METHOD or METHOD+stream (target=stream)")
     parser.add_argument("--sparsity", default="0.7")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
