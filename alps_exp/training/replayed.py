@@ -9,6 +9,7 @@ replayed. What is around the blocks (embedding, norm, head and loss) runs as it 
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,7 @@ class Replayed:
         others then, or where a reason is given, which is noted."""
         held, self._graphs = self._graphs is not None, None
         self.on = self.on and not held and why is None
-        self.due, self._calls, self._outputs = False, [], []
+        self.due, self._calls, self._outputs, self._tensors = False, [], [], []
         if why is not None:
             self._note(f"{_NOT}: {why}")
         if held:
@@ -172,7 +173,7 @@ class Replayed:
             self.due = True
         elif self._graphs is None:
             self._record(hidden)
-        elif self._places() != self._homes:
+        elif [tensor.data_ptr() for tensor in self._tensors] != self._homes:
             self.drop("weights have moved")
         else:
             self._now = "replayed"
@@ -216,12 +217,9 @@ class Replayed:
             self.drop(failed)
             _give_back(hidden.device)
             return
-        self._homes, self._now = self._places(), "replayed"
-
-    def _places(self) -> list[int]:
-        """Where everything lies that a recording reads and writes."""
         held = chain.from_iterable((*block.parameters(), *block.buffers()) for block in self._blocks)
-        return [tensor.data_ptr() for tensor in (*held, *self._masters.values.values())]
+        self._tensors = [*held, *self._masters.values.values()]  # what a recording reads and writes, and where it lies
+        self._homes, self._now = [tensor.data_ptr() for tensor in self._tensors], "replayed"
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The last block's output for the first one's input."""
@@ -351,16 +349,22 @@ def _waiting() -> Iterator[list[str]]:
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    collecting = gc.isenabled()
+    gc.disable()  # what it frees may ask the device, which nobody may meanwhile
     try:
-        yield
-    except BaseException:
-        with suppress(RuntimeError):  # which would hide what has failed
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # which would hide what has failed
+                graph.capture_end()
+            raise
+        with warnings.catch_warnings():  # weights that are their own masters are not written
+            warnings.filterwarnings("ignore", message=".*CUDA Graph is empty")
             graph.capture_end()
-        raise
-    with warnings.catch_warnings():  # weights that are their own masters are not written
-        warnings.filterwarnings("ignore", message=".*CUDA Graph is empty")
-        graph.capture_end()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _warm(device: torch.device) -> None:
