@@ -236,9 +236,9 @@ def _making_directories() -> Iterator[None]:
 
 
 def _resolved(cfg: DictConfig) -> Settings:
-    early.check(cfg)  # before what imports torch
+    content = early.check(cfg)  # before what imports torch
     check_there(cfg["model"])
-    if mistake := early.first_mistake([cfg]):
+    if mistake := early.first_mistake([content]):
         raise UserError(mistake[1])
     from ..runs.settings import resolve
 

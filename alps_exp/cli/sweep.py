@@ -55,15 +55,15 @@ def cells(jobs: Sequence[Sequence[str]], config_name: str = "config") -> list[Ce
     Raises:
         UserError: the first mistake found, naming its run.
     """
-    found, settings = [], []
+    found, contents, settings = [], [], []
     # All are composed before the first is validated: names are wrong more often than values, and cost no import.
     for number, line in enumerate(jobs):
         with _naming_the_run(jobs, number):
             found.append(overrides.compose_prepared(list(line), config_name, with_hydra=True))
-            early.check(found[-1])
+            contents.append(early.check(found[-1]))
             check_there(found[-1]["model"])
             _refuse_other_places(found[-1])
-    if mistake := early.first_mistake(found):
+    if mistake := early.first_mistake(contents):
         with _naming_the_run(jobs, mistake[0]):
             raise UserError(mistake[1])
     from ..runs.settings import resolve  # imports torch, for which only what is composed need wait

@@ -12,38 +12,49 @@ from ..base.checks import check_device
 from ..base.errors import UserError
 from ..data.settings import DataSettings
 from ..evaluation.settings import check_values
-from .naming import plain
+from .naming import NEUTRAL, plain
 from .values import check_root
 
+# Beside the method; what says nothing in them need not be built.
+_CHOSEN = ("target", "sensitivity", "allocation", "finish")
 
-def check(cfg: Mapping) -> None:
-    """Raise UserError for a value that is not allowed, of those that no class need be asked about."""
+
+def check(cfg: Mapping) -> Mapping:
+    """Raise UserError for a value that is not allowed, of those that no class need be asked about.
+
+    Returns:
+        The configuration as plain values.
+    """
     check_root(cfg)
     content = plain(cfg)
     check_device(content["device"])
     DataSettings.parse(content["data"]).check(content["seed"])
     check_values(content["eval"])
+    return content
 
 
-def first_mistake(configurations: Sequence[Mapping]) -> tuple[int, str] | None:
+def first_mistake(contents: Sequence[Mapping]) -> tuple[int, str] | None:
     """What the method or another choice does not take, or a text that is not there, in the first configuration that has
-    such a mistake, and which that is."""
-    contents = [plain(cfg) for cfg in configurations]
+    such a mistake, and which that is.
+
+    Args:
+        contents: what `check` has returned for each configuration.
+    """
     number, _, message = (standins.answered(lambda: _first(contents)) or "").partition(" ")
     return (int(number), message) if message else None
 
 
 def _first(contents: Sequence[Mapping]) -> str:
-    registry, choices, texts = (
-        standins.imported(f"alps_exp.{name}") for name in ("layer.registry", "runs.choices", "data.texts")
-    )
+    registry, texts = (standins.imported(f"alps_exp.{name}") for name in ("layer.registry", "data.texts"))
     for number, content in enumerate(contents):
-        for node in ("method", "target", "allocation"):
+        chosen = [node for node in _CHOSEN if _own(content[node]) != NEUTRAL[node]]
+        for node in ("method", *chosen):
             if named := content[node].get("_target_"):
                 standins.imported(named.rpartition(".")[0])
         try:
             prunes = registry.build(content["method"]).prunes
-            choices.Choices.of(content)
+            if chosen:
+                standins.imported("alps_exp.runs.choices").Choices.of(content)
             data = DataSettings.parse(content["data"])
             if prunes:
                 texts.check_source(data)
@@ -53,3 +64,7 @@ def _first(contents: Sequence[Mapping]) -> str:
         except UserError as error:
             return f"{number} {error}"
     return ""
+
+
+def _own(node: Mapping) -> dict:
+    return {key: value for key, value in node.items() if key != "_target_"}

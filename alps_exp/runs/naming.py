@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
 from ..base.errors import UserError
 from ..base.files import sha256
@@ -111,10 +111,14 @@ def run_name(cfg: Mapping) -> str:
 
 def plain(cfg: Mapping) -> Mapping:
     """A composed configuration as plain values, as it was written, without Hydra's part."""
-    if isinstance(cfg, DictConfig):
-        kept = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return OmegaConf.to_container(kept, resolve=True, throw_on_missing=True)
-    return cfg
+    if not isinstance(cfg, DictConfig):
+        return cfg
+    parts = {str(key): cfg[key] for key in cfg if key != "hydra"}  # raises for what is missing
+    return {key: _values(part) if OmegaConf.is_config(part) else part for key, part in parts.items()}
+
+
+def _values(part: Container) -> Any:
+    return OmegaConf.to_container(part, resolve=True, throw_on_missing=True)
 
 
 def canonical(cfg: Mapping) -> dict:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tiny_models
 import yaml
+from omegaconf._utils import get_yaml_loader
 
 from alps_exp.base.resources import resource_root
-from alps_exp.cli import overrides
+from alps_exp.cli import overrides, repository
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import tasks
 from alps_exp.model import loading
@@ -38,6 +39,15 @@ def test_no_file_is_overlooked():
     known |= set((CONF / "preset" / "budget").glob("*.yaml"))  # of sweeps, which compose them
     assert set(CONF.rglob("*.yaml")) == known
     assert len(CHOICES) >= 30
+
+
+def test_the_quick_reader_reads_what_hydra_s_own_reads_and_no_key_is_given_twice():
+    if repository._Loader is None:
+        pytest.skip("PyYAML without its parser in C")
+    files = [*sorted(CONF.rglob("*.yaml")), *SWEEPS]
+    # Hydra's raises for a key that is given twice.
+    for text in ["a: 1e-3", *(path.read_text(encoding="utf-8") for path in files)]:
+        assert yaml.load(text, Loader=repository._Loader) == yaml.load(text, Loader=get_yaml_loader())
 
 
 @pytest.mark.slow  # all of them together
