@@ -38,21 +38,20 @@ class Replayed:
         blocks: each takes the hidden states that the one before returned, and nothing else that differs from pass to
             pass.
         masters: of the weights that are trained, in one process.
-        windows: tells how many a pass must have to be recorded, and to be replayed.
-        note: is told why passes that might have been recorded were not.
 
     Attributes:
         on: whether passes may be recorded or replayed; not on a CPU, of large models, and of those that cannot.
         due: whether a pass ran as it is that could have been recorded: `prove` is to be called before weights change.
+        windows: that a pass must have to be recorded, and to be replayed.
         passes: that were replayed, since somebody set it to 0.
+        notes: why passes that might have been recorded were not.
     """
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], masters: Masters, windows: Callable[[], int], note: Callable[[str], None]
-    ) -> None:
-        self._blocks, self._masters, self._windows, self._note = list(blocks), masters, windows, note
+    def __init__(self, blocks: Sequence[nn.Module], masters: Masters) -> None:
+        self._blocks, self._masters = list(blocks), masters
         self.on = bool(self._blocks) and masters.device.type == "cuda"
-        self.due, self.passes = False, 0
+        self.due, self.windows, self.passes = False, 0, 0
+        self.notes: list[str] = []
         self._now = ""  # what becomes of this pass: "noted", "replayed", or it runs as it is
         self._proving = self._written = False
         self._form: tuple = ()  # shape and more of the first block's input, in passes that are recorded
@@ -90,7 +89,7 @@ class Replayed:
         self.on = self.on and not held and why is None
         self.due, self._calls, self._outputs, self._tensors = False, [], [], []
         if why is not None:
-            self._note(f"{_NOT}: {why}")
+            self.notes.append(f"{_NOT}: {why}")
         if held:
             self._masters.forget()  # gradients are in the graphs' memory
             _give_back(self._masters.device)
@@ -159,7 +158,7 @@ class Replayed:
     def _begin(self, hidden: Tensor) -> None:
         """What becomes of the pass that begins with these hidden states (windows, seqlen, width)."""
         self._now = ""
-        if not (self.on and torch.is_grad_enabled() and len(hidden) == self._windows()):
+        if not (self.on and torch.is_grad_enabled() and len(hidden) == self.windows):
             return
         form = hidden.shape, hidden.dtype, hidden.requires_grad
         if len(self._calls) < len(self._blocks):

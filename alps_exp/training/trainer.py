@@ -179,9 +179,7 @@ class Trainer:
             self.masters = Masters(module, trained, multiple, together)
         self.device = self.masters.device
         whole = together.size == 1 and recipe.state != "8bit"
-        self._replayed = Replayed(
-            blocks if whole else (), self.masters, lambda: min(self.micro, self._batch, windows), self._note
-        )
+        self._replayed = Replayed(blocks if whole else (), self.masters)
         values = self.masters.values.values()
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._batch = recipe.batch if shared else own
@@ -225,6 +223,7 @@ class Trainer:
         for companion in self._companions:
             companion.end(self)
         self.masters.write()
+        self._take_notes()
         done = self._done
         done.zeros = self.masters.check_zeros(self.label)
         done.seconds, done.micro = self._seconds(), self.micro
@@ -333,7 +332,7 @@ class Trainer:
         """The mean loss of all processes' windows, whose gradients are in the masters; None when some device's memory
         does not suffice."""
         total, short = torch.zeros((), device=self.device), False
-        self._replayed.passes = 0
+        self._replayed.windows, self._replayed.passes = min(self.micro, self._batch, self._windows), 0
         for begin in range(0, max(sizes), self.micro):  # as many passes in every process
             part = batch[begin : begin + self.micro]
             try:
@@ -378,9 +377,9 @@ class Trainer:
             )
         self._done.notes.append(f"device memory ran short in {self.label}; from there on: {measure}")
 
-    def _note(self, note: str) -> None:
-        if (told := f"{self.label}: {note}") not in self._done.notes:
-            self._done.notes.append(told)
+    def _take_notes(self) -> None:
+        told = [f"{self.label}: {note}" for note in self._replayed.notes]
+        self._done.notes = [*dict.fromkeys([*self._done.notes, *told])]
 
     def _check(self) -> None:
         """Refuse to go on from a loss that is not finite."""
@@ -472,6 +471,7 @@ class Trainer:
             return
         begun = time.perf_counter()
         self._check()
+        self._take_notes()
         self._done.seconds = self._seconds()
         # At the end of a training with held-out windows nothing is needed any more but the best weights.
         over = bool(self._held_out) and self._done.over

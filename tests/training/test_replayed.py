@@ -5,6 +5,8 @@ On a CPU a stand-in takes the place of the graphs, which makes each pass anew; o
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -289,3 +291,17 @@ def test_a_block_that_waits_for_the_device_is_not_recorded(where, monkeypatch):
 def test_on_a_cpu_nothing_is_recorded(monkeypatch):
     _, done = model_trained(monkeypatch, recipe={"steps": 2})
     assert (done.steps, done.replayed, done.notes) == (2, 0, [])
+
+
+def test_a_trainer_goes_when_nobody_holds_it(monkeypatch):
+    """Not when Python next looks for rings: masters and moments are as large as the model."""
+    made = []
+    before = training.Trainer.run
+    monkeypatch.setattr(training.Trainer, "run", lambda self: made.append(weakref.ref(self)) or before(self))
+    gc.collect()
+    gc.disable()
+    try:
+        model_trained(monkeypatch, "", windows=8, recipe={"steps": 4})
+        assert made[0]() is None
+    finally:
+        gc.enable()
