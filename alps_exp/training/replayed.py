@@ -110,16 +110,15 @@ class Replayed:
             other = again()
         finally:
             self._proving = False
-        if self._graphs is not None:
-            if other is None:
-                self.drop("the device's memory does not suffice")
-            else:
-                apart = _apart([other], [loss]), _apart([value.grad for value in values], gradients)
-                if not (apart[0] <= _LOSS and apart[1] <= _GRADIENT):  # nor if they are no numbers
-                    self.drop(
-                        f"a replayed step's loss differs by {apart[0]:.2g} of itself from that of the same step as it "
-                        f"runs, and a gradient by {apart[1]:.2g}"
-                    )
+        if self.on and other is None:
+            self.drop("the device's memory does not suffice")
+        elif self._graphs is not None:
+            apart = _apart([other], [loss]), _apart([value.grad for value in values], gradients)
+            if not (apart[0] <= _LOSS and apart[1] <= _GRADIENT):  # nor if they are no numbers
+                self.drop(
+                    f"a replayed step's loss differs by {apart[0]:.2g} of itself from that of the same step as it "
+                    f"runs, and a gradient by {apart[1]:.2g}"
+                )
         self._masters.forget()
         for value, gradient in zip(values, gradients, strict=True):
             value.grad = gradient
