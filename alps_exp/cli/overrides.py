@@ -281,7 +281,7 @@ def _composed(words: list[str], config_name: str, with_hydra: bool, complete: bo
 
 def _refuse_another_sparsity(cfg: DictConfig, words: list[str]) -> None:
     """A value of the command line is a choice to Hydra, whose keys a file of the user's then sets otherwise."""
-    for override in _parsed_all([word for word in words if word.startswith("sparsity=")]):
+    for override in _parsed_all([word for word in words if word.startswith("sparsity=")][-1:]):  # the last one counts
         given = _pattern(override.value())
         if given is not None and (made := pattern_of(cfg.sparsity)) != given:
             raise UserError(

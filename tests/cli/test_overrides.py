@@ -38,6 +38,7 @@ SMALL = ["model=opt-125m", "data=wikitext2"]
         (["sparsity='0.6'"], Unstructured(0.6)),
         (['sparsity="0.6"'], Unstructured(0.6)),
         (["sparsity=2:4"], NM(2, 4)),
+        (["sparsity=0.7", "sparsity=2:4"], NM(2, 4)),  # the last one counts, as everywhere
         (["sparsity='4:8'"], NM(4, 8)),
         (["sparsity=1:4"], NM(1, 4)),
         (["sparsity=nm"], NM(2, 4)),
