@@ -64,8 +64,7 @@ class Replayed:
     def __enter__(self) -> Replayed:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         modules = [part for block in self._blocks for part in block.modules()]
-        if self.on and any(getattr(part, kind) for part in modules for kind in kinds):
-            self.drop("a module has hooks, which would run once")
+        self._hooked = any(getattr(part, kind) for part in modules for kind in kinds)
         for index, block in enumerate(self._blocks if self.on else ()):
             own = vars(block)
             self._kept.append((own, own.get("forward")))
@@ -88,6 +87,7 @@ class Replayed:
         held, self._graphs = self._graphs is not None, None
         self.on = self.on and not held and why is None
         self.due, self._calls, self._outputs, self._tensors = False, [], [], []
+        self._last: Tensor | None = None  # what the block before returned
         if why is not None:
             self.notes.append(f"{_NOT}: {why}")
         if held:
@@ -164,7 +164,9 @@ class Replayed:
             weights = max(sum(weight.numel() for weight in block.parameters()) for block in self._blocks)
             self.on = weights * hidden[..., 0].numel() <= _SMALL
             self._form, self._calls, self._outputs = form, [], []
-            self._now = "noted" if self.on else ""
+            self._now = "noted" if self.on and not self._hooked else ""
+            if self.on and self._hooked:
+                self.drop("a module has hooks, which would run once")
         elif form != self._form:
             return
         elif self._graphs is None and not self._proving:
