@@ -500,7 +500,8 @@ class _Stack:
             step = kernel("group_step") if trackers[0].fast else None
             return None if step is None else partial(step, group=group)
         if (own := trackers[0].kernel) is not None:
-            step = trackers[0].step(self.w.device) if kernel(own) is not None else None
+            heights = [layer.problem.weight.shape[0] for layer in layers]
+            step = trackers[0].step(self.w.device, heights) if kernel(own) is not None else None
             return step if all(layer.pattern == layers[0].pattern for layer in layers) else None
         sizes = [layer.part(self.w).numel() for layer in layers]
         strides = [tracker.stride(layer.part(self.w)) for tracker, layer in zip(trackers, layers, strict=True)]

@@ -120,6 +120,30 @@ def _masks_step(kernel: Callable, device: torch.device) -> bool:
     return _step(kernel, device, richest, masks=masks)
 
 
+def _pairs_step(kernel: Callable, device: torch.device) -> bool:
+    masks = torch.cartesian_prod(*[torch.tensor([3, 5, 9, 6, 10, 12], device=device)] * 4)
+    table = (masks[:, :, None] >> torch.arange(4, device=device) & 1).float()
+    table = table[(table.sum(1) == 2).all(1)].flatten(1)
+
+    def richest(score: Tensor) -> Tensor:
+        energy = score.square().view(32, 4, 32, 4).transpose(1, 2).reshape(-1, 16)
+        best = table[(energy[:, None] * table).sum(2).argmax(1)] > 0
+        return best.view(32, 32, 4, 4).transpose(1, 2).reshape(score.shape)
+
+    return _step(kernel, device, richest)
+
+
+def _blocks_step(kernel: Callable, device: torch.device) -> bool:
+    def few(energy: Tensor) -> Tensor:
+        return energy > energy.mean()
+
+    def richest(score: Tensor) -> Tensor:
+        energy = score.square().view(16, 8, 32, 4).sum((1, 3))
+        return few(energy)[:, None, :, None].expand(16, 8, 32, 4).reshape(score.shape)
+
+    return _step(kernel, device, richest, tile=(8, 4), keep=few)
+
+
 def _exchange(kernel: Callable, device: torch.device) -> bool:
     energy = torch.zeros(8, 8, device=device)
     energy[0, 1] = energy[1, 0] = 2
@@ -204,6 +228,8 @@ PROBES: dict[str, Callable[[Callable, torch.device], bool]] = {
     "nested_step": _nested_step,
     "shared_step": _shared_step,
     "masks_step": _masks_step,
+    "pairs_step": _pairs_step,
+    "blocks_step": _blocks_step,
     "exchange": _exchange,
     "sweep_step": _sweep_step,
     "best_pairs": _best_pairs,

@@ -23,7 +23,7 @@ class HierarchicalTracker(Tracker):
         self._outer, self._inner = outer, inner
         self.fast = outer[1] in _WIDTHS and inner[1] in _WIDTHS
 
-    def step(self, device: torch.device) -> Step | None:
+    def step(self, device: torch.device, heights: Sequence[int]) -> Step | None:
         if not self.fast:
             return None
         from ..numerics import tile_kernels
@@ -41,7 +41,7 @@ class VNMTracker(Tracker):
         self._sizes, self._choices = {"rows": rows, "kept": kept, "width": width}, choices
         self.fast = (1 << (rows - 1).bit_length()) * (1 << (width - 1).bit_length()) <= _SHARED
 
-    def step(self, device: torch.device) -> Step | None:
+    def step(self, device: torch.device, heights: Sequence[int]) -> Step | None:
         if not self.fast:
             return None
         from ..numerics import tile_kernels

@@ -142,6 +142,11 @@ class Block(_Tiles):
     def selected(self, selection: str) -> str:
         return f"blocks of {self.rows}x{self.columns} of the layer"
 
+    def tracker(self) -> Tracker:
+        from .block_tracker import BlockTracker
+
+        return BlockTracker(_Quick(self), (self.rows, self.columns))
+
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if not shape[0] % self.rows and not shape[1] % self.columns:
             return super().misfit(shape)
@@ -186,6 +191,10 @@ class _Quick:
 
     def keep(self, score: Tensor) -> Tensor:
         return self._pattern.best(_sums(score, self._pattern.tile(score.shape)), score.shape)
+
+    def keep_tiles(self, energy: Tensor) -> Tensor:
+        """Which tiles stay, by their energies."""
+        return Unstructured(self.sparsity).keep(energy)
 
 
 def _sums(score: Tensor, tile: tuple[int, int], signed: bool = False) -> Tensor:

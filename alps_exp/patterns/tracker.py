@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,9 +43,13 @@ class Tracker:
         """Mask of the entries to keep, of the pattern's count or nearly so."""
         return self._pattern.keep(score)
 
-    def step(self, device: torch.device) -> Step | None:
+    def step(self, device: torch.device, heights: Sequence[int]) -> Step | None:
         """Where the rule has a kernel of its own: the pass that selects and updates (`triton_kernels.threshold_step`)
-        for layers of this pattern that lie one below the other. To be asked for where `kernel` runs."""
+        for layers of this pattern that lie one below the other. To be asked for where `kernel` runs.
+
+        Args:
+            heights: outputs of each of these layers.
+        """
         return None
 
     def stride(self, score: Tensor) -> int | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -57,7 +58,7 @@ class TransposableTracker(Tracker):
         self._kept, self._width = kept, width
         self._last: Tensor | None = None
         self.fast = width in (4, *_IN_KERNEL)
-        self.kernel = "masks_step" if width == 4 else "exchange"
+        self.kernel = "exchange" if width != 4 else "pairs_step" if kept == 2 else "masks_step"
 
     def __call__(self, score: Tensor) -> Tensor:
         energy = _tiles(score.square(), self._width)
@@ -73,11 +74,13 @@ class TransposableTracker(Tracker):
             exchange(part, mask)
         return _untiled(self._last, score.shape)
 
-    def step(self, device: torch.device) -> Step | None:
+    def step(self, device: torch.device, heights: Sequence[int]) -> Step | None:
         if not self.fast:
             return None
         from ..numerics import tile_kernels
 
+        if self.kernel == "pairs_step":
+            return partial(tile_kernels.pairs_step)  # a recording knows by this that kernels do all of it
         if self._width == 4:
             return partial(tile_kernels.masks_step, masks=_bits(4, self._kept).to(device))
         return partial(_exchange_step, width=self._width, pairs=_pairs(self._width).to(device))

@@ -44,7 +44,37 @@ def test_a_step_equals_its_equations(text, shape):
     pattern = parse_sparsity(text)
     expected = pattern.keep(new.abs())
     assert pattern.tracker().fast
-    pattern.tracker().step(DEVICE)(b, target, support, 0.8, 0.3, change)
+    pattern.tracker().step(DEVICE, [shape[0]])(b, target, support, 0.8, 0.3, change)
+    if text == "2:4T":  # of equal masks any, and of equal energies in other sums
+        assert pattern.holds(support) and int(support.sum()) == support.numel() // 2
+        energies = ((new.square() * mask).view(6, 4, 11, 4).sum((1, 3)) for mask in (support, expected))
+        torch.testing.assert_close(*energies)
+        expected = support
+    assert torch.equal(support, expected)
+    torch.testing.assert_close(target, new)
+    torch.testing.assert_close(change.float(), 0.3 * (2 * new * expected - b - former), rtol=1e-2, atol=1e-2)
+
+
+def test_every_mask_of_two_by_two_is_found():
+    masks = transposing.all_masks(4, 2).float().to(DEVICE)
+    b = (masks.permute(1, 0, 2).reshape(4, -1) + 0.5).contiguous()
+    target, support = torch.zeros_like(b), torch.zeros_like(b, dtype=torch.bool)
+    change = torch.empty_like(b, dtype=torch.bfloat16)
+    parse_sparsity("2:4T").tracker().step(DEVICE, [4])(b, target, support, 1.0, 1.0, change)
+    assert masks.shape[0] == 90 and torch.equal(support, b > 1)
+
+
+@pytest.mark.parametrize(("text", "shape"), [("block=8x4@0.7", (48, 40)), ("block=32@0.5", (96, 64))])
+def test_blocks_of_each_layer_compete_among_themselves(text, shape):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    b, target, coin = (torch.randn(shape, generator=generator, device=DEVICE) for _ in range(3))
+    b[: shape[0] // 3] *= 10  # a layer of its own
+    support, change = coin > 0, torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
+    former = target * support
+    new, heights = b + (target - former) * 0.8, [shape[0] // 3, shape[0] - shape[0] // 3]
+    pattern = parse_sparsity(text)
+    pattern.tracker().step(DEVICE, heights)(b, target, support, 0.8, 0.3, change)
+    expected = torch.cat([pattern.keep(part.abs()) for part in new.split(heights)])
     assert torch.equal(support, expected)
     torch.testing.assert_close(target, new)
     torch.testing.assert_close(change.float(), 0.3 * (2 * new * expected - b - former), rtol=1e-2, atol=1e-2)
@@ -80,7 +110,7 @@ def test_steps_of_larger_tiles_go_on_from_the_last_support(text):
     best = pattern.keep(b.abs())
     for _ in range(3):  # with a scale of 0, what is selected from is B
         held = target * support
-        pattern.tracker().step(DEVICE)(b, target, support, 0.0, 0.3, change)
+        pattern.tracker().step(DEVICE, [len(b)])(b, target, support, 0.0, 0.3, change)
         assert pattern.holds(support) and int(support.sum()) == int(best.sum())
         torch.testing.assert_close(change.float(), 0.3 * (2 * b * support - b - held), rtol=1e-2, atol=1e-2)
     assert (b * support).square().sum() > 0.98 * (b * best).square().sum() > former.square().sum()
@@ -93,12 +123,12 @@ def test_layers_in_a_stack_are_selected_in_one_pass():
     b, target = (torch.randn(2, 12, 16, generator=generator, device=DEVICE) for _ in range(2))
     support, change = torch.zeros_like(b, dtype=torch.bool), torch.empty_like(b, dtype=torch.bfloat16)
     pattern = parse_sparsity("2:4T")
-    pattern.tracker().step(DEVICE)(b, target, support, 0.0, 0.3, change)
+    pattern.tracker().step(DEVICE, [len(b)])(b, target, support, 0.0, 0.3, change)
     for group, rows in ((0, slice(0, 8)), (0, slice(8, 12)), (1, slice(0, 8)), (1, slice(8, 12))):
         assert torch.equal(support[group, rows], pattern.keep(b[group, rows].abs()))
 
 
 def test_what_has_no_pass_says_so():
-    for text in ("2:3T", "5:10T", "2:3>2:4", "512:2:16", "3:5"):
+    for text in ("2:3T", "5:10T", "2:3>2:4", "512:2:16", "3:5", "block=12@0.5", "row@0.5"):
         tracker = parse_sparsity(text).tracker()
-        assert not tracker.fast and tracker.step(DEVICE) is None
+        assert not tracker.fast and tracker.step(DEVICE, [8]) is None

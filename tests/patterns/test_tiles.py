@@ -104,14 +104,15 @@ def test_texts_and_their_order():
     assert parse_sparsity("block=16x16@0.50").written == "block=16@0.5"
 
 
-@pytest.mark.parametrize("written", ["block=8@0.5", "block=4x16@0.5", "row@0.25", "column@0.5"])
+@pytest.mark.parametrize("written", ["block=8@0.5", "block=4x2@0.5", "row@0.25", "column@0.5"])
 def test_alps_is_below_magnitude_and_its_exact_refit(written):
     problem = planted(rows=32, width=64, tokens=600, seed=3)
     pattern = parse_sparsity(written)
     refit = refitted(registry.solver("magnitude"), "exact").solve(problem, pattern)
     found = registry.solver("alps").solve(problem, pattern)
     assert problem.relative_loss(found.weight) < problem.relative_loss(refit.weight)
-    assert pattern.holds(found.support) and found.stats["projection"] == "plain"
+    assert pattern.holds(found.support)
+    assert found.stats.get("projection") == (None if pattern.tracker().fast else "plain")
     assert torch.equal(found.weight != 0, found.support)
     assert "projection" not in registry.solver("alps").solve(problem, parse_sparsity("2:4")).stats
 
