@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -119,20 +119,50 @@ class SweepJob:
             return Outcome(outcome.name, "completed", new=False)
         if outcome.status in ("refused", "failed"):
             print(redacted(f"{outcome.status}: {outcome.name}: {outcome.message.splitlines()[0]}"), flush=True)
-        took[outcome.name] = time.time() - begin
+        if outcome.status == "completed" and outcome.name in self.expected:
+            took[outcome.name] = time.time() - begin
         return outcome
 
     def _announcement(self, name: str, took: Mapping[str, float]) -> str:
         """Which run of how many begins, and the time left, where one process makes all of them."""
         place = list(self.expected).index(name) + 1 if name in self.expected else 1
         line = f"run {place} of {len(self.expected)}: {name}"
-        done = {other: seconds for other, seconds in took.items() if other in self.expected}
-        work = {other: max(amount, 1.0) for other, amount in self.expected.items()}
-        if os.getpid() != self.process or not done or name not in work:
+        if os.getpid() != self.process or not took or name not in self.expected:
             return line
-        rate = sum(done.values()) / sum(work[other] for other in done)
-        left = rate * sum(amount for other, amount in work.items() if other not in done)
-        return f"{line}, about {duration(rate * work[name])}; {duration(left)} left of the sweep"
+        made = [(self.expected[other], seconds) for other, seconds in took.items()]
+        works = list(self.expected.values())[place - 1 :]
+        own, left = (_told(forecast(made, part)) for part in (works[:1], works))
+        if left is not None:
+            return f"{line}, {own}; {left.removeprefix('about ')} left of the sweep"
+        return f"{line}, {own}; time left of the sweep unknown yet" if own else f"{line}; time left unknown yet"
+
+
+def _told(found: tuple[list[float], bool] | None) -> str | None:
+    return f"{'at most' if found[1] else 'about'} {duration(sum(found[0]))}" if found is not None else None
+
+
+def forecast(made: Sequence[tuple[float, float]], works: Sequence[float]) -> tuple[list[float], bool] | None:
+    """Seconds of runs, by the straight line through those of others: all read, load and evaluate, whatever they prune.
+
+    Args:
+        made: work, in any unit, and seconds of each run that was made, in this order.
+        works: of the runs to come.
+
+    Returns:
+        Seconds of each, and whether they are bounds: runs of less work than any that was made take at most as long.
+        None where one is of more than twice the work, of which nothing is known.
+    """
+    made = made[1:] if len(made) > 2 else made  # the first has loaded the model and the texts for all
+    lowest, highest = min(made)[0], max(made)[0]
+    if max(works) > 2 * highest:
+        return None
+    if highest <= 2 * lowest:
+        mean = sum(seconds for _, seconds in made) / len(made)
+        return [mean] * len(works), min(works) < lowest / 2
+    at, mean = (sum(values) / len(made) for values in zip(*made, strict=True))
+    slope = sum((work - at) * seconds for work, seconds in made) / sum((work - at) ** 2 for work, _ in made)
+    slope = min(max(slope, 0.0), mean / at)
+    return [mean + slope * (work - at) for work in works], False
 
 
 def complete_record(directory: Path, digest: str) -> dict | None:

@@ -136,7 +136,7 @@ class LayerProblem:
     @cached_property
     def energy(self) -> float:
         """tr(W G Wᵀ), the squared norm of the dense layer's output."""
-        return self._quadratic(self.weight)
+        return self.squared_output(self.weight)
 
     @cached_property
     def _root_scale(self) -> float:
@@ -148,10 +148,7 @@ class LayerProblem:
         Args:
             weight: (out, in), the candidate Ŵ.
         """
-        loss = self._quadratic(self.weight - weight.to(self.weight))
-        if self.energy > 0:
-            return loss / self.energy
-        return 0.0 if loss == 0 else float("inf")
+        return relative(self.squared_output(self.weight - weight.to(self.weight)), self.energy)
 
     def held_out_loss(self, weight: Tensor) -> float | None:
         """The same on tokens that are not among the calibration tokens; None where there are none.
@@ -164,13 +161,23 @@ class LayerProblem:
         other = Inputs(gram=self.inputs.held_out, name=self.name)
         return LayerProblem(self.weight, other, self.name).relative_loss(weight)
 
-    def _quadratic(self, delta: Tensor) -> float:
+    def squared_output(self, delta: Tensor) -> float:
+        """‖Xδᵀ‖² of rows (rows, in), undamped; rows add up. Needs the Gram matrix."""
         if self.gram is None:
             raise UserError(f"{self.name}: the loss needs the Gram matrix of the inputs; give inputs=X or gram=G")
+        if not len(delta):
+            return 0.0
         # Squares of 1e-20 and 1e20 do not fit float32: both factors are first brought near 1, exactly.
         scale = power_of_two(float(delta.abs().max()))
         delta = (delta / scale).div_(self._root_scale)
         return max(quadratic(delta, self.gram), 0.0) * (scale * self._root_scale) ** 2
+
+
+def relative(loss: float, energy: float) -> float:
+    """A squared error over the squared norm of the dense layer's output; 0 when both vanish."""
+    if energy > 0:
+        return loss / energy
+    return 0.0 if loss == 0 else float("inf")
 
 
 def power_of_two(value: float) -> float:

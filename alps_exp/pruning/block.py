@@ -16,9 +16,10 @@ from ..layer.inputs import Inputs
 from ..layer.problem import LayerProblem
 from ..layer.solver import Solution
 from ..model.blocks import BlockModel
-from ..model.layers import Layer
+from ..model.layers import ExpertLayer, Layer
 from ..model.structure import block_layers
 from .job import PruneJob
+from .joint import JointLosses
 from .rows import LayerRow
 from .solve import Solved, measured
 from .store import FinishedBlock
@@ -83,6 +84,7 @@ class BlockProblem:
         self._solved: list[Solved] = []
         self._rows: list[LayerRow] = []
         self._changing = False
+        self._joint: JointLosses | None = None
         self._dense: dict[str, Tensor] | None = None
         self._tensors: dict[str, Tensor] | None = None
 
@@ -142,7 +144,9 @@ class BlockProblem:
     def settle(self, solved: list[Solved]) -> None:
         """Write the weights of layers that were solved together; their rows are measured now or at the end."""
         weights = [found.weight for found in solved]
-        if self._settled:
+        if self._joint is not None and all(found.layer.name in self._joint.names for found in solved):
+            self._joint.solved += solved
+        elif self._settled:
             pairs = zip(solved, weights, strict=True)
             self._rows += [measured(self.index, found, weight, self.job) for found, weight in pairs]
         else:
@@ -151,15 +155,34 @@ class BlockProblem:
         for found, weight in zip(solved, weights, strict=True):
             found.layer.write(weight)
 
+    def measure_jointly(self, names: Sequence[str], inputs: Inputs) -> None:
+        """Let all processes of the team measure the losses of these layers, which one of them is about to solve, once
+        their weights are exchanged; not where a later stage changes them, nor of experts.
+
+        Args:
+            names: of the layers.
+            inputs: of theirs, with the sums of all.
+        """
+        if self._settled and not any(isinstance(self.layers[name], ExpertLayer) for name in names):
+            self._joint = JointLosses(self.tools.team, names, inputs)
+
     def exchange(self, names: Sequence[str]) -> None:
         """Give the other processes of a team the weights of these layers that this one has solved, and take theirs; all
         are final then."""
         if self.tools.team.size > 1:
+            joint, self._joint = self._joint, None
+            if joint is not None:
+                joint.prepare(self.layers)
             # What is sent lies in one piece, and an expert's weight may be every other column of a parameter.
             sent = {name: self.layers[name].weight.contiguous() for name in names}
             self.tools.team.exchange(sent)
             for name, weight in sent.items():
                 self.layers[name].write(weight)
+            if joint is not None:
+                losses = joint.losses(self.layers)
+                for found in joint.solved:
+                    layer = found.layer
+                    self._rows.append(measured(self.index, found, layer.weight, self.job, losses[layer.name]))
         self.open.difference_update(names)
 
     def finish(self) -> FinishedBlock:

@@ -283,12 +283,16 @@ def _own(block: BlockProblem, groups: Sequence[tuple[list[str], Accumulator | No
         Group(names, _inputs(names[0], sums, pools) if sums is not None else Inputs(name=names[0]))
         for names, sums in (groups[index] for index in own)
     ]
-    if team.heavy in own:
-        place = own.index(team.heavy)
-        inputs = found[place].inputs
-        found[place] = found[place]._replace(inputs=inputs.replaced(elsewhere=team.elsewhere(inputs.gram)))
-    elif team.heavy is not None:
-        _help(block, *groups[team.heavy], pools)
+    if team.heavy is not None and (sums := groups[team.heavy][1]) is not None and Statistics.GRAM in sums.needed:
+        names = groups[team.heavy][0]
+        if team.heavy in own:
+            place = own.index(team.heavy)
+            inputs = found[place].inputs
+            found[place] = found[place]._replace(inputs=inputs.replaced(elsewhere=team.elsewhere(inputs.gram)))
+        else:
+            inputs = _inputs(names[0], sums, pools)
+            _help(block, names, inputs)
+        block.measure_jointly(names, inputs)
     return found
 
 
@@ -323,12 +327,12 @@ def _inputs(name: str, sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -
     return found if sums.pool is None else found.beside(pools[sums.pool])
 
 
-def _help(block: BlockProblem, names: list[str], sums: Accumulator, pools: Mapping[Accumulator, Inputs]) -> None:
+def _help(block: BlockProblem, names: list[str], inputs: Inputs) -> None:
     """Make this process's share of the work on another's group before its own groups."""
     team = block.tools.team
     if team.share:
-        inputs = _inputs(names[0], sums, pools).shrunk(block.job.shrinkage)
-        problem = LayerProblem(inputs.gram.new_zeros(1, inputs.width), inputs, names[0])
+        known = inputs.shrunk(block.job.shrinkage)
+        problem = LayerProblem(known.gram.new_zeros(1, known.width), known, names[0])
         with full_precision():
             team.hand_over(block.job.solver.make_parts(problem, team.share), names)
 

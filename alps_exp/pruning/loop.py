@@ -37,7 +37,8 @@ class BlockLoop(ModelMethod):
         end = max(blocks_of(job.patterns, model.prefix)) + 1
         streams = _open(model, job, tools)
         watch.lap("calibrate")
-        progress = Progress(range(end), "pruning blocks", quiet=job.quiet)
+        # Where all were pruned by an earlier attempt, or by the processes of a team, they are only taken over.
+        progress = Progress(range(end), "pruning blocks", quiet=job.quiet or len(finished) >= end)
         for index in progress:
             if index < len(finished):
                 _replay(model, index, finished[index], streams, tools)

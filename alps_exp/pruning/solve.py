@@ -136,7 +136,7 @@ def _scale(problem: LayerProblem, pattern: Pattern, job: PruneJob) -> Tensor | N
     return job.rows[problem.name].to(problem.weight)[:, None]
 
 
-def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> LayerRow:
+def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob, loss: float | None = None) -> LayerRow:
     """The row of a layer.
 
     Args:
@@ -144,6 +144,7 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
         solved: the layer.
         weight: (out, in) as it is written.
         job: what was asked.
+        loss: its relative loss, where that is known.
 
     Raises:
         UserError: weights that are not finite, or a loss that is not.
@@ -156,7 +157,8 @@ def measured(index: int, solved: Solved, weight: Tensor, job: PruneJob) -> Layer
             f"{problem.name}: {type(job.solver).__name__} gave {bad} NaN or infinite weights; use dtype=float32"
         )
     with full_precision():
-        loss = problem.relative_loss(weight) if problem.gram is not None and problem.tokens != 0 else None
+        if loss is None and problem.gram is not None and problem.tokens != 0:
+            loss = problem.relative_loss(weight)
         held_out = problem.held_out_loss(weight)
         other = solved.posed is not problem
         target_loss = solved.posed.relative_loss(weight) if other and problem.tokens != 0 else None

@@ -69,7 +69,8 @@ class Team:
         rank: this process's number, from 0.
         size: how many there are.
         device: this process's.
-        heavy: index of the group whose parts were divided, among the groups divided last; None where none were.
+        heavy: index of the costliest group among those divided last, the sums of which all have; None where no process
+            has much less to do than its owner.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -124,8 +125,8 @@ class Team:
             groups: layers that share an input, with this process's statistics of it; the others' are of no use
                 afterwards.
             costs: of solving each group. The costliest goes first, each to the process with the least so far.
-            parts: into how many parts the solver's work on a Gram matrix divides. Those of the costliest group go in
-                equal numbers to its owner and to all that have much less to do; every process has its sums then.
+            parts: into how many parts the solver's work on a Gram matrix divides. Those of the heavy group go in equal
+                numbers to its owner and to all that have much less to do.
 
         Returns:
             Indices of this process's groups.
@@ -147,7 +148,7 @@ class Team:
 
     def _divide_parts(self, owners: list[int], costs: Sequence[float], loads: list[float], parts: int) -> None:
         self.heavy, self._shares = None, {}
-        if not (parts and costs):
+        if not costs:
             return
         heavy = max(range(len(costs)), key=costs.__getitem__)
         owner = owners[heavy]
@@ -155,8 +156,13 @@ class Team:
         if idle:
             self.heavy = heavy
             workers = [owner, *idle][:parts]
-            for rank, share in zip(workers, torch.arange(parts).tensor_split(len(workers)), strict=True):
+            shares = torch.arange(parts).tensor_split(len(workers)) if workers else ()
+            for rank, share in zip(workers, shares, strict=True):
                 self._shares[rank] = share.tolist()
+
+    def owner(self, name: str) -> int:
+        """The process that solves a layer."""
+        return self._owners[name]
 
     @property
     def share(self) -> list[int]:

@@ -101,12 +101,15 @@ def run(
             record.status = "complete"
             record.write(directory)
         except BaseException as error:
+            if cut := isinstance(error, KeyboardInterrupt):
+                on = f": the same command goes on from {directory}" if content["resumable"] else ""
+                error = KeyboardInterrupt(f"interrupted{on}")
             record.status = "failed"
             record.error = {"type": type(error).__name__, "message": str(error)}
             with suppress(OSError):  # on a full disk; what is reported is the error itself
                 record.write(directory)
-            if isinstance(error, KeyboardInterrupt) and content["resumable"]:
-                raise KeyboardInterrupt(f"interrupted: the same command goes on from {directory}") from None
+            if cut:
+                raise error from None
             raise
         if store is not None:
             store.clear()

@@ -35,6 +35,7 @@ def main(request: Path) -> None:
 def _work(asked: dict, folder: Path) -> dict:
     import torch
     import torch.distributed as dist
+    from transformers.utils import logging as transformers_logging
 
     from ..base.fallbacks import told
     from ..procedure.prune import prune_blocks
@@ -49,6 +50,8 @@ def _work(asked: dict, folder: Path) -> dict:
     from .workspace import Workspace
 
     directory, team = Path(asked["directory"]), Team.join(asked["device"])
+    if not (team.leads and sys.stderr.isatty()):  # a bar of each process would be one among those of all others
+        transformers_logging.disable_progress_bar()
     torch.manual_seed(asked["config"]["seed"])
     settings, workspace = resolve(asked["config"], whole=False), Workspace()
     if not team.leads:

@@ -17,6 +17,7 @@ from tiny import words_for
 
 from alps_exp.base.errors import UserError
 from alps_exp.cli import command, launchers, overrides, sweep
+from alps_exp.cli.cell import forecast
 from alps_exp.cli.overrides import compose
 from alps_exp.evaluation import perplexity
 from alps_exp.model import faithful, loading
@@ -210,6 +211,23 @@ def test_a_sweep_of_a_file_names_its_runs(single, monkeypatch, capsys):
     assert manifest == {"sweep": "demo", "words": words, "runs": names} and len(names) == 3
     assert call(["-m", *words, "seed=1"]) == 1
     assert len(json.loads(Path("grid/demo.sweep.json").read_text())["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("made", "works", "found"),
+    [
+        ([(10, 5.0)], [10, 15], ([5, 5], False)),  # all but alike
+        ([(10, 5.0)], [1, 15], ([5, 5], True)),  # not above that
+        ([(10, 5.0)], [10, 21], None),
+        ([(0, 5.0)], [1], None),
+        ([(0, 3.0), (10, 5.0)], [5, 20], ([4, 7], False)),
+        ([(0, 90.0), (0, 3.0), (10, 5.0)], [5, 20], ([4, 7], False)),  # the first has loaded the model
+        ([(1, 9.0), (10, 5.0)], [5], ([7], False)),  # more work never takes less time
+        ([(1, 0.0), (3, 8.0)], [1, 4], ([2, 8], False)),  # nor has any run less than none
+    ],
+)
+def test_the_time_left_is_told_by_the_runs_that_were_made(made, works, found):
+    assert forecast(made, works) == (found and (pytest.approx(found[0]), found[1]))
 
 
 @pytest.mark.slow

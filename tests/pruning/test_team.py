@@ -23,6 +23,7 @@ from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem, Statistics
 from alps_exp.methods.alps import Alps
 from alps_exp.patterns import parse_sparsity
+from alps_exp.pruning.joint import JointLosses
 from alps_exp.pruning.store import HeldError
 from alps_exp.pruning.team import Team
 from alps_exp.runs import together
@@ -107,6 +108,23 @@ def test_idle_processes_take_parts_of_the_costliest_group(tmp_path):
     assert one["taken"] == [2, 3] and one["again"] is None
     assert one["difference"] < 1e-5  # to what one process makes by itself
     assert one["loss"] == pytest.approx(one["expected"], rel=1e-2)
+    for found, rows in ((one, 24), (one, 1), (two, 24), (two, 1)):
+        assert found[f"together{rows}"] == pytest.approx(found[f"alone{rows}"], rel=1e-5)
+
+
+def _measured_by_both(team: Team, problem: LayerProblem) -> dict[str, float]:
+    """The loss of the layer that the first process has solved, by both and alone, of 24 rows and of one."""
+    found = {}
+    for rows in (24, 1):
+        dense = LayerProblem(problem.weight[:rows], problem.inputs)
+        pruned = dense.weight * (dense.weight.abs() > dense.weight.abs().median())
+        joint = JointLosses(team, ["layer96"], problem.inputs)
+        if team.rank == 0:
+            joint.solved.append(types.SimpleNamespace(layer=types.SimpleNamespace(name="layer96"), problem=dense))
+        joint.prepare({"layer96": types.SimpleNamespace(weight=dense.weight)})
+        together = joint.losses({"layer96": types.SimpleNamespace(weight=pruned)})["layer96"]
+        found |= {f"together{rows}": together, f"alone{rows}": dense.relative_loss(pruned)}
+    return found
 
 
 def _divide(rank: int, port: int, folder: Path) -> None:
@@ -138,6 +156,7 @@ def _divide(rank: int, port: int, folder: Path) -> None:
     else:
         team.hand_over(solver.make_parts(problem, team.share), ["layer96"])
     team.exchange({})
+    found |= _measured_by_both(team, problem)
     torch.save(found, folder / f"{rank}.pt")
     team.leave()
 

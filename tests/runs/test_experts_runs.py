@@ -78,6 +78,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(settings, tmp_path, monkeyp
     monkeypatch.setattr(loop, "BlockProblem", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(words, tmp_path / "parts")
+    cut = json.loads((tmp_path / "parts" / "record.json").read_text())
+    told = f"interrupted: the same command goes on from {tmp_path / 'parts'}"
+    assert (cut["status"], cut["error"]) == ("failed", {"type": "KeyboardInterrupt", "message": told})
     record = execute(words, tmp_path / "parts")
     assert record["attempts"] == 2
     same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
