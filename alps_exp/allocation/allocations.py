@@ -15,6 +15,7 @@ unless `choices` names a set of N (see `Allocation`).
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from ..base.resources import built
 from ..calibration.sensitivity import Sensitivity, lost
 from ..patterns import NM, Pattern, Unstructured
 
+# Entries of the table of a knapsack over layers (`cheapest`), of two bytes each.
+_TABLE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Allocation(ABC):
@@ -42,8 +46,8 @@ class Allocation(ABC):
 
     Attributes:
         choices: the numbers N of which each layer gets one where the run's sparsity is N:M; None leaves N:M as asked.
-            The weights that are kept are then at most those of the run's N:M, and as near to them as the layers' sizes
-            let them be when layers step up one after the other (`cheapest`). The set bounds the levels, not `cap`.
+            As many weights are kept as by the run's N:M, or as many below that as the layers' sizes let be
+            (`cheapest`). The set bounds the levels, not `cap`.
     """
 
     needs: ClassVar[str] = "nothing"
@@ -378,17 +382,47 @@ def exact_levels(raw: Mapping[str, float], sizes: Mapping[str, int], target: flo
 def cheapest(
     costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], kept: Sequence[int], limit: int
 ) -> dict[str, int]:
-    """Which of some N each layer gets, so that the costs' sum is least and no more than so many weights are kept.
-
-    All begin with the least N. The step to the next N that saves most per weight comes first, whatever it costs; one
-    that no longer fits is passed over, with all after it in its layer. With convex costs this is the optimum for what
-    is kept up to the first step that does not fit (Lagrange): the end, where layers have one size and N even spaces.
+    """Which of some N each layer gets, so that as many weights are kept as the limit lets be, and of all such choices
+    the costs' sum is least (a knapsack, layer by layer). Where that is too large to tabulate, which takes thousands of
+    layers, layers step up one after the other (`in_steps`).
 
     Args:
         costs: layer name → cost of each of `kept`, convex.
         sizes: layer name → number of weights.
         kept: the numbers N, ascending.
         limit: most that Σ size · N may be, at least that of the least N.
+    """
+    more = {name: [sizes[name] * (n - kept[0]) for n in kept] for name in costs}
+    unit = math.gcd(*(extra for extras in more.values() for extra in extras))
+    room = (
+        min(limit - kept[0] * sum(sizes[name] for name in costs), sum(extras[-1] for extras in more.values())) // unit
+    )
+    if len(costs) * room > _TABLE:
+        return in_steps(costs, sizes, kept, limit)
+    best, taken = torch.full((room + 1,), torch.inf, dtype=torch.float64), []
+    best[0] = 0.0
+    for name, extras in more.items():
+        tried = torch.full((len(kept), room + 1), torch.inf, dtype=torch.float64)
+        for row, extra, cost in zip(tried, extras, costs[name], strict=True):
+            if (shift := extra // unit) <= room:
+                row[shift:] = best[: room + 1 - shift] + cost
+        best, choice = tried.min(0)
+        taken.append(choice.to(torch.int16))
+    place, found = int(best.isfinite().nonzero().max()), {}
+    for name, choice in zip(reversed(more), reversed(taken), strict=True):
+        found[name] = int(choice[place])
+        place -= more[name][found[name]] // unit
+    return {name: kept[found[name]] for name in costs}
+
+
+def in_steps(
+    costs: Mapping[str, Sequence[float]], sizes: Mapping[str, int], kept: Sequence[int], limit: int
+) -> dict[str, int]:
+    """`cheapest` but for what does not fit.
+
+    All begin with the least N. The step to the next N that saves most per weight comes first, whatever it costs; one
+    that no longer fits is passed over, with all after it in its layer. With convex costs this is the optimum for what
+    is kept up to the first step that does not fit (Lagrange): the end, where layers have one size and N even spaces.
     """
     places, steps = dict.fromkeys(costs, 0), []
     left = limit - kept[0] * sum(sizes[name] for name in costs)

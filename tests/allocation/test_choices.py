@@ -12,6 +12,7 @@ from tiny import execute, network, tokens, weights
 from tiny_experts import network as mixture
 
 import alps_exp
+from alps_exp.allocation import allocations
 from alps_exp.allocation.allocations import (
     ByLoss,
     ByOutliers,
@@ -21,6 +22,7 @@ from alps_exp.allocation.allocations import (
     Progression,
     Uniform,
     cheapest,
+    in_steps,
 )
 from alps_exp.base.errors import UserError
 from alps_exp.calibration.sensitivity import Sensitivity, _count, lost
@@ -33,29 +35,44 @@ from alps_exp.runs.naming import config_hash
 
 
 def best(costs, sizes, kept, limit):
-    """Least sum over all choices that keep no more than the limit."""
+    """The most that may be kept, and the least sum over all choices that keep it."""
     found = []
     for places in product(range(len(kept)), repeat=len(costs)):
-        if sum(size * kept[place] for size, place in zip(sizes.values(), places, strict=True)) <= limit:
-            found.append(sum(cost[place] for cost, place in zip(costs.values(), places, strict=True)))
+        used = sum(size * kept[place] for size, place in zip(sizes.values(), places, strict=True))
+        if used <= limit:
+            found.append((-used, sum(cost[place] for cost, place in zip(costs.values(), places, strict=True))))
     return min(found)
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_choice_is_the_cheapest_of_all(seed, alike):
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kept", [[1, 2, 3, 4], [1, 4]], ids=str)
+def test_the_choice_is_the_cheapest_of_all(seed, alike, kept):
     generator = torch.Generator().manual_seed(seed)
-    kept, names = [1, 2, 3, 4], [f"m.{i}.x" for i in range(6)]
-    drops = torch.rand(6, 4, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    names = [f"m.{i}.x" for i in range(6)]
+    drops = torch.rand(6, len(kept), generator=generator, dtype=torch.float64).sort(1, descending=True).values
     costs = {name: (-drop.cumsum(0)).tolist() for name, drop in zip(names, drops, strict=True)}  # convex, falling
     sizes = {name: 3 if alike else int(torch.randint(1, 9, (), generator=generator)) for name in names}
     limit = round(2.3 * sum(sizes.values()))
-    found = cheapest(costs, sizes, kept, limit)
+    wanted = best(costs, sizes, kept, limit)
+    for choose in (cheapest, in_steps) if alike else (cheapest,):
+        found = choose(costs, sizes, kept, limit)
+        used = sum(size * found[name] for name, size in sizes.items())
+        assert (-used, sum(costs[name][kept.index(n)] for name, n in found.items())) == pytest.approx(wanted)
+
+
+def test_thousands_of_layers_step_up_one_after_the_other(monkeypatch):
+    """No more is kept than may be, nothing more fits, and by the largest step less nothing is cheaper."""
+    generator, kept = torch.Generator().manual_seed(0), [1, 2, 3, 4]
+    drops = torch.rand(6, 4, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    costs = {f"m.{i}.x": (-drop.cumsum(0)).tolist() for i, drop in enumerate(drops)}
+    sizes = dict(zip(costs, (5, 7, 2, 8, 1, 6), strict=True))
+    monkeypatch.setattr(allocations, "_TABLE", 8)
+    found = cheapest(costs, sizes, kept, 66)
     used = sum(size * found[name] for name, size in sizes.items())
+    assert used <= 66 and not any(size <= 66 - used for name, size in sizes.items() if found[name] < 4)
     cost = sum(costs[name][kept.index(n)] for name, n in found.items())
-    assert used <= limit and not any(size <= limit - used for name, size in sizes.items() if found[name] < 4)
-    short = limit if alike else limit - max(sizes.values()) + 1
-    assert best(costs, sizes, kept, limit) <= cost + 1e-12 <= best(costs, sizes, kept, short) + 2e-12
+    assert cost <= best(costs, sizes, kept, 66 - max(sizes.values()) + 1)[1]
 
 
 def test_what_is_lost_is_the_sum_of_the_lowest_scores():
@@ -76,7 +93,7 @@ CHOICES = {
     "atp": (Progression(step=0.3, choices=[1, 2, 3]), "none"),
     "spectral": (BySpectrum(per="layer", cap=0.3, choices=[1, 2, 3]), "none"),
     "owl": (ByOutliers(outlier=1.5, spread=0.3, choices=[1, 2, 3]), "none"),
-    "a mixture": (ByLoss(choices=[1, 2, 3]), "none"),
+    "a mixture": (Progression(step=0.3, choices=[1, 2, 3]), "none"),
 }
 
 
