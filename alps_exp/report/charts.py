@@ -261,7 +261,8 @@ def _depth(colour: alt.Color, picked: alt.Parameter, legend: alt.Parameter) -> a
         .transform_flatten(["block", "loss"], ["block", "value"])
         .mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=22))
         .encode(
-            x=alt.X("block:Q", axis=alt.Axis(format="d", tickMinStep=1)),
+            # Ticks between whole numbers, which few blocks have, are left without a label.
+            x=alt.X("block:Q", axis=alt.Axis(labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')")),
             y=_up(),
             color=colour,
             strokeDash=alt.StrokeDash("sparsity:N", legend=None),
