@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -81,18 +82,12 @@ def command(words: list[str]) -> int:
         raise UserError(f"the current folder is {here}, and Hydra reads a reference in its ${{: start in another one")
     asked = " ".join(args.overrides) if args.shell_completion else ""
     if asked.startswith("query=") and (own := completion.arguments(_line(), Path("results/runs"))) is not None:
-        print(" ".join(own))
+        print("\n".join(own))  # fish takes a line for each, the others words
         return 0
     with overrides.initialized(_config_dir(args.config_dir)):
         app: Any = GlobalHydra.instance().hydra
         if args.shell_completion:
-            print(completion.ZSH if asked == "install=zsh" else " ".join(completion.commands(_line())))
-            _prepare_completion()
-            try:
-                app.shell_completion(config_name=name, overrides=args.overrides)
-            except ValueError as error:
-                raise UserError(f'{error}; as in: eval "$(alps-exp -sc install=bash)"') from error
-            return 0
+            return _complete(app, name, args.overrides, asked)
         args.overrides = overrides.prepared(args.overrides, name)
         if args.multirun:
             return _sweep(app, name, given, args.overrides)
@@ -149,14 +144,28 @@ def _line() -> str:
     return os.environ.get("COMP_LINE", "")
 
 
-def _prepare_completion() -> None:
-    """Put the line to complete into the form that Hydra composes; the last word is still being typed."""
-    *words, last = _line().split(" ")
+def _complete(app: Any, name: str, words: list[str], asked: str) -> int:
+    """What sets a shell up, or what the line at hand may go on with."""
+    found, before = io.StringIO(), ""
+    if query := asked.startswith("query="):
+        print("\n".join(completion.commands(_line())))
+        line, before = completion.split(_line())
+        try:
+            # In the form that Hydra composes; the last word is still being typed.
+            command, *settled, last = line.split(" ")
+            settled = [word for word in settled if word and not word.startswith("-")]
+            os.environ["COMP_LINE"] = " ".join([command, *overrides.prepared(settled), last])
+        except (UserError, ValueError):
+            return 0  # nothing to suggest after a mistake, and no place to say so
+    else:
+        print(completion.ZSH if asked == "install=zsh" else "")
     try:
-        settled = [word for word in words[1:] if word and not word.startswith("-")]
-        os.environ["COMP_LINE"] = " ".join([*words[:1], *overrides.prepared(settled), last])
-    except UserError:
-        pass  # nothing to suggest after a mistake, and no place to say so
+        with redirect_stdout(found):
+            app.shell_completion(config_name=name, overrides=words)
+    except ValueError as error:
+        raise UserError(f'{error}; as in: eval "$(alps-exp -sc install=bash)"') from error
+    print("\n".join(completion.answered(found.getvalue(), before)) if query else found.getvalue())
+    return 0
 
 
 def _single(app: Any, name: str, words: list[str]) -> int:

@@ -28,6 +28,31 @@ def test_the_projects_own_commands_and_what_follows_them(tmp_path):
     assert "method.rho" in completion.arguments("alps-exp help method.r", tmp_path)
     assert completion.arguments("alps-exp method=al", tmp_path) is None
     assert completion.arguments("alps-exp help", tmp_path) is None
+    assert "status=" in completion.arguments("alps-exp list ", tmp_path)
+    assert completion.arguments("alps-exp report res", tmp_path) == []
+    assert completion.arguments("alps-exp stream=", tmp_path) == ["stream=auto", "stream=true", "stream=false"]
+    assert completion.arguments("alps-exp minutes=", tmp_path) is None
+    assert completion.commands("alps-exp method=alps -") == list(completion._OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (
+            "alps-exp -m method=wanda,spars",
+            {f"method=wanda,{name}" for name in ("sparsegpt", "sparsellm", "sparseswaps")},
+        ),
+        ("alps-exp quick target=s", {"target=stream"}),
+        ("alps-exp method=wanda method.", {"method.name="}),
+        ("alps-exp +pres", {"+preset="}),
+        ("alps-exp word tar", set()),
+    ],
+)
+def test_what_hydra_is_asked_and_what_becomes_of_its_answers(line, found, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert command(["-sc", "query=fish"]) == 0
+    told = capsys.readouterr()
+    assert set(told.out.split()) == found and told.err == ""
 
 
 def test_the_first_word_may_be_a_command_or_a_key(monkeypatch, capsys):
