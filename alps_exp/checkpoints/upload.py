@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +18,26 @@ _ONE_COMMIT = 200
 _HARMLESS = {".gitattributes", "README.md"}
 
 
+def check_form(repo: str) -> None:
+    """Raise UserError unless `repo` may be the name of a repository, OWNER/NAME, as far as its letters tell."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII) is None:
+        raise _no_name(repo)
+
+
 def check_name(repo: str) -> None:
-    """Raise UserError unless `repo` is the name of a repository, OWNER/NAME."""
+    """Raise UserError unless the hub would take `repo` for a name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    check_form(repo)
     try:
         validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise HFValidationError
     except HFValidationError:
-        raise UserError(
-            f"save.push={repo} is no repository of the hub: give OWNER/NAME, of letters, digits and . _ -"
-        ) from None
+        raise _no_name(repo) from None
+
+
+def _no_name(repo: str) -> UserError:
+    return UserError(f"save.push={repo} is no repository of the hub: give OWNER/NAME, of letters, digits and . _ -")
 
 
 def address(repo: str) -> str:

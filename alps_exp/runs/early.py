@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..allocation.selection import Selection
 from ..base import standins
 from ..base.checks import check_device
 from ..base.errors import UserError
+from ..checkpoints import upload
 from ..data.settings import DataSettings
 from ..evaluation.settings import check_values
 from .naming import NEUTRAL, plain
-from .values import check_root
+from .values import check_among, check_root
 
 # Beside the method; what says nothing in them need not be built.
 _CHOSEN = ("target", "sensitivity", "allocation", "finish")
@@ -30,6 +32,10 @@ def check(cfg: Mapping) -> Mapping:
     check_device(content["device"])
     DataSettings.parse(content["data"]).check(content["seed"])
     check_values(content["eval"])
+    Selection.parse(*(content["layers"][key] for key in ("include", "exclude", "sparsity")))
+    check_among(content)
+    if content.get("push") is not None:
+        upload.check_form(str(content["push"]))
     return content
 
 

@@ -43,7 +43,7 @@ from .choices import Choices
 from .loggers import LoggerSettings
 from .naming import Configuration, plain
 from .shrinking import shrunk_config
-from .values import check_root
+from .values import check_among, check_root
 
 
 @dataclass(frozen=True)
@@ -273,19 +273,15 @@ def _check_outside(cfg: Mapping, settings: Settings) -> None:
 
 def _check_values(cfg: Mapping) -> None:
     check_root(cfg)
-    together.check(cfg["devices"], str(cfg["device"]), cfg["nsamples"], cfg["resumable"])
+    check_among(cfg)
+    together.check(cfg["devices"], str(cfg["device"]))
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
     used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
     used = used or build(cfg["method"]).trains
     if cfg["data"]["holdout"] and not used:
         raise UserError(f"data.holdout={cfg['data']['holdout']} measures losses and needs losses=true")
-    if (repo := cfg.get("push")) is not None:
-        upload.check_name(str(repo))
-        if not cfg["save"]:
-            raise UserError(f"save.push={repo} pushes what is saved: give save=true, save=packed or save=shrunk")
-    limit = cfg["statistics_cache"]
-    if limit != "auto" and limit and cfg["devices"] > 1:
-        raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+    if cfg.get("push") is not None:
+        upload.check_name(str(cfg["push"]))
 
 
 def _check_target(cfg: Mapping, target: Target) -> None:

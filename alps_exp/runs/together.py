@@ -24,22 +24,10 @@ _LOCK = ".team.lock"
 _PATIENCE = 30.0  # seconds that processes of a killed run may take to end
 
 
-def check(count: int, device: str, nsamples: int, resumable: bool) -> None:
-    """Look at the key `devices`; the others are the configuration's of these names.
-
-    Raises:
-        UserError: more than there are, or what does not go with it.
-    """
-    if count == 1:
-        return
-    if not resumable:
-        raise UserError(f"devices={count} needs resumable=true: the processes hand their blocks over on the disk")
-    if device.startswith("cuda:"):
-        raise UserError(f"devices={count} goes with device=auto, cuda or cpu, and device={device} names one device")
-    if device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < count:
+def check(count: int, device: str) -> None:
+    """Raise UserError where the key `devices` asks for more GPUs than there are; `device` is the key of that name."""
+    if count > 1 and device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise UserError(f"devices={count}, and there are {torch.cuda.device_count()}: give at most that many")
-    if nsamples < count:
-        raise UserError(f"devices={count} is more than the windows to divide (nsamples={nsamples}): give fewer")
 
 
 def prune_together(

@@ -95,3 +95,18 @@ def check_root(cfg: Mapping) -> None:
     """Raise UserError for the first value at the root of a configuration that is not allowed."""
     for key, values in ROOT.items():
         values.check(key, cfg[key])
+
+
+def check_among(cfg: Mapping) -> None:
+    """Raise UserError for values at the root that do not go together, whatever the model is."""
+    count, device, nsamples = cfg["devices"], str(cfg["device"]), cfg["nsamples"]
+    if count > 1 and not cfg["resumable"]:
+        raise UserError(f"devices={count} needs resumable=true: the processes hand their blocks over on the disk")
+    if count > 1 and device.startswith("cuda:"):
+        raise UserError(f"devices={count} goes with device=auto, cuda or cpu, and device={device} names one device")
+    if nsamples < count:
+        raise UserError(f"devices={count} is more than the windows to divide (nsamples={nsamples}): give fewer")
+    if (limit := cfg["statistics_cache"]) != "auto" and limit and count > 1:
+        raise UserError(f"statistics_cache={limit} goes with one process: give devices=1, or statistics_cache=0")
+    if (repo := cfg.get("push")) is not None and not cfg["save"]:
+        raise UserError(f"save.push={repo} pushes what is saved: give save=true, save=packed or save=shrunk")
