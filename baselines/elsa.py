@@ -48,6 +48,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 _POINTS = {"float32": None, "float8": torch.float8_e4m3fn}
 _DUALS = {"float32": None, "bfloat16": torch.bfloat16}
 _FAR = 0.02  # of the squared weights: what is worth a warning when the last projection takes it
+_BY_HEART = 1.5  # times the loss of what was trained on: what is worth a warning on held-out windows
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Elsa(TrainingMethod):
             done |= {"before": before, "after": judged(model, job.held_out)}
             stats = splitting.stats(tools.team.gather)
             result = accounted(model, job, self, done, stats)
-            result.notes += self._far(stats, size)
+            result.notes += self._far(stats, size) or self._by_heart(done)
         counts = {row.name: round((1 - row.sparsity) * math.prod(row.shape)) for row in result.layers}
         short = [row.name for row in result.layers if row.stats["kept"] != counts[row.name]]
         if short:
@@ -135,6 +136,17 @@ class Elsa(TrainingMethod):
             f"ELSA has not converged: its last projection took {taken:.2g} of the squared weights of the median layer. "
             f"AdamW moves a weight by about its rate in a step, here by {way:.2g} in all, and weights are of size "
             f"{size:.2g}: give a higher method.rate, more method.steps, or a higher method.penalty"
+        ]
+
+    def _by_heart(self, done: Mapping) -> list[str]:
+        """A warning where held-out windows fare far worse than those trained on."""
+        seen, after = done["curve"][-1]["loss"], done["after"]
+        if after is None or after <= _BY_HEART * seen:
+            return []
+        less = ", or method.others=false" if self.others else ""
+        return [
+            f"ELSA has learned its text by heart: in the end its loss is {seen:.3g} there and {after:.3g} on held-out "
+            f"windows: give more text (method.tokens), fewer method.steps, a lower method.rate{less}"
         ]
 
 

@@ -412,6 +412,14 @@ def test_a_last_projection_that_takes_much_is_told():
     assert not any("converged" in note for note in found[1]["warnings"])
 
 
+def test_a_text_that_is_known_by_heart_is_told():
+    few = dataclasses.replace(SHORT, steps=20, batch=1, tokens=24, rate=0.02)
+    found = [prune(network("llama").float(), few, held_out=held) for held in (tokens()[-2:], tokens()[:1])]
+    told = [note for record in found for note in record["warnings"] if "by heart" in note]
+    assert len(told) == 1 and told[0] in found[0]["warnings"]
+    assert re.search(r"loss is \S+ there and \S+ on held-out .* a lower method.rate, or method.others=false", told[0])
+
+
 def test_choices_change_the_result():
     found = {}
     for name, changes in {"momentum": {}, "magnitude": {"projection": "magnitude"}}.items():
