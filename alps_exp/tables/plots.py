@@ -677,7 +677,9 @@ def _draw_structure(axis, panel: dict, handles: dict) -> None:
                 text, (zeros, loss), (right, (rank + 0.5) / len(stack)), textcoords=axis.get_xaxis_transform(),
                 va="center", fontsize=6, arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "0.6"},
             )  # fmt: skip
-    axis.margins(x=0.35, y=0.12)
+    axis.margins(x=0.15, y=0.12)
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high + 0.45 * (high - low))  # room for the names beside the last
     axis.set(xlabel="zeros", ylabel=panel["loss"].partition(" (")[0], yscale="log")
 
 
