@@ -58,7 +58,7 @@ class TransposableTracker(Tracker):
         self._kept, self._width = kept, width
         self._last: Tensor | None = None
         self.fast = width in (4, *_IN_KERNEL)
-        self.kernel = "exchange" if width != 4 else "pairs_step" if kept == 2 else "masks_step"
+        self.kernel = "masks_step" if width == 4 else "exchange"
 
     def __call__(self, score: Tensor) -> Tensor:
         energy = _tiles(score.square(), self._width)
@@ -79,9 +79,9 @@ class TransposableTracker(Tracker):
             return None
         from ..numerics import tile_kernels
 
-        if self.kernel == "pairs_step":
-            return partial(tile_kernels.pairs_step)  # a recording knows by this that kernels do all of it
         if self._width == 4:
+            if self._kept == 2 and (pairs := kernel_for(device, "pairs_step")) is not None:
+                return partial(pairs)  # a recording knows by this that kernels do all of it
             return partial(tile_kernels.masks_step, masks=_bits(4, self._kept).to(device))
         return partial(_exchange_step, width=self._width, pairs=_pairs(self._width).to(device))
 
