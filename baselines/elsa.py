@@ -48,6 +48,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 _POINTS = {"float32": None, "float8": torch.float8_e4m3fn}
 _DUALS = {"float32": None, "bfloat16": torch.bfloat16}
 _FAR = 0.02  # of the squared weights: what is worth a warning when the last projection takes it
+_ENOUGH = 5  # times the weights' size: how far they should be able to go
 _BY_HEART = 1.5  # times the loss of what was trained on: what is worth a warning on held-out windows
 
 
@@ -132,10 +133,15 @@ class Elsa(TrainingMethod):
             return []
         recipe = self.recipe()
         way = math.fsum(recipe.rate_at(step, 0.0) for step in range(self.steps))
+        advice = ["a higher method.penalty", "more method.steps"]
+        if way < _ENOUGH * size:
+            advice.insert(0, "a higher method.rate")
+        elif self.projection == "momentum":  # v is that of some twenty steps
+            advice.append("method.projection=magnitude")
         return [
             f"ELSA has not converged: its last projection took {taken:.2g} of the squared weights of the median layer. "
             f"AdamW moves a weight by about its rate in a step, here by {way:.2g} in all, and weights are of size "
-            f"{size:.2g}: give a higher method.rate, more method.steps, or a higher method.penalty"
+            f"{size:.2g}: give {', '.join(advice[:-1])}, or {advice[-1]}"
         ]
 
     def _by_heart(self, done: Mapping) -> list[str]:

@@ -410,6 +410,9 @@ def test_a_last_projection_that_takes_much_is_told():
     assert "ELSA has not converged: its last projection took 0." in found[0]["warnings"][-1]
     assert "a weight by about its rate in a step, here by 5.5e-05 in all" in found[0]["warnings"][-1]
     assert not any("converged" in note for note in found[1]["warnings"])
+    assert found[0]["warnings"][-1].endswith("give a higher method.rate, a higher method.penalty, or more method.steps")
+    (said,) = SHORT._far({"layer": {"distance": 0.1}}, 1e-3)  # the rates add up to 0.011
+    assert said.endswith("give a higher method.penalty, more method.steps, or method.projection=magnitude")
 
 
 def test_a_text_that_is_known_by_heart_is_told():
