@@ -6,6 +6,9 @@ QUIET ?= --quiet
 python := $(VENV)/bin/python
 stamp := $(VENV)/.complete
 
+# Tests and commands start many processes: what one has compiled, the next ones need not, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test quick testall crash lint docs format tables report bench clean
 

@@ -87,7 +87,7 @@ class SparseSwaps(Solver):
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         starts = registry.solver(self.start).solve_group(problems, patterns)
         watch = Stopwatch(problems[0].weight.device)
-        scaled = ScaledGram(problems[0], damping=0.0)
+        scaled = ScaledGram(problems[0].inputs, damping=0.0)
         solutions = []
         for problem, pattern, start in zip(problems, patterns, starts, strict=True):
             weight = scaled.scale(problem.weight / power_of_two(float(problem.weight.abs().max())))

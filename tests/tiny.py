@@ -39,6 +39,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
+# Of a run whose perplexity matters, without text of its own.
+FEW_WINDOWS = ("nsamples=8", "seqlen=64", "batch_size=4", "eval.windows=6", "eval.sample_tokens=0")
+
+
 def words_for(model: Path | str, text: Path | str, *more: str) -> list[str]:
     """The words of a run on the CPU of the model in a folder, calibrated on a text file."""
     where = ["model=local", f"model.path={model}", "data=local", f"data.path={text}"]
@@ -79,8 +83,14 @@ def network(family: str) -> nn.Module:
     return made.double()
 
 
-def tokens(windows: int = 12, seqlen: int = 24) -> torch.Tensor:
+def tokens(windows: int = 12, seqlen: int = 24) -> Tensor:
+    """For the networks of `CONFIGS`."""
     return torch.randint(3, 90, (windows, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def random_tokens(windows: int = 4, seqlen: int = 32) -> Tensor:
+    """For the models of tiny_models.py, whose text they are not."""
+    return torch.randint(3, 384, (windows, seqlen), generator=torch.Generator().manual_seed(0))
 
 
 def mixtral() -> MixtralConfig:

@@ -84,10 +84,6 @@ def network(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return made.to(dtype)
 
 
-def tokens(windows: int = 4, seqlen: int = 32) -> Tensor:
-    return torch.randint(3, 90, (windows, seqlen), generator=torch.Generator().manual_seed(1))
-
-
 class Expert(nn.Module):
     """One expert as linear layers, by the text of the model's paper or code."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -14,6 +14,7 @@ from ..base.errors import UserError, nearest
 from ..base.resources import resource_root
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SAMPLINGS = ("auto", "documents", "concatenated")
@@ -137,6 +138,23 @@ class CalibrationSettings:
     bos: str | bool
     fresh: int = 0
     training: int = 0
+
+    def divided(self, tokens: Tensor) -> Windows:
+        """What is drawn in one go and in this order, taken apart.
+
+        Args:
+            tokens: (nsamples + data.holdout + fresh + training, seqlen).
+        """
+        return Windows(*tokens.split([self.nsamples, self.data.holdout, self.fresh, self.training]))
+
+
+class Windows(NamedTuple):
+    """(windows, seqlen) each: to calibrate on, to hold out, of fresh text to distil on, and of a method that trains."""
+
+    calibration: Tensor
+    held_out: Tensor
+    fresh: Tensor
+    training: Tensor
 
 
 def check_bos(key: str, rule: str | bool, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -87,6 +87,11 @@ class Inputs:
         """Number of inputs; None where nothing is known of them."""
         return next((value.shape[-1] for value in self.tensors().values() if value.ndim), None)
 
+    @cached_property
+    def dead(self) -> Tensor:
+        """(in,) bool: inputs that were zero on every calibration token. Needs the diagonal."""
+        return self.diagonal == 0
+
     def fit(self, width: int) -> None:
         """Raise UserError unless these are statistics of an input of this width."""
         for label, value in self.tensors().items():

@@ -11,7 +11,6 @@ Glossary:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -118,10 +117,6 @@ class LayerProblem:
     def sequences(self) -> int | None:
         return self.inputs.sequences
 
-    @property
-    def elsewhere(self) -> Mapping[int, Callable[[], Tensor | None]]:
-        return self.inputs.elsewhere
-
     def require(self, statistics: Statistics) -> None:
         """Raise UserError, naming what to give, unless these statistics are here."""
         self.inputs.require(statistics, self.name)
@@ -131,16 +126,12 @@ class LayerProblem:
         """(in,) bool: inputs that were zero on every calibration token."""
         if self.diagonal is None:
             return torch.zeros(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
-        return self.diagonal == 0
+        return self.inputs.dead
 
     @cached_property
     def energy(self) -> float:
         """tr(W G Wᵀ), the squared norm of the dense layer's output."""
         return self.squared_output(self.weight)
-
-    @cached_property
-    def _root_scale(self) -> float:
-        return power_of_two(float(self.diagonal.max()) ** 0.5)
 
     def relative_loss(self, weight: Tensor) -> float:
         """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖², undamped; 0 when both vanish. Needs the Gram matrix.
@@ -156,21 +147,23 @@ class LayerProblem:
         Args:
             weight: (out, in), the candidate Ŵ.
         """
-        if self.inputs.held_out is None:
+        if (gram := self.inputs.held_out) is None:
             return None
-        other = Inputs(gram=self.inputs.held_out, name=self.name)
-        return LayerProblem(self.weight, other, self.name).relative_loss(weight)
+        return relative(_squared_output(self.weight - weight.to(self.weight), gram), _squared_output(self.weight, gram))
 
     def squared_output(self, delta: Tensor) -> float:
         """‖Xδᵀ‖² of rows (rows, in), undamped; rows add up. Needs the Gram matrix."""
         if self.gram is None:
             raise UserError(f"{self.name}: the loss needs the Gram matrix of the inputs; give inputs=X or gram=G")
-        if not len(delta):
-            return 0.0
-        # Squares of 1e-20 and 1e20 do not fit float32: both factors are first brought near 1, exactly.
-        scale = power_of_two(float(delta.abs().max()))
-        delta = (delta / scale).div_(self._root_scale)
-        return max(quadratic(delta, self.gram), 0.0) * (scale * self._root_scale) ** 2
+        return _squared_output(delta, self.gram)
+
+
+def _squared_output(delta: Tensor, gram: Tensor) -> float:
+    if not len(delta):
+        return 0.0
+    # Squares of 1e-20 and 1e20 do not fit float32: both factors are first brought near 1, exactly.
+    scale, root = power_of_two(float(delta.abs().max())), power_of_two(float(gram.diagonal().max()) ** 0.5)
+    return max(quadratic((delta / scale).div_(root), gram), 0.0) * (scale * root) ** 2
 
 
 def relative(loss: float, energy: float) -> float:

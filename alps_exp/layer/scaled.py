@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import LayerProblem
+from .inputs import Inputs
 
 _PER_INPUT = ("diagonal", "dead")
 
@@ -16,22 +16,22 @@ class ScaledGram:
     """H = E(G + λ₂I)E with unit diagonal, E = diag(G + λ₂I)^-½.
 
     Args:
-        problem: any of the layers that share the Gram matrix, which is there; or one for each of several matrices of
-            one width, which are then stacked along a first dimension, as are the weights here.
+        inputs: those whose Gram matrix it is; or several of one width, whose matrices are then stacked along a first
+            dimension, as are the weights here.
         damping: λ₂ over mean(diag G).
 
     Attributes:
         gram: (…, in, in) H.
-        dead: (…, 1, in) bool; without the dimension of size 1 for a single problem.
+        dead: (…, 1, in) bool; without the dimension of size 1 for a single matrix.
     """
 
-    def __init__(self, problem: LayerProblem | Sequence[LayerProblem], damping: float) -> None:
-        if isinstance(problem, LayerProblem):
-            gram, diagonal, self.dead = problem.gram, problem.diagonal, problem.dead
+    def __init__(self, inputs: Inputs | Sequence[Inputs], damping: float) -> None:
+        if isinstance(inputs, Inputs):
+            gram, diagonal, self.dead = inputs.gram, inputs.diagonal, inputs.dead
             ridge = damping * float(diagonal.mean())
         else:
-            gram = torch.stack([one.gram for one in problem])
-            diagonal, self.dead = (torch.stack([getattr(p, name) for p in problem])[:, None] for name in _PER_INPUT)
+            gram = torch.stack([one.gram for one in inputs])
+            diagonal, self.dead = (torch.stack([getattr(one, name) for one in inputs])[:, None] for name in _PER_INPUT)
             ridge = damping * diagonal.mean(-1, keepdim=True)
         self._e = (diagonal + ridge).masked_fill(self.dead, 1.0).rsqrt()
         # What was stacked is this object's own.

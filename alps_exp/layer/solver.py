@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..patterns import Pattern
+from .inputs import Inputs
 from .method import Method
 from .problem import LayerProblem
 
@@ -56,9 +57,9 @@ class Solver(Method, ABC):
         where one had better do all."""
         return 0
 
-    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
+    def make_parts(self, inputs: Inputs, indices: Sequence[int]) -> list[Tensor]:
         """Some of these parts, from the Gram matrix; another process's `solve_group` takes them from
-        `LayerProblem.elsewhere`."""
+        `Inputs.elsewhere`."""
         raise NotImplementedError(f"{type(self).__name__} has no parts")
 
     @final

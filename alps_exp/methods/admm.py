@@ -41,7 +41,7 @@ class PlainAdmm:
     """
 
     def __init__(self, problem: LayerProblem, damping: float) -> None:
-        self._scaled = ScaledGram(problem, damping=0.0)
+        self._scaled = ScaledGram(problem.inputs, damping=0.0)
         ridge = damping * float((~self._scaled.dead).double().mean())
         resolvent = inverse(self._scaled.gram, 1 + ridge, problem.name)
         self._scaled.gram = None  # of large layers it takes gigabytes

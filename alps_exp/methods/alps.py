@@ -43,6 +43,7 @@ from ..base.checks import one_of, require
 from ..base.clock import Stopwatch
 from ..base.errors import UserError, first_line, nearest
 from ..base.fallbacks import fell_back
+from ..layer.inputs import Inputs
 from ..layer.problem import LayerProblem, Statistics, power_of_two
 from ..layer.scaled import ScaledGram
 from ..layer.solver import Solution, Solver
@@ -135,10 +136,10 @@ class Alps(Solver):
     def parts(self, device: torch.device) -> int:
         return 0 if self.exact or multiplies(device) else NODES
 
-    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
-        scaled = ScaledGram(problem, self.damping)
-        with fast_products(problem.weight.device):
-            return [first_node(scaled.gram, self.rho, index, problem.name) for index in indices]
+    def make_parts(self, inputs: Inputs, indices: Sequence[int]) -> list[Tensor]:
+        scaled = ScaledGram(inputs, self.damping)
+        with fast_products(inputs.gram.device):
+            return [first_node(scaled.gram, self.rho, index, inputs.name) for index in indices]
 
     def _solve_group(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> list[Solution]:
         return self._solve_batch([problems], patterns)[0]
@@ -158,9 +159,10 @@ class Alps(Solver):
         watch = Stopwatch(device)
         exact = self.exact or groups[0][0].weight.dtype == torch.float64
         leaders = [problems[0] for problems in groups]
-        scaled = ScaledGram(leaders if len(groups) > 1 else leaders[0], self.damping)
+        inputs = [problem.inputs for problem in leaders]
+        scaled = ScaledGram(inputs if len(groups) > 1 else inputs[0], self.damping)
         name = leaders[0].name if len(groups) == 1 else [problem.name for problem in leaders]
-        resolvent = Resolvent(scaled.gram, self.rho, exact, name, leaders[0].elsewhere)
+        resolvent = Resolvent(scaled.gram, self.rho, exact, name, inputs[0].elsewhere)
         with nullcontext() if exact else fast_products(device):
             columns = list(zip(zip(*groups, strict=True), patterns, strict=True))
             # One by one where nothing is gained by less launches, or where ρ follows each layer's own support.

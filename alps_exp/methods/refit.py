@@ -84,8 +84,8 @@ class Refitted(Solver):
     def parts(self, device: torch.device) -> int:
         return self.method.parts(device)
 
-    def make_parts(self, problem: LayerProblem, indices: Sequence[int]) -> list[Tensor]:
-        return self.method.make_parts(problem, indices)
+    def make_parts(self, inputs: Inputs, indices: Sequence[int]) -> list[Tensor]:
+        return self.method.make_parts(inputs, indices)
 
     def check_pattern(self, pattern: Pattern) -> None:
         self.method.check_pattern(pattern)
@@ -144,9 +144,10 @@ class _Pcg:
         return 30 * 2 * rows * width**2  # thirty steps, about
 
     def __init__(self, problem: LayerProblem | Sequence[LayerProblem]) -> None:
-        problems = [problem] if isinstance(problem, LayerProblem) else problem
+        single = isinstance(problem, LayerProblem)
+        problems = [problem] if single else problem
         self._grams = [one.gram for one in problems]
-        self._scaled = ScaledGram(problem, damping=0.0)
+        self._scaled = ScaledGram(problem.inputs if single else [one.inputs for one in problems], damping=0.0)
         self._multiply = Multiplier(self._scaled.gram, exact=problems[0].weight.dtype == torch.float64)
 
     def __call__(self, dense: Tensor, solution: Solution) -> tuple[Tensor, dict]:
@@ -191,7 +192,7 @@ class _Exact:
 
     def __init__(self, problem: LayerProblem) -> None:
         self._name, self._gram = problem.name, problem.gram
-        double = LayerProblem(problem.weight[:1].double(), Inputs(gram=problem.gram, name=problem.name), problem.name)
+        double = Inputs(gram=problem.gram.double(), name=problem.name)
         self._scaled = ScaledGram(double, damping=0.0)
         self._ridge = _DAMPING * double.diagonal.mean() / double.diagonal.masked_fill(double.dead, 1.0)
 

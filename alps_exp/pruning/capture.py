@@ -14,7 +14,6 @@ from ..calibration.ladder import CALIBRATION, naming_the_step
 from ..calibration.replay import Parts, Replay
 from ..calibration.streams import DENSE
 from ..layer.inputs import Inputs, Statistics
-from ..layer.problem import LayerProblem
 from ..layer.solver import Solver
 from ..model.layers import ExpertLayer
 from ..model.residual import Addition, Additions, writers_of
@@ -331,10 +330,8 @@ def _help(block: BlockProblem, names: list[str], inputs: Inputs) -> None:
     """Make this process's share of the work on another's group before its own groups."""
     team = block.tools.team
     if team.share:
-        known = inputs.shrunk(block.job.shrinkage)
-        problem = LayerProblem(known.gram.new_zeros(1, known.width), known, names[0])
         with full_precision():
-            team.hand_over(block.job.solver.make_parts(problem, team.share), names)
+            team.hand_over(block.job.solver.make_parts(inputs.shrunk(block.job.shrinkage), team.share), names)
 
 
 def thriftily(block: BlockProblem, groups: Sequence[Group]) -> list[Group]:

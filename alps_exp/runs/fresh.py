@@ -36,14 +36,13 @@ def fresh_text(
     asked, own = settings.fresh, settings.calibration
     if settings.finish.tokens is None:
         return None, {}, []
-    begin = own.nsamples + own.data.holdout
-    judging = [tokens[own.nsamples : begin], *(text.windows for text in prepared.texts)]
+    drawn = own.divided(tokens)
+    judging = [drawn.held_out, *(text.windows for text in prepared.texts)]
     if asked is None:  # of the calibration's own data set, drawn with its windows
-        windows = tokens[begin : begin + own.fresh]
-        kept, left_out = _free(windows, Spoken(judging), own.data)
+        kept, left_out = _free(drawn.fresh, Spoken(judging), own.data)
         facts = {"dataset": own.data.name, "windows": len(kept), "seqlen": own.seqlen, "left_out": left_out}
-        return kept, facts, _warnings(left_out, len(windows))
-    spoken = Spoken([tokens[:begin], *judging])
+        return kept, facts, _warnings(left_out, len(drawn.fresh))
+    spoken = Spoken([drawn.calibration, *judging])
     if isinstance(asked.data, GeneratedSettings):
         windows, facts = workspace.generated(settings, asked)
         kept, left_out = _free(windows, spoken, asked.data)

@@ -40,18 +40,13 @@ _ARRANGING += ("runs/loggers.py", "baselines/", "conf/", "sweeps/")
 
 def environment(device: torch.device) -> dict:
     """Versions, device and git commit that a result depends on."""
-    versions = {}
-    for name in ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "lm-eval", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    names = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "lm-eval", "numpy")
     return {
         "alps_exp": __version__,
         "code": code_version(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: _version(name) for name in names},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -104,8 +99,17 @@ def identity(
 def _software() -> dict[str, str]:
     return {
         "code": code_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        **{name: str(_version(name)) for name in ("torch", "transformers")},
     }
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of an installed package; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def inputs_of(settings: Settings) -> dict[str, str]:
@@ -140,6 +144,7 @@ def _text(file: Path, size: int, modified: int) -> str:
     return file_sha256(file)[:16]
 
 
+@cache  # as the digest of the code: what is loaded stays, whatever becomes of the checkout
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from, with "-dirty" when it has uncommitted changes."""
     root = _PACKAGE.parent

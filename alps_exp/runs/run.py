@@ -293,29 +293,28 @@ def job_of(settings: Settings, tokens: Tensor, fresh: Tensor | None = None, quie
 
     Args:
         settings: the run's.
-        tokens: (nsamples + data.holdout + fresh + training, seqlen) windows to calibrate on, those to hold out, those
-            of fresh text to distil on, and those for a method that trains.
+        tokens: all windows, as `CalibrationSettings.divided` takes them apart.
         fresh: (windows, seqlen) to distil on in place of those of fresh text among `tokens`.
         quiet: no progress.
     """
-    count, more = settings.calibration.nsamples, settings.calibration.data.holdout
+    windows = settings.calibration.divided(tokens)
     return PruneJob(
         solver=settings.solver,
         patterns=settings.patterns,
         selection=settings.selection,
-        tokens=tokens[:count],
+        tokens=windows.calibration,
         batch_size=settings.batch_size,
         propagate=settings.propagate,
         losses=settings.losses,
-        held_out=tokens[count : count + more] if more else None,
+        held_out=windows.held_out if len(windows.held_out) else None,
         quiet=quiet,
         target=settings.target,
         capture=settings.capture,
         sensitivity=settings.sensitivity,
         allocation=settings.allocation,
         finish=settings.finish,
-        fresh=tokens[count + more : count + more + settings.calibration.fresh] if fresh is None else fresh,
-        text=tokens[count + more + settings.calibration.fresh :],
+        fresh=windows.fresh if fresh is None else fresh,
+        text=windows.training,
         shrinkage=settings.expert_shrinkage,
         weighting=settings.expert_weighting,
     )

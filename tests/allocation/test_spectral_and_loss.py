@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import interrupted
-from tiny import execute, load, weights
+from tiny import execute, load, random_tokens, weights
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -18,7 +18,7 @@ from alps_exp.calibration.sensitivity import Sensitivity, SensitivityChoice, spe
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(3, 384, (8, 32), generator=torch.Generator().manual_seed(0))
+    return random_tokens(8, 32)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from helpers import Served
-from tiny import execute, load, network, tokens, weights
+from tiny import FEW_WINDOWS, execute, load, network, tokens, weights, words_for
 
 from alps_exp import UserError, prune_model
 from alps_exp.baselines import elsa
@@ -217,8 +217,7 @@ def test_second_moments_are_given_in_numbers():
 
 @pytest.fixture
 def words(tiny_llama, text_file) -> list[str]:
-    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
-    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "sparsity=0.8", "save=true"]
+    found = words_for(tiny_llama, text_file, *FEW_WINDOWS, "sparsity=0.8", "save=true")
     return [*found, "method=elsa", "method.steps=60", "method.batch=4", "method.rate=0.004", "method.interval=4"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import words_for
+from tiny import random_tokens, words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -23,14 +23,10 @@ from alps_exp.runs import run as runs
 from alps_exp.runs.settings import resolve
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
 def pruned(folder, target, method="magnitude", sparsity="0.5", **options):
     """A pruned copy of a model and its record."""
     network = AutoModelForCausalLM.from_pretrained(folder)
-    record = alps_exp.prune_model(network, tokens(), method=method, sparsity=sparsity, **options)
+    record = alps_exp.prune_model(network, random_tokens(), method=method, sparsity=sparsity, **options)
     network.save_pretrained(target)
     return target, record
 
@@ -57,7 +53,7 @@ def test_the_mask_is_that_of_the_other_checkpoint(request, family, tmp_path):
     dense = request.getfixturevalue(f"tiny_{family}")
     mask, before = pruned(dense, tmp_path / "pruned", "wanda", "0.5")
     network, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, mask))
-    record = alps_exp.prune_model(network, tokens(), method="given", mask=str(mask), sparsity=0.5)
+    record = alps_exp.prune_model(network, random_tokens(), method="given", mask=str(mask), sparsity=0.5)
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), plain.parameters(), strict=True))
     for row, former in zip(record["layers"], before["layers"], strict=True):
         assert row["selection"] == "mask" and row["sparsity"] == former["sparsity"]
@@ -69,7 +65,7 @@ def test_rows_of_a_mask_do_not_compete(tiny_llama, tmp_path):
     mask, _ = pruned(tiny_llama, tmp_path / "mask")
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
     options = {"mask": str(mask), "sensitivity": SensitivityChoice("outputs", 2), "losses": False}
-    record = alps_exp.prune_model(network, tokens(), "given", 0.5, **options)
+    record = alps_exp.prune_model(network, random_tokens(), "given", 0.5, **options)
     assert any(note.startswith("no backward pass was made") for note in record["warnings"])
 
 
@@ -145,7 +141,7 @@ def test_a_mask_of_another_model_is_refused_before_anything_runs(what, tiny_llam
     assert "\n" not in str(error.value)
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(UserError, match=message):
-        alps_exp.prune_model(network, tokens(), method="given", mask=str(mask), sparsity=0.5)
+        alps_exp.prune_model(network, random_tokens(), method="given", mask=str(mask), sparsity=0.5)
 
 
 @pytest.mark.slow
@@ -161,7 +157,7 @@ def test_the_sparsity_is_that_of_the_mask(tiny_llama, text_file, tmp_path):
     uneven = mend(mask, lambda found: found | {later: found[later] * 0}, tmp_path / "uneven")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(UserError, match=r"mask of model\.layers\.1\.mlp\.up_proj has 1 zeros"):
-        alps_exp.prune_model(network, tokens(), method="given", mask=str(uneven), sparsity=0.5)
+        alps_exp.prune_model(network, random_tokens(), method="given", mask=str(uneven), sparsity=0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     with pytest.raises(UserError, match=r"mask of model\.layers\.1\.mlp\.up_proj has 1 zeros"):
         resolve(compose(words(tiny_llama, uneven, text_file, "sparsity=0.5")))
@@ -184,7 +180,7 @@ def test_square_layers_of_a_model_that_stores_them_turned(tiny_gpt2, tmp_path):
     mask, _ = pruned(tiny_gpt2, tmp_path / "pruned", "wanda", "0.5")
     network, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_gpt2, mask))
     options = {"method": "given", "mask": str(mask), "sparsity": 0.5, "include": ["*.attn.c_proj"]}
-    assert alps_exp.prune_model(network, tokens(), **options)["layers"]
+    assert alps_exp.prune_model(network, random_tokens(), **options)["layers"]
     one, other = (model.transformer.h[1].attn.c_proj.weight for model in (network, plain))
     assert one.shape[0] == one.shape[1] and torch.equal(one, other)
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from helpers import planted
-from tiny import execute, load
+from tiny import execute, load, random_tokens, words_for
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 import alps_exp
@@ -101,10 +101,6 @@ def test_swaps_end_where_no_pair_lowers_the_loss(width, kept):
     assert better >= 1 and optimal >= 5, (better, optimal)
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
 def network(family: str):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
@@ -116,13 +112,13 @@ def network(family: str):
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(tokens()).logits
+        return model(random_tokens()).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_and_channels_leave_whole(family):
     model = network(family)
-    record = alps_exp.prune_model(model, tokens(), method="osscar", sparsity=0.5)
+    record = alps_exp.prune_model(model, random_tokens(), method="osscar", sparsity=0.5)
     assert record["summary"]["removed"]["channels"] == record["summary"]["removed"]["heads"] == 0.5
     assert (
         record["summary"]["removed"]["weights"]
@@ -160,7 +156,7 @@ def test_channels_are_fitted_behind_pruned_heads_unless_parallel():
     losses = {}
     for key, options in {"one": {}, "both": {"parallel": True}, "dense": {"propagate": "dense"}}.items():
         model = network("llama")
-        record = alps_exp.prune_model(model, tokens(), method="osscar", sparsity=0.5, **options)
+        record = alps_exp.prune_model(model, random_tokens(), method="osscar", sparsity=0.5, **options)
         losses[key] = [row["relative_loss"] for row in record["layers"] if row["relative_loss"] is not None]
     assert losses["one"][0] == losses["both"][0] == losses["dense"][0]
     assert losses["one"][1] != losses["both"][1] == losses["dense"][1]
@@ -173,8 +169,8 @@ def saved(folder, family: str, *words: str, text_file, sparsity: str = "0.25", s
     if not where.exists():
         model.save_pretrained(where)
         tiny_models.tokenizer("llama").save_pretrained(where)
-    run = [f"model.path={where}", "model=local", "data=local", f"data.path={text_file}", "nsamples=2", "seqlen=32"]
-    run += ["eval=none", "device=cpu", "method=osscar", f"sparsity={sparsity}", f"save={save}", *words]
+    own = ["nsamples=2", "seqlen=32", "eval=none", "method=osscar", f"sparsity={sparsity}", f"save={save}"]
+    run = words_for(where, text_file, *own, *words)
     place = folder / "-".join([save, *(word.partition("=")[2][:5] for word in words if word.startswith("stream"))])
     return execute(run, place), load(place / "model")
 
@@ -204,7 +200,7 @@ def test_a_shrunk_model_gives_what_the_zeroed_one_gives(family, sparsity, words,
     if family != "opt":
         assert (small.config.intermediate_size, small.config.num_attention_heads) == (24, 2)
         assert (small.config.num_key_value_heads, small.config.head_dim) == (1, 8)
-        again = alps_exp.prune_model(small, tokens(), method="wanda", sparsity=0.5)
+        again = alps_exp.prune_model(small, random_tokens(), method="wanda", sparsity=0.5)
         assert again["summary"]["sparsity"] == 0.5
     else:
         assert small.config.ffn_dim == 48

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import planted
-from tiny import execute, load
+from tiny import execute, load, random_tokens
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -63,21 +63,19 @@ def test_a_layer_is_fitted_to_what_stays():
     np.testing.assert_allclose(fitted(problem.weight, problem.gram, stay, 0.0, []).numpy(), expected, atol=1e-9)
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 384, (4, 48), generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize(("family", "writers"), [("opt", ("out_proj", "fc2")), ("llama", ("o_proj", "down_proj"))])
 def test_the_units_of_largest_score_stay_and_are_fitted(request, family, writers):
     folder = request.getfixturevalue(f"tiny_{family}")
     model, dense = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    record = alps_exp.prune_model(model, tokens(), method="struprune", sparsity=0.5, rounds=1, temperature=0.5)
+    record = alps_exp.prune_model(
+        model, random_tokens(4, 48), method="struprune", sparsity=0.5, rounds=1, temperature=0.5
+    )
     seen = {}
     for name, module in dense.named_modules():
         if name.endswith(writers):
             module.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, args[0].detach()))
     with torch.no_grad():
-        dense(tokens())
+        dense(random_tokens(4, 48))
     kept = {"heads": [], "channels": []}
     for row in record["layers"]:
         if not row["name"].endswith(writers):
@@ -111,7 +109,7 @@ def test_the_alternation_moves_weights_that_stay_and_no_others(tiny_llama):
     for rounds in (1, 4):
         model, dense = (AutoModelForCausalLM.from_pretrained(tiny_llama).eval() for _ in range(2))
         options = {"sparsity": 0.4, "include": ["layers.0.mlp.*"], "rounds": rounds}
-        alps_exp.prune_model(model, tokens(), method="struprune", **options)
+        alps_exp.prune_model(model, random_tokens(4, 48), method="struprune", **options)
         part, before = model.model.layers[0].mlp, dense.model.layers[0].mlp
         stay = (part.down_proj.weight != 0).any(0)
         assert int(stay.sum()) == 96 and not part.up_proj.weight[~stay].any() and not part.gate_proj.weight[~stay].any()
@@ -119,7 +117,7 @@ def test_the_alternation_moves_weights_that_stay_and_no_others(tiny_llama):
         x = []
         before.register_forward_pre_hook(lambda module, args, x=x: x.append(args[0]))
         with torch.no_grad():
-            dense(tokens())
+            dense(random_tokens(4, 48))
             one, other = part(x[0]), before(x[0])
         errors.append(float((one - other).square().sum() / other.square().sum()))
     assert errors[1] < 1.1 * errors[0] < 0.1, errors

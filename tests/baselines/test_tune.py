@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import execute, load, network, tokens, weights
+from tiny import FEW_WINDOWS, execute, load, network, tokens, weights, words_for
 
 from alps_exp import UserError, prune_model
 from alps_exp.baselines.tune import Tune, adapted, merged
@@ -162,16 +162,14 @@ def test_layers_that_the_run_leaves_out_keep_their_zeros_too():
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned")
-    words = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
-    words += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "sparsity=0.8", "save=true"]
+    words = words_for(tiny_llama, text_file, *FEW_WINDOWS, "sparsity=0.8", "save=true")
     record = execute([*words, "method=magnitude"], folder)
     return folder / "model", record["evaluations"][0]["value"]
 
 
 @pytest.fixture
 def words(checkpoint, text_file) -> list[str]:
-    found = ["model=local", f"model.path={checkpoint[0]}", "data=local", f"data.path={text_file}", "nsamples=8"]
-    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "sparsity=0.8", "save=true"]
+    found = words_for(checkpoint[0], text_file, *FEW_WINDOWS, "sparsity=0.8", "save=true")
     return [*found, "method.steps=40", "method.batch=4", "data.holdout=4", "method.saved=3"]
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers import interrupted
-from tiny import CONFIGS, execute, network, tokens, weights
+from tiny import CONFIGS, execute, network, random_tokens, tokens, weights
 from tiny_models import documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,7 +138,7 @@ def test_kept_weights_that_a_method_does_not_change_stay_the_dense_ones_to_the_b
 
 
 def test_rows_and_allocation_spare_what_the_loss_depends_on(tiny_llama):
-    ids = torch.randint(3, 384, (16, 48), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(16, 48)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     record = alps_exp.prune_model(
         model, ids, "magnitude", 0.6, sensitivity="outputs", allocation=BySensitivity(cap=0.2), batch_size=4

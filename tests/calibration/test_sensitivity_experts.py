@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_experts import FAMILIES, network, tokens, unrolled
+from tiny import tokens
+from tiny_experts import FAMILIES, network, unrolled
 
 import alps_exp
 from alps_exp.allocation.allocations import ByLoss, ByOutliers, BySensitivity
@@ -34,7 +35,7 @@ def plain_pass(family: str, ours) -> tuple[dict, dict, dict]:
     names = measured(ours)
     handles = [plain.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     outputs, inputs, counts = {}, {}, dict.fromkeys(names, 0)
-    for window in tokens(WINDOWS):
+    for window in tokens(WINDOWS, 32):
         kept.clear()
         logits = plain(window[None], use_cache=False).logits[0]
         torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
@@ -75,7 +76,7 @@ def test_moments_of_experts_are_those_of_a_plain_backward_pass(family):
     ours = network(family)
     names = measured(ours)
     found = measure_sensitivity(
-        BlockModel(ours, torch.device("cpu")), tokens(WINDOWS), names, Selection().excluded, quiet=True
+        BlockModel(ours, torch.device("cpu")), tokens(WINDOWS, 32), names, Selection().excluded, quiet=True
     )
     f, d = expected(family, ours)
     for name in names:
@@ -89,7 +90,7 @@ def test_experts_that_no_token_reached_count_as_average_ones():
         layer.mlp.gate.register_forward_hook(lambda module, args, found: (*found[:2], found[2] * 0 + chosen))
     names = linear_shapes(model, Selection())
     found = measure_sensitivity(
-        BlockModel(model, torch.device("cpu")), tokens(), names, Selection().excluded, quiet=True
+        BlockModel(model, torch.device("cpu")), tokens(4, 32), names, Selection().excluded, quiet=True
     )
     every = 4 * 32  # each of the first two is handed all
     for kind in ("gate_proj", "up_proj", "down_proj"):
@@ -113,7 +114,7 @@ def test_allocations_by_scores_of_experts_are_those_of_plain_scores(name):
     scores = {own: find_layer(ours, own).weight ** 2 * d[own] * (f[own][:, None] if weighs else 1) for own in f}
     choice = SensitivityChoice("outputs" if weighs else "none", WINDOWS, 0.0)
     words = {"sensitivity": choice, "allocation": ALLOCATIONS[name], "losses": False}
-    record = alps_exp.prune_model(ours, tokens(WINDOWS), method="magnitude", sparsity=0.6, **words)
+    record = alps_exp.prune_model(ours, tokens(WINDOWS, 32), method="magnitude", sparsity=0.6, **words)
     levels = {row["name"]: row["sparsity_target"] for row in record["layers"]}
     if name == "owl":  # the block with more outliers has the lower level by twice the spread
         roots = [torch.cat([s.sqrt().flatten() for own, s in scores.items() if f"layers.{i}." in own]) for i in (0, 1)]
@@ -133,4 +134,4 @@ def test_allocations_by_scores_of_experts_are_those_of_plain_scores(name):
 def test_a_layer_that_is_never_called_is_named():
     model = network("jamba")
     with pytest.raises(UserError, match=r"dt_proj received no calibration tokens: .*layers\.exclude=\['\*\.dt_proj'\]"):
-        alps_exp.prune_model(model, tokens(), method="magnitude", sparsity=0.5, allocation="loss")
+        alps_exp.prune_model(model, tokens(4, 32), method="magnitude", sparsity=0.5, allocation="loss")

@@ -127,7 +127,7 @@ def saved(tiny_llama, text_file, tmp_path_factory):
     words = words_for(
         tiny_llama,
         text_file,
-        *("nsamples=4", "seqlen=64", "eval.windows=4", "method=alps", "sparsity=0.7"),
+        *("nsamples=4", "seqlen=64", "eval.windows=4", "eval.sample_tokens=4", "method=alps", "sparsity=0.7"),
         'layers.sparsity={"q_proj":"2:4"}',
     )
     records = {form: run.run(compose([*words, f"save={form}"]), folder / form) for form in ("packed", "true")}

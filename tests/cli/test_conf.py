@@ -84,19 +84,20 @@ def test_every_preset_opens_with_a_command_that_works_and_stands_for_its_choices
     resolve(one)
 
 
-@pytest.mark.parametrize("group", ["model", "data", "eval"])
-def test_choices_of_a_group_have_the_same_keys(group):
-    files = [path for path in CHOICES if path.parent.name == group and path.stem != "generated"]  # of no file
-    nodes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+def test_evaluations_have_the_same_keys():
+    """Models and data sets: tests of theirs."""
+    nodes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "eval").glob("*.yaml")}
     # An evaluation of a class of its own has keys of its own.
-    keys = {name: set(node) - {"defaults"} for name, node in nodes.items() if group != "eval" or "_target_" not in node}
+    keys = {name: set(node) - {"defaults"} for name, node in nodes.items() if "_target_" not in node}
     assert len(set(map(frozenset, keys.values()))) == 1, keys
 
 
 def test_the_demo_model_brings_its_data_unless_told_otherwise():
-    assert compose([]).data.name == "demo"
-    assert compose(["data=wikitext2"]).data.name == "wikitext2"
-    assert compose(["model=opt-125m"]).data.name == "c4"
+    brought = {"": "demo", "model=demo": "demo", "model=opt-125m": "c4", "model=opt-13b": "c4"}
+    chosen = {"data=wikitext2": "wikitext2", "data=c4": "c4", "model=demo data=local data.path=text.txt": "local"}
+    for words, wanted in {**brought, **chosen}.items():
+        cfg = compose(words.split())
+        assert cfg.data.name == wanted and "defaults" not in cfg.model, words
 
 
 def test_the_default_is_alps_at_07():

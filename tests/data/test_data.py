@@ -401,7 +401,7 @@ def test_real_web_text(shared):
     assert tokens.shape == (8, 512) and description["sampling"] == "documents"
 
 
-def test_every_data_yaml_has_the_same_keys_and_its_command():
+def test_every_data_yaml_has_the_keys_of_its_settings():
     files = sorted((CONF / "data").glob("*.yaml"))
     assert [file.stem for file in files] == [
         "c4",
@@ -421,27 +421,6 @@ def test_every_data_yaml_has_the_same_keys_and_its_command():
         if file.stem == "generated":  # is of no file
             known = ["name", "prompts", "temperature", "top_k", "top_p", "batch_size", "holdout"]
         assert list(fields) == [*known, "evaluate_on"] and fields["name"] == file.stem
-        assert file.read_text().startswith("# python -m alps_exp ")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "wanted"),
-    [
-        ([], "demo"),
-        (["model=demo"], "demo"),
-        (["model=opt-13b"], "c4"),
-        (["model=demo", "data=local"], "local"),
-        (["data=c4"], "c4"),
-    ],
-)
-def test_the_demo_model_brings_its_data(overrides, wanted, tmp_path):
-    hydra = pytest.importorskip("hydra")
-    shutil.copytree(CONF / "model", tmp_path / "model")
-    shutil.copytree(CONF / "data", tmp_path / "data")
-    (tmp_path / "main.yaml").write_text("defaults:\n  - _self_\n  - data: c4\n  - model: demo\n")
-    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
-        config = hydra.compose("main", overrides=overrides)
-    assert config.data.name == wanted and "defaults" not in config.model
 
 
 SENTENCES = ["First line.", "Zweite Zeile: äöü €.", "", "Last."]

@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny_models
 import torch
-from tiny import execute
+from tiny import FEW_WINDOWS, execute, words_for
 from transformers import AutoTokenizer
 
 from alps_exp import UserError, prune_model
@@ -75,8 +75,7 @@ def test_they_are_the_texts_own_in_any_order_without_those_spoken_for(tiny_llama
 
 @pytest.fixture
 def words(tiny_llama, text_file) -> list[str]:
-    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=4"]
-    found += ["seqlen=64", "batch_size=4", "eval.windows=4", "device=cpu", "method=magnitude", "sparsity=0.7"]
+    found = words_for(tiny_llama, text_file, *FEW_WINDOWS, "nsamples=4", "method=magnitude", "sparsity=0.7")
     return [*found, "data.holdout=4", "losses=false", "finish=distil", "finish.distil.epochs=1"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_experts
 import torch
 from helpers import out_of_memory, planted
+from tiny import tokens
 
 import alps_exp
 from alps_exp.base.errors import UserError
@@ -160,11 +161,11 @@ def test_matrices_are_factorised_at_once(monkeypatch):
 
 def test_resolvents_of_several_matrices_are_those_of_each():
     asked = [one[0] for one in groups(3)]
-    scaled = ScaledGram(asked, 0.01)
+    scaled = ScaledGram([problem.inputs for problem in asked], 0.01)
     assert scaled.dead.shape == (3, 1, 32)
     every = Resolvent(scaled.gram, 0.1, exact=False)
     for number, problem in enumerate(asked):
-        gram = ScaledGram(problem, 0.01).gram
+        gram = ScaledGram(problem.inputs, 0.01).gram
         torch.testing.assert_close(scaled.gram[number], gram)
         alone = Resolvent(gram, 0.1, exact=False)
         for rho in (0.1, 0.7, 1.7):
@@ -178,7 +179,7 @@ def test_resolvents_of_several_matrices_are_those_of_each():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["alps", "sparsegpt"])
 def test_experts_solved_together_are_those_solved_one_by_one(monkeypatch, method):
-    ids, found, alike = tiny_experts.tokens(), [], []
+    ids, found, alike = tokens(4, 32), [], []
     original = type(registry.solver(method))._solve_alike
     monkeypatch.setattr(resolvent, "_small", lambda gram: gram.ndim > 2)
     monkeypatch.setattr(
@@ -203,7 +204,7 @@ def test_experts_solved_together_are_those_solved_one_by_one(monkeypatch, method
 
 
 def test_experts_that_do_not_fit_together_are_solved_one_by_one(monkeypatch):
-    ids = tiny_experts.tokens()
+    ids = tokens(4, 32)
     records = []
     for tight in (False, True):
         if tight:

@@ -58,7 +58,7 @@ def direct_fit(gram: Tensor, dense: Tensor, support: Tensor) -> Tensor:
 @pytest.mark.parametrize("written", PATTERNS)
 def test_fit_on_support_is_the_least_squares_solution(written):
     problem = planted(seed=40)
-    gram = ScaledGram(problem, 0.01).gram
+    gram = ScaledGram(problem.inputs, 0.01).gram
     support = parse_sparsity(written).keep(problem.weight.abs())
     support[3] = False  # a row may lose everything
     support[4] = True  # or nothing
@@ -72,7 +72,7 @@ def test_fit_on_support_is_the_least_squares_solution(written):
 
 def test_fit_on_support_limits():
     problem = planted(seed=41)
-    gram = ScaledGram(problem, 0.01).gram
+    gram = ScaledGram(problem.inputs, 0.01).gram
     support = parse_sparsity("0.6").keep(problem.weight.abs())
     start = problem.weight * support
 
@@ -278,7 +278,7 @@ def test_the_scale_of_inputs_and_weights_does_not_matter(scale):
 
 def test_scaled_gram():
     problem = planted(dead=(5,), seed=48)
-    scaled = ScaledGram(problem, 0.01)
+    scaled = ScaledGram(problem.inputs, 0.01)
     assert torch.equal(scaled.gram.diagonal(), torch.ones(48, dtype=torch.float64))
     expected = problem.weight.clone()
     expected[:, 5] = 0

@@ -17,6 +17,7 @@ from degenerate import bounded, layers
 from helpers import methods_for_a_layer, selection_blocks
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_tokens
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -151,10 +152,6 @@ def test_bad_numbers_are_counted(method, bad, count, seed):
         LayerProblem(weight, Inputs(diagonal=inputs.square().sum(0)))
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize(("method", "losses"), [("alps", True), ("wanda", False), ("magnitude", True)])
 def test_bad_activations_name_the_layer_and_how_many_inputs(tiny_llama, method, losses):
     network = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -164,7 +161,7 @@ def test_bad_activations_name_the_layer_and_how_many_inputs(tiny_llama, method, 
         rf"model\.layers\.1\.mlp\.gate_proj: {statistic} of the inputs has NaN or infinite entries at 2 of 64 inputs"
     )
     with pytest.raises(UserError, match=message):
-        alps_exp.prune_model(network, tokens(), method=method, sparsity=0.5, losses=losses)
+        alps_exp.prune_model(network, random_tokens(), method=method, sparsity=0.5, losses=losses)
 
 
 def test_activations_that_overflow_name_the_block_and_how_many(tiny_llama):
@@ -172,7 +169,7 @@ def test_activations_that_overflow_name_the_block_and_how_many(tiny_llama):
     exclude = ["layers.0.*"]
     network.model.layers[0].mlp.down_proj.weight.data[7] = 3e38
     with pytest.raises(UserError, match=r"model\.layers\.0 produces \d+ NaN or infinite activations: check"):
-        alps_exp.prune_model(network, tokens(), method="wanda", sparsity=0.5, exclude=exclude)
+        alps_exp.prune_model(network, random_tokens(), method="wanda", sparsity=0.5, exclude=exclude)
 
 
 def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny_llama):
@@ -185,14 +182,14 @@ def test_weights_that_overflow_the_models_dtype_name_the_layer_and_how_many(tiny
             return dataclasses.replace(solution, weight=solution.weight * 1e9)
 
     with pytest.raises(UserError, match=r"q_proj: Enlarging gave [1-9]\d+ NaN or infinite weights; use dtype=float32"):
-        alps_exp.prune_model(network, tokens(), method=Enlarging(), sparsity=0.5)
+        alps_exp.prune_model(network, random_tokens(), method=Enlarging(), sparsity=0.5)
 
 
 @pytest.mark.slow
 def test_one_token_is_enough(tiny_llama):
     for method in methods_for_a_layer():
         network = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        record = alps_exp.prune_model(network, tokens()[:1, :2], method=method, sparsity="2:4")
+        record = alps_exp.prune_model(network, random_tokens()[:1, :2], method=method, sparsity="2:4")
         assert all(math.isfinite(row["relative_loss"]) for row in record["layers"])
         assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
         assert all(row["sparsity"] >= 0.5 for row in record["layers"])

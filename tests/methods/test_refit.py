@@ -11,7 +11,7 @@ from degenerate import Layer, bounded, layers
 from helpers import planted, planted_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import words_for
+from tiny import random_tokens, words_for
 from transformers import AutoModelForCausalLM
 
 import alps_exp
@@ -204,7 +204,7 @@ def test_prune_layer_refits_and_refuses():
 
 
 def test_prune_model_refits_any_method(tiny_llama):
-    ids = torch.randint(3, 384, (4, 64), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(4, 64)
     losses = {}
     for how in ("none", "pcg", "exact"):
         network = AutoModelForCausalLM.from_pretrained(tiny_llama)

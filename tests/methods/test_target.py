@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CONFIGS, network, tokens
+from tiny import CONFIGS, network, random_tokens, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -270,7 +270,7 @@ def test_a_target_without_writers_to_fit_is_told(glob, told):
 def test_a_trained_model_gains_perplexity(tiny_opt):
     from alps_exp.evaluation.perplexity import perplexity
 
-    ids = torch.randint(3, 384, (24, 48), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(24, 48)
     from tiny_models import documents
     from transformers import AutoTokenizer
 

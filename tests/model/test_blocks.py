@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import load, mixtral
+from tiny import load, mixtral, random_tokens
 from torch import nn
 
 import alps_exp
@@ -27,10 +27,6 @@ def bloom() -> nn.Module:
     return transformers.BloomForCausalLM(config).eval()
 
 
-def tokens(windows: int = 5, seqlen: int = 40) -> torch.Tensor:
-    return torch.randint(3, 384, (windows, seqlen), generator=torch.Generator().manual_seed(0))
-
-
 def whole(network: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(ids).logits
@@ -46,7 +42,7 @@ def blockwise(model: BlockModel, ids: torch.Tensor, batch_size: int) -> torch.Te
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_block_by_block_equals_the_whole_model(network, batch_size):
-    ids = tokens()
+    ids = random_tokens(5, 40)
     expected = whole(network, ids)
     torch.testing.assert_close(blockwise(BlockModel(network, CPU), ids, batch_size), expected, rtol=1e-4, atol=1e-4)
     # The stubs are gone afterwards.
@@ -55,27 +51,17 @@ def test_block_by_block_equals_the_whole_model(network, batch_size):
 
 def test_windows_of_another_length_get_their_own_arguments(network):
     model = BlockModel(network, CPU)
-    for ids in (tokens(3, 40), tokens(3, 24), tokens(1, 56)):
+    for ids in (random_tokens(3, 40), random_tokens(3, 24), random_tokens(1, 56)):
         torch.testing.assert_close(blockwise(model, ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_that_return_tuples_and_take_batch_sized_arguments():
-    network, ids = bloom(), tokens()
+    network, ids = bloom(), random_tokens(5, 40)
     torch.testing.assert_close(blockwise(BlockModel(network, CPU), ids, 2), whole(network, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_perplexity_is_that_of_a_plain_loop(network):
-    ids = tokens()
-    losses = []
-    for window in ids:
-        logits = whole(network, window[None]).double()
-        losses.append(nn.functional.cross_entropy(logits[0, :-1], window[1:]))
-    expected = float(torch.stack(losses).mean().exp())
-    assert perplexity(BlockModel(network, CPU), ids, 2, quiet=True) == pytest.approx(expected, rel=1e-5)
-
-
 def test_offloaded_blocks_visit_the_device_and_go_home(tiny_llama):
-    network, ids = load(tiny_llama), tokens()
+    network, ids = load(tiny_llama), random_tokens(5, 40)
     expected = whole(network, ids)
     model = BlockModel(network, CPU, offload=True)
     assert find_blocks(network)[1] is model.blocks
@@ -86,7 +72,7 @@ def test_not_a_number_names_the_block(tiny_llama):
     network = load(tiny_llama)
     network.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"model\.layers\.1 produces \d+ NaN or infinite activations"):
-        perplexity(BlockModel(network, CPU), tokens(), quiet=True)
+        perplexity(BlockModel(network, CPU), random_tokens(5, 40), quiet=True)
 
 
 def test_a_model_without_blocks_is_refused():
@@ -129,10 +115,12 @@ def test_experts_in_matrices_are_refused_by_name_unless_excluded():
     with pytest.raises(
         UserError, match=r"blocks\.0\.ffn\.experts\.mlp\.w1 is a fused weight of shape \(384, 64\)"
     ) as e:
-        alps_exp.prune_model(other(), tokens(), method="wanda", sparsity=0.5)
+        alps_exp.prune_model(other(), random_tokens(5, 40), method="wanda", sparsity=0.5)
     globs = ["*mlp.w1", "*mlp.v1", "*mlp.w2"]
     assert str(e.value).endswith(f"layers.exclude=[{','.join(map(repr, globs))}]")
-    summary = alps_exp.prune_model(other(), tokens(), method="wanda", sparsity=0.5, exclude=globs)["summary"]
+    summary = alps_exp.prune_model(other(), random_tokens(5, 40), method="wanda", sparsity=0.5, exclude=globs)[
+        "summary"
+    ]
     assert summary["weights"] == 2 * (64 * 128 + 64 * 64)
     assert summary["share"] == summary["weights"] / summary["block_weights"] < 0.2
 
@@ -142,9 +130,9 @@ def test_a_large_matrix_beside_the_layers_is_refused_whatever_holds_it(tiny_llam
         network = load(tiny_llama)
         network.model.layers[1].extra = holder
         with pytest.raises(UserError, match=r"model\.layers\.1\.extra\.(in_proj_)?weight is a fused weight"):
-            alps_exp.prune_model(network, tokens(), method="magnitude", sparsity=0.5, losses=False)
+            alps_exp.prune_model(network, random_tokens(5, 40), method="magnitude", sparsity=0.5, losses=False)
         record = alps_exp.prune_model(
-            network, tokens(), method="magnitude", sparsity=0.5, losses=False, exclude=["extra*"]
+            network, random_tokens(5, 40), method="magnitude", sparsity=0.5, losses=False, exclude=["extra*"]
         )
         assert record["summary"]["share"] < 0.9
 
@@ -184,7 +172,7 @@ def test_arguments_that_depend_on_the_tokens_are_refused(tiny_llama):
 
     network.model.forward = forward
     with pytest.raises(UserError, match="arguments that depend on the tokens"):
-        HiddenStates(model, tokens(), len(tokens()))
+        HiddenStates(model, random_tokens(5, 40), len(random_tokens(5, 40)))
     alike = torch.arange(3, 6)[:, None].expand(3, 40)  # no window shows it by itself
     with pytest.raises(UserError, match="arguments that depend on the tokens"):
         HiddenStates(BlockModel(network, CPU), alike, 1)

@@ -6,7 +6,8 @@ from functools import partialmethod
 import pytest
 import torch
 import transformers
-from tiny_experts import FAMILIES, Unrolled, network, tokens, unrolled
+from tiny import tokens
+from tiny_experts import FAMILIES, Unrolled, network, unrolled
 from torch import nn
 
 import alps_exp
@@ -59,7 +60,7 @@ def dense(layer) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_losses_are_those_of_the_unrolled_model(family):
-    ours, ids = network(family), tokens()
+    ours, ids = network(family), tokens(4, 32)
     plain = unrolled(family, ours)
     before = {name: parameter.clone() for name, parameter in ours.named_parameters()}
     with torch.no_grad():  # the reference is the model itself
@@ -81,7 +82,7 @@ def test_weights_and_losses_are_those_of_the_unrolled_model(family):
 
 
 def test_held_out_losses_are_of_the_held_out_tokens_of_each_expert():
-    ours, ids, held_out = network("mixtral"), tokens(6)[:4], tokens(6)[4:]
+    ours, ids, held_out = network("mixtral"), tokens(6, 32)[:4], tokens(6, 32)[4:]
     plain = unrolled("mixtral", ours)
     record = alps_exp.prune_model(
         ours, ids, method="wanda", sparsity=0.5, held_out=held_out, include=["layers.0.mlp.experts.*"]
@@ -102,7 +103,7 @@ def test_held_out_losses_are_of_the_held_out_tokens_of_each_expert():
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_the_tokens_of_each_expert_are_counted(family):
-    ours, ids = network(family), tokens()
+    ours, ids = network(family), tokens(4, 32)
     record = alps_exp.prune_model(ours, ids, method="wanda", sparsity=0.5, batch_size=2)
     experts = [row for row in record["layers"] if "borrowed" in row["stats"]]
     for block in (0, 1):
@@ -118,7 +119,7 @@ def test_the_tokens_of_each_expert_are_counted(family):
 @pytest.mark.parametrize("method", ["sparsegpt", "alps", "dsnot"])
 def test_methods_that_need_gram_matrices_or_moments_agree_with_the_unrolled_model(method):
     """In float32, where the model itself runs the grouped product."""
-    ours, ids = network("qwen3_moe", torch.float32), tokens(6)
+    ours, ids = network("qwen3_moe", torch.float32), tokens(6, 32)
     plain = unrolled("qwen3_moe", ours)
     only = {"include": ["model.layers.0.mlp.experts.*"]}
     record = alps_exp.prune_model(ours, ids, method=method, sparsity=0.6, expert_shrinkage=0.0, **only)
@@ -169,7 +170,7 @@ def starved(family: str = "mixtral") -> nn.Module:
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot", "magnitude"])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.5])
 def test_an_expert_without_tokens_is_pruned_by_the_layers_mean_and_named(method, shrinkage):
-    model, ids = starved(), tokens()
+    model, ids = starved(), tokens(4, 32)
     before = {
         name: find_layer(model, name).weight.clone() for name in block_layers(model.model.layers[0], "model.layers.0")
     }
@@ -217,7 +218,7 @@ def test_statistics_that_take_several_passes_are_the_same(monkeypatch, target):
         monkeypatch.setattr(Ladder, "__init__", partialmethod(plain, passes=passes))
         model = network("qwen2_moe", torch.float32)
         record = alps_exp.prune_model(
-            model, tokens(), method="wanda", sparsity=0.5, expert_shrinkage=3.0, target=target
+            model, tokens(4, 32), method="wanda", sparsity=0.5, expert_shrinkage=3.0, target=target
         )
         found.append(([row["relative_loss"] for row in record["layers"]], model.state_dict()))
     (losses, state), (others, other) = found
@@ -229,7 +230,7 @@ def test_globs_reach_experts_and_their_parameters():
     chosen = lambda **words: {  # noqa: E731
         row["name"]
         for row in alps_exp.prune_model(
-            network("qwen2_moe"), tokens(), method="magnitude", sparsity=0.5, losses=False, **words
+            network("qwen2_moe"), tokens(4, 32), method="magnitude", sparsity=0.5, losses=False, **words
         )["layers"]
     }
     assert chosen(include=["layers.1.mlp.experts.2.*"]) == {
@@ -248,11 +249,17 @@ def test_tokens_count_by_the_squares_of_their_weights(family):
     held = ours.model.layers[0].mlp.experts
     handle = held.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
-        ours(tokens())
+        ours(tokens(4, 32))
     handle.remove()
     experts = Experts.of(copy.deepcopy(held))
     record = alps_exp.prune_model(
-        ours, tokens(), method="wanda", sparsity=0.5, expert_shrinkage=0.0, expert_weighting="squared", batch_size=4
+        ours,
+        tokens(4, 32),
+        method="wanda",
+        sparsity=0.5,
+        expert_shrinkage=0.0,
+        expert_weighting="squared",
+        batch_size=4,
     )
     rows = {row["name"]: row for row in record["layers"]}
     for part in experts.routed(experts.arguments(*seen[0])):
@@ -281,7 +288,7 @@ def test_tokens_count_by_the_squares_of_their_weights(family):
             "Elsa trains model.layers.0.mlp.experts.gate_up_proj as a whole",
         ),
         (
-            {"finish": "block", "held_out": tokens(2), "exclude": ["*layers.1.*experts.2.gate_proj"]},
+            {"finish": "block", "held_out": tokens(2, 32), "exclude": ["*layers.1.*experts.2.gate_proj"]},
             "finish=block trains model.layers.1.mlp.experts.gate_up_proj as a whole",
         ),
     ],
@@ -290,10 +297,12 @@ def test_what_cannot_be_done_with_experts_is_refused_before_anything_changes(wor
     model = network("mixtral", torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=message):
-        alps_exp.prune_model(model, tokens(), **{"method": "wanda", "sparsity": 0.5, **words})
+        alps_exp.prune_model(model, tokens(4, 32), **{"method": "wanda", "sparsity": 0.5, **words})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if not {"method", "exclude", "expert_weighting"} & words.keys():
-        alps_exp.prune_model(model, tokens(), **{"method": "wanda", "sparsity": 0.5, "exclude": ["*experts*"], **words})
+        alps_exp.prune_model(
+            model, tokens(4, 32), **{"method": "wanda", "sparsity": 0.5, "exclude": ["*experts*"], **words}
+        )
 
 
 def test_a_module_that_computes_something_else_is_refused():
@@ -302,7 +311,7 @@ def test_a_module_that_computes_something_else_is_refused():
     original = experts.forward
     experts.forward = lambda *args: 1.5 * original(*args)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts \(MixtralExperts\) does not compute"):
-        alps_exp.prune_model(model, tokens(), method="wanda", sparsity=0.5)
+        alps_exp.prune_model(model, tokens(4, 32), method="wanda", sparsity=0.5)
 
 
 def test_layers_of_experts_are_views_of_their_parameter():
@@ -346,11 +355,11 @@ def test_the_reference_is_no_module_of_experts():
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx"])
 def test_the_mask_of_a_saved_mixture_is_found(family, tmp_path):
     pruned, ours = network(family, torch.float32), network(family, torch.float32)
-    rows = alps_exp.prune_model(pruned, tokens(), method="wanda", sparsity="2:4")["layers"]
+    rows = alps_exp.prune_model(pruned, tokens(4, 32), method="wanda", sparsity="2:4")["layers"]
     pruned.save_pretrained(tmp_path)
-    alps_exp.prune_model(ours, tokens(), Given(mask=str(tmp_path)), "2:4", losses=False)
+    alps_exp.prune_model(ours, tokens(4, 32), Given(mask=str(tmp_path)), "2:4", losses=False)
     assert any(".experts.3.down_proj" in row["name"] for row in rows)
     for name, weight in pruned.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight), name
     with pytest.raises(UserError, match=r"experts.* is not 1:4: give its sparsity"):
-        alps_exp.prune_model(network(family), tokens(), Given(mask=str(tmp_path)), "1:4", include=["*experts.*"])
+        alps_exp.prune_model(network(family), tokens(4, 32), Given(mask=str(tmp_path)), "1:4", include=["*experts.*"])

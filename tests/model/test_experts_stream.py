@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_experts import FAMILIES, network, tokens
+from tiny import tokens
+from tiny_experts import FAMILIES, network
 
 import alps_exp
 from alps_exp.base.errors import UserError
@@ -34,7 +35,7 @@ def records(model, index: int, path: str) -> dict:
 
     handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched.items()]
     with torch.no_grad():
-        model(tokens(), use_cache=False)
+        model(tokens(4, 32), use_cache=False)
     for handle in handles:
         handle.remove()
     return found
@@ -61,7 +62,7 @@ def test_downs_are_fitted_to_what_the_stream_lacks(family, weighting):
     dense = copy.deepcopy(ours)
     words = {"target": StreamTarget(strength=0.7, ridge=RIDGE), "expert_shrinkage": 0.0, "include": ["*experts.*"]}
     words["expert_weighting"] = weighting
-    record = alps_exp.prune_model(ours, tokens(), method="magnitude", sparsity=0.5, **words)
+    record = alps_exp.prune_model(ours, tokens(4, 32), method="magnitude", sparsity=0.5, **words)
     rows = {row["name"]: row for row in record["layers"]}
     assert {row["target"] for name, row in rows.items() if name.endswith(("gate_proj", "up_proj"))} == {"layer"}
     index = len(find_blocks(ours)[1]) - 1
@@ -106,9 +107,9 @@ def test_the_stream_comes_nearer_to_the_dense_one():
     for target in ("layer", StreamTarget(strength=1.0)):
         ours = network("mixtral", torch.float32)
         dense = copy.deepcopy(ours)
-        alps_exp.prune_model(ours, tokens(16), method="wanda", sparsity=0.5, target=target, include=["*experts.*"])
+        alps_exp.prune_model(ours, tokens(16, 32), method="wanda", sparsity=0.5, target=target, include=["*experts.*"])
         with torch.no_grad():
-            one, other = (model(tokens(16), output_hidden_states=True).hidden_states[-2] for model in (dense, ours))
+            one, other = (model(tokens(16, 32), output_hidden_states=True).hidden_states[-2] for model in (dense, ours))
         drifts.append(float((one - other).norm() / one.norm()))
     assert drifts[1] < 0.95 * drifts[0]
 
@@ -125,4 +126,4 @@ def test_experts_whose_sum_does_not_reach_the_stream_are_refused():
     for block in model.model.layers:
         block.feed_forward.forward = lambda hidden, own=block.feed_forward: mean_of_experts(own, hidden)
     with pytest.raises(UserError, match="its experts are not seen to add their sum to the hidden states"):
-        alps_exp.prune_model(model, tokens(), method="wanda", sparsity=0.5, target="stream")
+        alps_exp.prune_model(model, tokens(4, 32), method="wanda", sparsity=0.5, target="stream")

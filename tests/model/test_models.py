@@ -325,7 +325,7 @@ def test_demo_model_loads_saves_and_reloads_bit_equal(tmp_path):
     assert load_tokenizer(local(tmp_path))("in 1921, at").input_ids == tokenizer("in 1921, at").input_ids
 
 
-def test_every_model_yaml_has_the_same_keys_and_its_command():
+def test_every_model_yaml_has_the_same_keys_in_order_and_its_name():
     files = sorted((CONF / "model").glob("*.yaml"))
     assert len(files) == 33
     for file in files:

@@ -15,7 +15,7 @@ from alps_exp.patterns import Unstructured, parse_sparsity
 
 
 def gram(width: int = 48) -> torch.Tensor:
-    return ScaledGram(planted(width=width), 0.01).gram
+    return ScaledGram(planted(width=width).inputs, 0.01).gram
 
 
 @pytest.mark.parametrize("rho", [0.01, 0.1, 3.0])

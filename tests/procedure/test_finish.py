@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from helpers import Served
-from tiny import execute, network, tokens, weights
+from tiny import FEW_WINDOWS, execute, network, tokens, weights, words_for
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -332,9 +332,8 @@ def test_activations_can_be_made_again(monkeypatch):
 
 @pytest.fixture
 def words(tiny_llama: Path, text_file: Path) -> list[str]:
-    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
-    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "method=wanda", "sparsity=0.7", "save=true"]
-    return [*found, "data.holdout=4", "resumable=true"]
+    own = ["method=wanda", "sparsity=0.7", "save=true", "data.holdout=4", "resumable=true"]
+    return words_for(tiny_llama, text_file, *FEW_WINDOWS, *own)
 
 
 @pytest.fixture
@@ -346,8 +345,7 @@ def other_text(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_perplexity(tiny_llama, text_file, tmp_path_factory) -> float:
-    found = ["model=local", f"model.path={tiny_llama}", "data=local", f"data.path={text_file}", "nsamples=8"]
-    found += ["seqlen=64", "batch_size=4", "eval.windows=6", "device=cpu", "method=wanda", "sparsity=0.7"]
+    found = words_for(tiny_llama, text_file, *FEW_WINDOWS, "method=wanda", "sparsity=0.7")
     return execute(found, tmp_path_factory.mktemp("plain"))["evaluations"][0]["value"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import execute, load, network, tokens, weights
+from tiny import execute, load, network, tokens, weights, words_for
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
@@ -28,17 +28,8 @@ from alps_exp.runs.settings import resolve
 
 @pytest.fixture
 def settings(tiny_llama, text_file) -> list[str]:
-    words = ["model=local", f"model.path='{tiny_llama}'", "data=local", f"data.path='{text_file}'", "seqlen=64"]
-    return [
-        *words,
-        "nsamples=20",
-        "data.holdout=4",
-        "eval=none",
-        "device=cpu",
-        "save=true",
-        "sparsity=0.7",
-        "target=stream",
-    ]
+    own = ["nsamples=20", "seqlen=64", "data.holdout=4", "eval=none", "save=true", "sparsity=0.7", "target=stream"]
+    return words_for(tiny_llama, text_file, *own)
 
 
 @pytest.mark.slow

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from tiny import random_tokens
 from transformers import AutoModelForCausalLM
 
 import alps_exp
 
 
 def test_with_dense_propagation_too(tiny_llama):
-    tokens = torch.randint(3, 384, (3, 32), generator=torch.Generator().manual_seed(0))
+    tokens = random_tokens(3, 32)
     losses = {}
     for propagate in ("dense", "pruned"):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()

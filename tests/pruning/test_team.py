@@ -151,10 +151,10 @@ def _divide(rank: int, port: int, folder: Path) -> None:
         solved = solver.solve(LayerProblem(weight, Inputs(gram=gram, elsewhere=watched)), parse_sparsity("0.7"))
         found |= {"taken": taken, "again": elsewhere[2](), "loss": problem.relative_loss(solved.weight)}
         found["expected"] = problem.relative_loss(solver.solve(problem, parse_sparsity("0.7")).weight)
-        own = dict(zip(parts, solver.make_parts(problem, list(parts)), strict=True))
+        own = dict(zip(parts, solver.make_parts(problem.inputs, list(parts)), strict=True))
         found["difference"] = max(float((own[k] - parts[k]).norm() / own[k].norm()) for k in parts)
     else:
-        team.hand_over(solver.make_parts(problem, team.share), ["layer96"])
+        team.hand_over(solver.make_parts(problem.inputs, team.share), ["layer96"])
     team.exchange({})
     found |= _measured_by_both(team, problem)
     torch.save(found, folder / f"{rank}.pt")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import out_of_memory
-from tiny import load
+from tiny import load, random_tokens
 
 import alps_exp
 from alps_exp.allocation.prunable import linear_shapes
@@ -23,13 +23,9 @@ from alps_exp.pruning.tools import Tools
 CPU = torch.device("cpu")
 
 
-def tokens(windows: int = 6) -> torch.Tensor:
-    return torch.randint(3, 384, (windows, 48), generator=torch.Generator().manual_seed(0))
-
-
 def prune(folder, **options) -> tuple[dict, torch.nn.Module]:
     network = load(folder)
-    return alps_exp.prune_model(network, tokens(), method="sparsegpt", sparsity="2:4", **options), network
+    return alps_exp.prune_model(network, random_tokens(6, 48), method="sparsegpt", sparsity="2:4", **options), network
 
 
 def assert_close(one: dict, other: dict) -> None:
@@ -51,15 +47,17 @@ def test_forwards_of_fewer_windows(tiny_llama, monkeypatch, limit):
         if size >= limit
     ]
     with torch.no_grad():
-        one, other = network(tokens()).logits, thrifty(tokens()).logits
+        one, other = network(random_tokens(6, 48)).logits, thrifty(random_tokens(6, 48)).logits
     assert float((one - other).norm() / one.norm()) < 1e-3
 
 
 def test_embedding_and_perplexity_of_fewer_windows(tiny_opt, monkeypatch):
-    expected = perplexity(BlockModel(load(tiny_opt), CPU), tokens(), 6, quiet=True)
+    expected = perplexity(BlockModel(load(tiny_opt), CPU), random_tokens(6, 48), 6, quiet=True)
     out_of_memory(monkeypatch, BlockModel, "embed", lambda self, chunk: len(chunk) > 3)
     out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
-    assert perplexity(BlockModel(load(tiny_opt), CPU), tokens(), 6, quiet=True) == pytest.approx(expected, rel=1e-6)
+    assert perplexity(BlockModel(load(tiny_opt), CPU), random_tokens(6, 48), 6, quiet=True) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -77,9 +75,9 @@ def test_statistics_in_several_passes(tiny_llama, monkeypatch):
 @pytest.mark.slow
 def test_layers_one_by_one(tiny_llama, monkeypatch):
     network, expected = load(tiny_llama), None
-    expected = alps_exp.prune_model(network, tokens(), sparsity=0.6)
+    expected = alps_exp.prune_model(network, random_tokens(6, 48), sparsity=0.6)
     out_of_memory(monkeypatch, Alps, "solve_group", lambda self, problems, patterns: len(problems) > 1)
-    record = alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.6)
+    record = alps_exp.prune_model(load(tiny_llama), random_tokens(6, 48), sparsity=0.6)
     assert_close(record, expected)
     assert [line.partition("on: ")[2] for line in record["warnings"]] == [
         "statistics in host memory until they are needed",
@@ -93,7 +91,7 @@ def test_layers_one_by_one(tiny_llama, monkeypatch):
 def test_when_nothing_helps_it_says_what_to_do(tiny_llama, monkeypatch, owner, name):
     out_of_memory(monkeypatch, owner, name, lambda self, *_: True)
     with pytest.raises(UserError, match=r"(embedding|model\.layers\.0): the device's memory does not suffice.*seqlen"):
-        alps_exp.prune_model(load(tiny_llama), tokens(), sparsity=0.6, batch_size=4)
+        alps_exp.prune_model(load(tiny_llama), random_tokens(6, 48), sparsity=0.6, batch_size=4)
 
 
 def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama, monkeypatch):
@@ -113,7 +111,7 @@ def test_an_error_after_the_first_of_a_group_leaves_no_pruned_weight(tiny_llama,
 
 def test_hidden_states_leave_the_device_first(tiny_llama, monkeypatch):
     model = BlockModel(load(tiny_llama), CPU, hidden_states="device")
-    hidden = HiddenStates(model, tokens(), 4)
+    hidden = HiddenStates(model, random_tokens(6, 48), 4)
     before = torch.cat(list(hidden))
     assert hidden.relieve() == "hidden states in host memory" and hidden.place == "host"
     assert hidden.relieve() == "2 windows at a time" and hidden.sizes == [2, 2, 2]
@@ -125,8 +123,8 @@ def test_hidden_states_leave_the_device_first(tiny_llama, monkeypatch):
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_hidden_states_are_the_same_wherever_they_are(tiny_gemma3, tmp_path, place):
     model = BlockModel(load(tiny_gemma3), CPU, hidden_states=place, scratch=tmp_path)
-    assert perplexity(model, tokens(), 4, quiet=True) == perplexity(
-        BlockModel(load(tiny_gemma3), CPU), tokens(), 4, quiet=True
+    assert perplexity(model, random_tokens(6, 48), 4, quiet=True) == perplexity(
+        BlockModel(load(tiny_gemma3), CPU), random_tokens(6, 48), 4, quiet=True
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -134,15 +132,15 @@ def test_hidden_states_are_the_same_wherever_they_are(tiny_gemma3, tmp_path, pla
 @pytest.mark.parametrize(("free", "place"), [(10**9, "host"), (1000, "disk")])
 def test_hidden_states_go_where_there_is_room(tiny_llama, tmp_path, monkeypatch, free, place):
     monkeypatch.setattr("alps_exp.model.hidden.free_host", lambda: free)
-    assert HiddenStates(BlockModel(load(tiny_llama), CPU, scratch=tmp_path), tokens(), 2).place == place
+    assert HiddenStates(BlockModel(load(tiny_llama), CPU, scratch=tmp_path), random_tokens(6, 48), 2).place == place
 
 
 @pytest.mark.parametrize(("sharers", "place"), [(2, "host"), (3, "disk")])
 def test_processes_of_one_host_share_its_memory(tiny_llama, tmp_path, monkeypatch, sharers, place):
     model = BlockModel(load(tiny_llama), CPU, scratch=tmp_path)
-    size = HiddenStates(model, tokens(), 2).nbytes
+    size = HiddenStates(model, random_tokens(6, 48), 2).nbytes
     monkeypatch.setattr("alps_exp.model.hidden.free_host", lambda: 4 * size)
-    assert HiddenStates(model, tokens(), 2, sharers=sharers).place == place
+    assert HiddenStates(model, random_tokens(6, 48), 2, sharers=sharers).place == place
 
 
 @pytest.mark.parametrize(("room", "place"), [(None, "device"), (100, "device"), (99, "host")])
@@ -164,7 +162,7 @@ def test_a_resumed_run_keeps_to_what_was_done(tiny_llama, tmp_path, monkeypatch)
 
         network = load(tiny_llama)
         patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
-        job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(), batch_size=6, quiet=True)
+        job = PruneJob(solver("sparsegpt"), patterns, Selection(), random_tokens(6, 48), batch_size=6, quiet=True)
         with monkeypatch.context() as patch:
             if fail:
                 out_of_memory(patch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
@@ -189,7 +187,7 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
     from alps_exp.layer.registry import solver
     from alps_exp.patterns import parse_sparsity
 
-    held_out = tokens(5)
+    held_out = random_tokens(5, 48)
 
     def attempt(folder, limit: int):
         store = progress_store.ProgressStore(folder, {"same": "yes"})
@@ -197,7 +195,7 @@ def test_held_out_windows_share_the_ladder_and_a_resumed_run_keeps_to_it(tiny_ll
         network, sizes = load(tiny_llama), []
         patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
         options = {"batch_size": 6, "held_out": held_out, "quiet": True}
-        job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(4), **options)
+        job = PruneJob(solver("sparsegpt"), patterns, Selection(), random_tokens(4, 48), **options)
         original = HiddenStates.advance
 
         def advance(self, model, index, block, **options):
@@ -229,8 +227,8 @@ def test_held_out_windows_give_way_when_only_they_do_not_fit(tiny_llama, monkeyp
 
     network = load(tiny_llama)
     patterns = Selection().patterns_for(linear_shapes(network, Selection()), parse_sparsity(0.5))
-    options = {"batch_size": 4, "held_out": tokens(4), "quiet": True}
-    job = PruneJob(solver("sparsegpt"), patterns, Selection(), tokens(1), **options)
+    options = {"batch_size": 4, "held_out": random_tokens(4, 48), "quiet": True}
+    job = PruneJob(solver("sparsegpt"), patterns, Selection(), random_tokens(1, 48), **options)
     out_of_memory(monkeypatch, BlockModel, "forward_block", lambda self, i, block, hidden: len(hidden) > 2)
     result = prune_blocks(BlockModel(network, CPU), job)
     assert [line.partition("on: ")[2] for line in result.notes] == ["2 windows at a time"]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_experts import network, tokens, unrolled
+from tiny import tokens
+from tiny_experts import network, unrolled
 
 import alps_exp
 from alps_exp.baselines.elsa import Elsa
@@ -15,10 +16,10 @@ from alps_exp.model.layers import find_layer
 def test_finished_experts_are_those_of_the_unrolled_model(finish):
     ours = network("mixtral")
     plain, gates = unrolled("mixtral", ours), [layer.mlp.gate.weight.clone() for layer in ours.model.layers]
-    words = {"method": "magnitude", "sparsity": 0.5, "finish": finish, "held_out": tokens(6)[4:], "batch_size": 2}
+    words = {"method": "magnitude", "sparsity": 0.5, "finish": finish, "held_out": tokens(6, 32)[4:], "batch_size": 2}
     unfinished = network("mixtral")
-    left = alps_exp.prune_model(unfinished, tokens(), **{**words, "finish": "none"})
-    records = [alps_exp.prune_model(model, tokens(), expert_shrinkage=0.0, **words) for model in (ours, plain)]
+    left = alps_exp.prune_model(unfinished, tokens(4, 32), **{**words, "finish": "none"})
+    records = [alps_exp.prune_model(model, tokens(4, 32), expert_shrinkage=0.0, **words) for model in (ours, plain)]
     rows = [{row["name"]: row for row in record["layers"]} for record in records]
     assert rows[0].keys() == rows[1].keys()
     for row in left["layers"]:
@@ -38,10 +39,10 @@ SHORT = {"steps": 4, "tokens": 128, "batch": 2, "rate": 2e-3, "schedule": "const
 def test_methods_that_train_treat_experts_as_those_of_the_unrolled_model(family, method):
     ours, sparsity = network(family), {"sparsity": "2:4"}
     if isinstance(method, Tune):  # its models come pruned
-        alps_exp.prune_model(ours, tokens(), method="magnitude", **sparsity)
+        alps_exp.prune_model(ours, tokens(4, 32), method="magnitude", **sparsity)
     plain = unrolled(family, ours)
     before = {name: parameter.clone() for name, parameter in ours.named_parameters()}
-    records = [alps_exp.prune_model(model, tokens(), method, **sparsity) for model in (ours, plain)]
+    records = [alps_exp.prune_model(model, tokens(4, 32), method, **sparsity) for model in (ours, plain)]
     rows = [{row["name"]: row for row in record["layers"]} for record in records]
     assert rows[0].keys() == rows[1].keys() and any(".experts.3.down_proj" in name for name in rows[0])
     for name, row in rows[0].items():

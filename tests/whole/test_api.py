@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import random_tokens
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
@@ -102,12 +103,8 @@ def load(folder, **options) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def ids(windows: int = 4) -> torch.Tensor:
-    return torch.randint(3, 384, (windows, 32), generator=torch.Generator().manual_seed(0))
-
-
 def wanda(network, **options) -> dict:
-    return prune_model(network, ids(), method="wanda", sparsity=0.5, **options)
+    return prune_model(network, random_tokens(), method="wanda", sparsity=0.5, **options)
 
 
 def test_globs_come_from_anything_that_can_be_gone_through_once(tiny_llama):
@@ -150,7 +147,7 @@ def test_what_is_set_on_a_model_stays(tiny_llama):
     assert calls == ["before", "after"] * (len(calls) // 2)
     calls.clear()
     with torch.no_grad():
-        network.eval()(ids())
+        network.eval()(random_tokens())
     assert calls == ["before", "after"]
     losses = [row["relative_loss"] for row in wanda(load(tiny_llama))["layers"]]
     assert [row["relative_loss"] for row in record["layers"]] == losses
@@ -185,7 +182,7 @@ def test_what_is_changed_on_a_block_is_part_of_the_model_and_stays(tiny_llama, h
         assert block.forward is doubled
     calls.clear()
     with torch.no_grad():
-        network.eval()(ids())
+        network.eval()(random_tokens())
     assert calls == [1]
 
 
@@ -201,7 +198,7 @@ def test_a_compiled_model_is_the_one_behind_it(tiny_llama):
     for block in network.model.layers:
         block.compile(backend="eager")
     with torch.no_grad():
-        network(ids())
+        network(random_tokens())
     wanda(network)
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), expected.parameters(), strict=True))
 
