@@ -26,7 +26,9 @@ _FACTS = ("status", "model", "method", "sparsity", "seed")
 
 def main(words: Sequence[str]) -> int:
     """Do what the words after `alps-exp` ask; returns the exit status, 2 for no such run or a key that no run has."""
-    options = _parser().parse_args(words)
+    # argparse would take `--sort -COLUMN` for two options.
+    line = "\n".join(words).replace("--sort\n-", "--sort=-")
+    options = _parser().parse_args(line.split("\n"))
     try:
         _do(options)
     except UserError as error:

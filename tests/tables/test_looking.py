@@ -36,6 +36,7 @@ def test_list_filters_and_sorts(runs, capsys):
     assert sorted(listed(capsys, runs)) == ["four", "one", "three", "two"]
     assert sorted(listed(capsys, runs, "method=alps", "status=complete")) == ["one", "three"]
     assert listed(capsys, runs, "status=complete", "--sort=-relative loss") == ["two", "three", "one"]
+    assert listed(capsys, runs, "status=complete", "--sort", "-relative") == ["two", "three", "one"]
     assert listed(capsys, runs, "status=complete", "--sort", "wiki") == ["three", "one", "two"]
     assert listed(capsys, runs, "status=complete", "--sort", "sparsity")[-1] == "three"
     assert listed(capsys, runs, "nsamples=128", "method=w*") == ["two"]
