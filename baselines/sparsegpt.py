@@ -215,13 +215,13 @@ def inverse_factor(problem: LayerProblem, damping: float) -> Tensor:
 
 def _inverse_factors(problems: Sequence[LayerProblem], damping: float) -> Tensor:
     """The same for several problems of one width at once, (problems, in, in)."""
-    hessians, tiny = zip(*(_reversed_hessian(problem, damping) for problem in problems), strict=True)
+    hessians, tiny = zip(*(_reversed_hessian(problem, problem.gram, damping) for problem in problems), strict=True)
     lower, failed = inverse_cholesky(torch.stack(hessians))
     failed = (failed != 0) | ~torch.isfinite(lower).flatten(1).all(1)
-    for problem, bad in zip(problems, failed.tolist(), strict=True):
-        if bad:
-            raise _indefinite(problem, damping)
-    return (lower * lower.new_tensor(tiny)[:, None, None]).flip(1, 2)
+    factors = (lower * lower.new_tensor(tiny)[:, None, None]).flip(1, 2)
+    for index in failed.nonzero().flatten().tolist():
+        factors[index] = inverse_factor(problems[index], damping)
+    return factors
 
 
 def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
@@ -230,16 +230,32 @@ def reversed_cholesky(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         UserError: no Gram matrix, or H is not positive definite.
     """
-    hessian, tiny = _reversed_hessian(problem, damping)
+    hessian, tiny = _reversed_hessian(problem, problem.gram, damping)
     factor, failed_at = torch.linalg.cholesky_ex(hessian)
     if int(failed_at) or not bool(torch.isfinite(factor).all()):
-        raise _indefinite(problem, damping)
+        factor = _cholesky_in_float64(problem, damping)
     return factor / tiny if tiny > 1 else factor
 
 
-def _reversed_hessian(problem: LayerProblem, damping: float) -> tuple[Tensor, float]:
+def _cholesky_in_float64(problem: LayerProblem, damping: float) -> Tensor:
+    """H's factor where float32 finds none: when one direction has nearly all of the inputs' energy, what float32 rounds
+    away on the way is more than the damping."""
+    hessian, tiny = _reversed_hessian(problem, problem.gram.double(), damping)
+    factor, failed_at = torch.linalg.cholesky_ex(hessian)
+    pivots = factor.diagonal()[~problem.dead.flip(0)].square()
+    # A pivot is not below the damping, but by what the sums in G have lost to rounding.
+    least = max(damping, torch.finfo(torch.float32).eps) * problem.diagonal.double().mean() * tiny**2 / 2
+    if int(failed_at) or not bool((pivots > least).all()):
+        raise UserError(
+            f"{problem.name}: the Gram matrix with damping {damping:g} is not positive definite; raise method.damping "
+            "or calibrate on more windows"
+        )
+    return factor.to(problem.gram)
+
+
+def _reversed_hessian(problem: LayerProblem, gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """H times a number squared, with the order of its inputs reversed, and the number."""
-    hessian, mean = (problem.gram + problem.gram.T) / 2, problem.diagonal.mean()
+    hessian, mean = (gram + gram.T) / 2, problem.diagonal.to(gram).mean()
     # Squares of inputs of 1e-20 are below what float32 holds with all its digits.
     tiny = 2.0**40 if 0 < float(mean) < 2.0**-100 else 1.0
     if tiny > 1:
@@ -248,10 +264,3 @@ def _reversed_hessian(problem: LayerProblem, damping: float) -> tuple[Tensor, fl
     diagonal += damping * mean
     diagonal[problem.dead] = tiny**2  # as if it were 1
     return hessian.flip(0, 1), tiny
-
-
-def _indefinite(problem: LayerProblem, damping: float) -> UserError:
-    return UserError(
-        f"{problem.name}: the Gram matrix with damping {damping:g} is not positive definite; raise method.damping "
-        "or calibrate on more windows"
-    )

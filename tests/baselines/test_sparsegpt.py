@@ -10,8 +10,9 @@ import torch
 from helpers import assert_exact, planted, stable_top
 
 from alps_exp.base.errors import UserError
-from alps_exp.baselines.sparsegpt import inverse_factor
+from alps_exp.baselines.sparsegpt import _inverse_factors, inverse_factor
 from alps_exp.layer import registry
+from alps_exp.layer.inputs import Inputs
 from alps_exp.layer.problem import LayerProblem
 from alps_exp.patterns import parse_sparsity
 
@@ -110,6 +111,22 @@ def test_an_indefinite_matrix_is_refused_with_advice():
         registry.solver("sparsegpt", damping=0.0).solve(problem, parse_sparsity("0.5"))
     assert "\n" not in str(error.value)
     registry.solver("sparsegpt").solve(problem, parse_sparsity("0.5"))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "stacked"])
+def test_what_float32_cannot_factorise_is_factorised_in_float64(together):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randint(-9, 10, (4, 192), generator=generator).float()  # whole numbers: float32 holds their sums
+    problem = LayerProblem(torch.randn(6, 192, generator=generator), Inputs(gram=common.T @ common * 2**10))
+    damping = 1e-6
+    reversed_ = problem.gram.flip(0, 1) + damping * problem.diagonal.mean() * torch.eye(192)
+    assert int(torch.linalg.cholesky_ex(reversed_).info)
+    u = (_inverse_factors([problem], damping)[0] if together else inverse_factor(problem, damping)).double()
+    damped = problem.gram.double() + damping * problem.diagonal.double().mean() * torch.eye(192, dtype=torch.float64)
+    exact = torch.linalg.cholesky(damped.inverse(), upper=True)
+    assert (u - exact).norm() < 1e-3 * exact.norm()
+    with pytest.raises(UserError, match="is not positive definite"):
+        inverse_factor(problem, 1e-12)
 
 
 def test_inputs_whose_squares_float32_hardly_holds_are_solved_like_larger_ones():
