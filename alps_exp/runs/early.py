@@ -58,11 +58,12 @@ def _first(contents: Sequence[Mapping]) -> str:
             if named := content[node].get("_target_"):
                 standins.imported(named.rpartition(".")[0])
         try:
-            prunes = registry.build(content["method"]).prunes
+            method, data = registry.build(content["method"]), DataSettings.parse(content["data"])
             if chosen:
-                standins.imported("alps_exp.runs.choices").Choices.of(content)
-            data = DataSettings.parse(content["data"])
-            if prunes:
+                finish = standins.imported("alps_exp.runs.choices").Choices.of(content).finish
+                if method.prunes and not method.trains:
+                    finish.check(content["propagate"], data.holdout, content["nsamples"])
+            if method.prunes:
                 texts.check_source(data)
             for key in ("path", "eval_path"):
                 if (path := getattr(data, key)) is not None:

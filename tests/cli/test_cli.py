@@ -295,7 +295,13 @@ def test_mistakes_are_answered_without_importing_torch(tmp_path):
         ["-m", "seed=0,1", "+preset=residual", "target.strength=2"],
         ["finish=block", "finish.block.rate=2"],
     )
-    refused += (["data.path=./none.txt"], ["data=generated", "data.top_p=2"], ["eval.windows=0"], ["device=tpu"])
+    refused += (
+        ["finish=distil"],
+        ["data.path=./none.txt"],
+        ["data=generated", "data.top_p=2"],
+        ["eval.windows=0"],
+        ["device=tpu"],
+    )
     refused += (["layers.exclude=5"], ["save.push=name"], ["push=a/b"], ["devices=9", "nsamples=4"])
     answered = [(words, 2) for words in refused] + [(["--version"], 0), (["list", "--runs", str(tmp_path)], 0)]
     answered += [(["help", "method.rho"], 0)]
