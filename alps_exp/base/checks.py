@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,7 @@ from .errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
+_NO_DEVICES = "device={}: {} CUDA devices are available here; give device=auto or device=cpu"
 LARGEST = 2**63 - 1  # of the integers that torch and the tables take
 
 
@@ -66,6 +70,29 @@ def check_device(name: str) -> None:
         raise UserError(f"device={name} is not allowed: give auto, cpu, cuda or cuda:N")
 
 
+def check_built(name: str) -> None:
+    """Raise UserError for a GPU where the torch that is installed is built without, or no driver of its kind is here.
+
+    Asks the package's version and the system's linker, not torch, so that it takes no time; `parse_device` knows more.
+    """
+    if not str(name).startswith("cuda"):
+        return
+    try:
+        build = version("torch").partition("+")[2]
+    except PackageNotFoundError:
+        return
+    if build == "cpu" or (build.startswith("cu") and sys.platform == "linux" and not _driver()):
+        raise UserError(_NO_DEVICES.format(name, 0))
+
+
+def _driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def parse_device(name: str) -> torch.device:
     """The device that a configuration names: auto, cpu, cuda or cuda:N; without N, the one that this process claimed.
 
@@ -86,5 +113,5 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UserError(f"device={text}: {count} CUDA devices are available here; give device=auto or device=cpu")
+            raise UserError(_NO_DEVICES.format(text, count))
     return device

@@ -21,7 +21,7 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A phrase naming the known names nearest to `name`, or all of them when none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.55)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(known)}"

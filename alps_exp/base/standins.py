@@ -15,7 +15,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-PACKAGES = ("torch", "transformers", "triton", "safetensors", "huggingface_hub", "numpy", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "tokenizers", "triton", "safetensors", "huggingface_hub", "numpy", "bitsandbytes")
 
 
 def answered(question: Callable[[], str]) -> str | None:
@@ -87,6 +87,15 @@ class _Kind(type):
 class _Thing(metaclass=_Kind):
     def __call__(self, *values, **named):
         return values[0] if values else self
+
+    def __setitem__(self, key, value) -> None:
+        _touched.append("an entry")
+
+    def _operation(self, other):
+        _touched.append("an operation")
+        return self
+
+    __and__ = __or__ = __lshift__ = __rshift__ = __getitem__ = _operation  # tables of bits
 
 
 class _Module(ModuleType):

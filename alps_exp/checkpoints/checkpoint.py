@@ -28,7 +28,6 @@ from .hub import first_line
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 PACKED = "packed.json"
-ADAPTER = "adapter_config.json"
 # Before any other comes the first of these that is there, as in transformers.
 PRECEDENCE = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ..base.errors import UserError
 
+ADAPTER = "adapter_config.json"
+NO_CONFIG = "has no config.json; give a folder that `save_pretrained` wrote or a hub download"
+
 
 def local_model(node: Mapping) -> bool:
     """Whether a model node's path names something on this machine, rather than on the hub: "name" or "owner/name"."""
@@ -16,10 +19,10 @@ def local_model(node: Mapping) -> bool:
 
 
 def check_there(node: Mapping) -> None:
-    """Refuse a model node that names no model, or a path of this machine where nothing lies.
+    """Refuse a model node that names no model, or a path of this machine where nothing or no model lies.
 
     Raises:
-        UserError: one of the two.
+        UserError: one of these.
     """
     name, path = node.get("name"), node.get("path")
     if node.get("package"):
@@ -28,10 +31,19 @@ def check_there(node: Mapping) -> None:
         raise UserError(f"model={name} needs model.path=DIR, a folder with config.json and the weights")
     if local_model(node):
         try:
-            Path(str(path)).expanduser().lstat()
+            place = Path(str(path)).expanduser()
+            place.lstat()
+            lacking = place.is_dir() and not node.get("gguf_file") and not any(map(_describes, place.iterdir()))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"model.path={path} does not exist; give a folder with config.json and the weights, or a .gguf file"
             ) from None
         except (OSError, RuntimeError, ValueError):
             return  # told with its reason by whoever reads it
+        if lacking:
+            raise UserError(f"model.path={path} {NO_CONFIG}")
+
+
+def _describes(file: Path) -> bool:
+    """Whether a file of a folder says what model lies there, or why none can be read."""
+    return file.name in ("config.json", ADAPTER) or file.suffix == ".gguf"

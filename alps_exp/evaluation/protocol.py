@@ -42,16 +42,7 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
     Raises:
         UserError: the first mistake found.
     """
-    check_values(options)
-    names = options["datasets"]
-    asked = []
-    for name in names:
-        found = data if name == data.name else DataSettings.named(name)
-        asked.append(EvaluationText(found, _path(options, name)))
-        if asked[-1].path is None:
-            texts.check_source(found, evaluates=True)
-    for key, path in _paths(options).items():
-        texts.local_file(path, f"{key}={path}")
+    asked, names = check_texts(options, data), options["datasets"]
     lengths, seqlen = {"eval.sample_tokens": options["sample_tokens"]}, options["seqlen"]
     if names:
         seqlen = model.context if seqlen == "context" else seqlen
@@ -74,7 +65,7 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
         own.check(model)
     return EvaluationSettings(
         protocol=options["name"],
-        texts=tuple(asked),
+        texts=asked,
         windows=options["windows"],
         seqlen=seqlen,
         bos=options["bos"],
@@ -84,6 +75,27 @@ def resolve(options: Mapping, data: DataSettings, model: ModelSettings) -> Evalu
         tasks=tasks,
         own=own,
     )
+
+
+def check_texts(options: Mapping, data: DataSettings) -> tuple[EvaluationText, ...]:
+    """The texts that an `eval` node names, which are there, as far as that is known without reading them.
+
+    Args:
+        options, data: as in `resolve`.
+
+    Raises:
+        UserError: a value that is not allowed, no such data set, or no such file.
+    """
+    check_values(options)
+    asked = []
+    for name in options["datasets"]:
+        found = data if name == data.name else DataSettings.named(name)
+        asked.append(EvaluationText(found, _path(options, name)))
+        if asked[-1].path is None:
+            texts.check_source(found, evaluates=True)
+    for key, path in _paths(options).items():
+        texts.local_file(path, f"{key}={path}")
+    return tuple(asked)
 
 
 def _paths(options: Mapping) -> dict[str, str]:

@@ -54,7 +54,6 @@ from ..base.packages import package_folder
 from ..checkpoints import hub, packed
 from ..checkpoints.bin_files import bin_entries, safetensors_folder
 from ..checkpoints.checkpoint import (
-    ADAPTER,
     PRECEDENCE,
     Checkpoint,
     Entry,
@@ -67,7 +66,7 @@ from ..checkpoints.checkpoint import (
     refuse_names,
 )
 from ..checkpoints.gguf_files import converted_folder
-from ..checkpoints.location import check_there, local_model
+from ..checkpoints.location import ADAPTER, NO_CONFIG, check_there, local_model
 from . import tokenization
 from .source import StreamedBlocks, open_streamed
 from .structure import find_blocks
@@ -547,7 +546,7 @@ def _local(path: Path, gguf_file: str | None, what: str) -> Path:
     if not (path / "config.json").is_file():
         if any(path.glob("*.gguf")):
             raise UserError(f"{what} has no config.json; {_listing(path, '*.gguf')}: choose one with model.gguf_file=")
-        raise UserError(f"{what} has no config.json; give a folder that `save_pretrained` wrote or a hub download")
+        raise UserError(f"{what} {NO_CONFIG}")
     return path
 
 

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
 from ..base.files import replacing
-from ..patterns import written
+from ..runs.record import FILE as RECORD
 from ..tables import archive
-from ..tables.layout import number
-from ..tables.make import COMPARISON, KEPT, RUNS, sets_of
-from . import gather
+
+if TYPE_CHECKING:
+    from . import gather
 
 FILE = Path("results/report.html")
 _NEEDS = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables"}
@@ -35,6 +36,9 @@ def page(sweeps: Sequence[gather.Sweep]) -> str:
         raise UserError(f"the report needs {', '.join(missing)}: pip install 'alps-exp[report]'")
     import jinja2
 
+    from ..patterns import written
+    from ..tables.layout import number
+    from . import gather
     from .charts import charts
 
     spec, ticked = charts(sweeps)
@@ -87,9 +91,19 @@ def _datatables() -> dict[str, str]:
     return {"script": b64encode(script.read_bytes()).decode(), "style": style}
 
 
+def _nothing(runs: Path | None) -> bool:
+    """Whether there is no record, as far as files' names tell."""
+    folder = runs or archive.RUNS
+    kept = folder.name.endswith(archive.KEPT) or (runs is None and any(archive.RECORDS.glob(f"*{archive.KEPT}")))
+    return not kept and not any(folder.rglob(RECORD))
+
+
 def _sets(runs: Path | None) -> list[archive.RunSet]:
     """Sweeps, and last the runs of one's own that belong to none."""
-    *sets, own = sets_of(runs or RUNS, KEPT if runs is None else None) or [archive.RunSet("", [], [], "")]
+    from ..tables.make import COMPARISON, sets_of  # imports pandas, which takes longer than `_nothing`
+
+    found = sets_of(runs or archive.RUNS, archive.RECORDS if runs is None else None)
+    *sets, own = found or [archive.RunSet("", [], [], "")]
     if own.name != COMPARISON:
         return [*sets, own]
     ours = {record["run"] for found in sets if found.origin.endswith(archive.MANIFEST) for record in found.records}
@@ -105,9 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
-        sets = _sets(options.runs)
+        sets = [] if _nothing(options.runs) else _sets(options.runs)
         if not any(found.records for found in sets):
-            raise UserError(f"no records below {options.runs or RUNS}: run something first, such as make demo")
+            raise UserError(f"no records below {options.runs or archive.RUNS}: run something first, such as make demo")
+        from . import gather
+
         text = page(gather.gather(sets))
         with replacing(options.to) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -1,23 +1,22 @@
-"""Mistakes in single values, told before torch and transformers are imported, which takes seconds.
+"""Mistakes in a configuration, told before torch and transformers are imported, which takes seconds.
 
-`settings.resolve` makes the same checks, and more; here is what needs neither the packages nor the model's files.
+`settings.resolve` makes the same checks, and those that need the packages, the device or the model's files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..allocation.selection import Selection
 from ..base import standins
-from ..base.checks import check_device
+from ..base.checks import check_built, check_device
 from ..base.errors import UserError
 from ..checkpoints import upload
 from ..data.settings import DataSettings
 from ..evaluation.settings import check_values
-from .naming import NEUTRAL, plain
+from .naming import plain
 from .values import check_among, check_root
 
-# Beside the method; what says nothing in them need not be built.
 _CHOSEN = ("target", "sensitivity", "allocation", "finish")
 
 
@@ -30,6 +29,7 @@ def check(cfg: Mapping) -> Mapping:
     check_root(cfg)
     content = plain(cfg)
     check_device(content["device"])
+    check_built(content["device"])
     DataSettings.parse(content["data"]).check(content["seed"])
     check_values(content["eval"])
     Selection.parse(*(content["layers"][key] for key in ("include", "exclude", "sparsity")))
@@ -40,8 +40,7 @@ def check(cfg: Mapping) -> Mapping:
 
 
 def first_mistake(contents: Sequence[Mapping]) -> tuple[int, str] | None:
-    """What the method or another choice does not take, or a text that is not there, in the first configuration that has
-    such a mistake, and which that is.
+    """What `settings.check_words` refuses of the first configuration in which it refuses anything, and which that is.
 
     Args:
         contents: what `check` has returned for each configuration.
@@ -51,27 +50,36 @@ def first_mistake(contents: Sequence[Mapping]) -> tuple[int, str] | None:
 
 
 def _first(contents: Sequence[Mapping]) -> str:
-    registry, texts = (standins.imported(f"alps_exp.{name}") for name in ("layer.registry", "data.texts"))
+    return _refused(contents, _glance()) or _refused(contents, _whole(contents))
+
+
+def _refused(contents: Sequence[Mapping], check: Callable[[Mapping], object]) -> str:
     for number, content in enumerate(contents):
-        chosen = [node for node in _CHOSEN if _own(content[node]) != NEUTRAL[node]]
-        for node in ("method", *chosen):
-            if named := content[node].get("_target_"):
-                standins.imported(named.rpartition(".")[0])
         try:
-            method, data = registry.build(content["method"]), DataSettings.parse(content["data"])
-            if chosen:
-                finish = standins.imported("alps_exp.runs.choices").Choices.of(content).finish
-                if method.prunes and not method.trains:
-                    finish.check(content["propagate"], data.holdout, content["nsamples"])
-            if method.prunes:
-                texts.check_source(data)
-            for key in ("path", "eval_path"):
-                if (path := getattr(data, key)) is not None:
-                    texts.local_file(path, f"data.{key}={path}")
+            check(content)
         except UserError as error:
             return f"{number} {error}"
     return ""
 
 
-def _own(node: Mapping) -> dict:
-    return {key: value for key, value in node.items() if key != "_target_"}
+def _glance() -> Callable[[Mapping], object]:
+    """What is wrong most often, and needs few modules: the method's hyperparameters, the names of texts."""
+    registry, texts = (standins.imported(f"alps_exp.{name}") for name in ("layer.registry", "data.texts"))
+
+    def check(content: Mapping) -> None:
+        standins.imported(content["method"]["_target_"].rpartition(".")[0])
+        registry.build(content["method"])
+        data = DataSettings.parse(content["data"])
+        for key in ("path", "eval_path"):
+            if (path := getattr(data, key)) is not None:
+                texts.local_file(path, f"data.{key}={path}")
+
+    return check
+
+
+def _whole(contents: Sequence[Mapping]) -> Callable[[Mapping], object]:
+    for content in contents:  # whose modules would import what stands in for others
+        for node in _CHOSEN:
+            if named := content[node].get("_target_"):
+                standins.imported(named.rpartition(".")[0])
+    return standins.imported("alps_exp.runs.settings").check_words

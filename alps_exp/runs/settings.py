@@ -141,23 +141,15 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
     cfg = plain(cfg)
     refuse_keys(cfg)
     _check_paths(cfg)
-    prunes = build(cfg["method"]).prunes
-    selection = Selection.parse(*(cfg["layers"][key] for key in ("include", "exclude", "sparsity")))
-    pattern_of(cfg["sparsity"])  # so that a mistake in it is told before those below
-    _check_values(cfg)
-    _check_stream(cfg, prunes)
-    choices = Choices.of(cfg)
-    configuration = Configuration.of(cfg)
-    _check_together(cfg, configuration, choices)
+    selection, choices, configuration, data = check_words(cfg, whole)
+    together.check(cfg["devices"], str(cfg["device"]))
     device = parse_device(cfg["device"])
     logger = loggers.resolve(cfg["logger"]) if whole else None
-    data = DataSettings.parse(cfg["data"])
-    _check_texts(cfg, data, prunes)
     # From here on the model's files are read.
-    model = _model(cfg, prunes)
+    model = _model(cfg, configuration.solver.prunes)
     shapes, patterns, solver = _layers(cfg, configuration, model, selection, choices)
     if configuration.content["save"] == "shrunk":
-        _check_shrunk(cfg["method"]["name"], solver, model, patterns)
+        shrunk_config(model.skeleton, patterns)
     calibration, fresh = _windows(cfg, data, solver, choices.finish)
     settings = Settings(
         configuration=configuration,
@@ -182,6 +174,40 @@ def resolve(cfg: Mapping, whole: bool = True) -> Settings:
         _check_outside(cfg, settings)
     garbage.settle()  # almost all that a run needs has been imported by now
     return settings
+
+
+def check_words(cfg: Mapping, whole: bool = True) -> tuple[Selection, Choices, Configuration, DataSettings]:
+    """Check what a configuration says, by itself: neither the device is asked about it nor the model's files.
+
+    Nothing here computes with torch, so that it can be asked where stand-ins are imported (`early`).
+
+    Args:
+        cfg: the configuration as plain values.
+        whole: as in `resolve`.
+
+    Returns:
+        The choice of layers, the other choices, the configuration, and the data set.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    prunes = build(cfg["method"]).prunes
+    selection = Selection.parse(*(cfg["layers"][key] for key in ("include", "exclude", "sparsity")))
+    pattern_of(cfg["sparsity"])  # so that a mistake in it is told before those below
+    _check_values(cfg)
+    _check_stream(cfg, prunes)
+    choices = Choices.of(cfg)
+    configuration = Configuration.of(cfg)
+    _check_together(cfg, configuration, choices)
+    if prunes and not cfg["layers"]["sparsity"]:  # which may leave no layer the sparsity of the others
+        refitted(configuration.solver, cfg["refit"]).check_pattern(configuration.pattern)
+    if configuration.content["save"] == "shrunk":
+        _check_shrinks(cfg["method"]["name"], configuration.solver)
+    data = DataSettings.parse(cfg["data"])
+    _check_texts(cfg, data, prunes)
+    if whole:
+        protocol.check_texts(cfg["eval"], data)
+    return selection, choices, configuration, data
 
 
 def _check_stream(cfg: Mapping, prunes: bool) -> None:
@@ -238,7 +264,7 @@ def _layers(
     return shapes, patterns, solver
 
 
-def _check_shrunk(name: str, solver: Method, model: ModelSettings, patterns: Mapping[str, Pattern]) -> None:
+def _check_shrinks(name: str, solver: Method) -> None:
     if not solver.structured:
         raise UserError(
             f"save=shrunk leaves out whole channels and heads, and {name} prunes single weights: give save=true or "
@@ -249,7 +275,6 @@ def _check_shrunk(name: str, solver: Method, model: ModelSettings, patterns: Map
             f"{name} leaves other numbers of channels and heads in every block, which no model's configuration can "
             "say: give save=true"
         )
-    shrunk_config(model.skeleton, patterns)
 
 
 def _windows(
@@ -274,7 +299,6 @@ def _check_outside(cfg: Mapping, settings: Settings) -> None:
 def _check_values(cfg: Mapping) -> None:
     check_root(cfg)
     check_among(cfg)
-    together.check(cfg["devices"], str(cfg["device"]))
     require("data.holdout", cfg["data"]["holdout"], int, 0, float("inf"))
     used = cfg["losses"] or cfg["finish"]["name"] != "none" or cfg["target"].get("strength") == "auto"
     used = used or build(cfg["method"]).trains

@@ -15,6 +15,7 @@ from ..base.redaction import without_paths
 from ..runs import record
 from ..runs.record import FILE
 
+RUNS, RECORDS = Path("results/runs"), Path("results/records")
 MANIFEST = ".sweep.json"
 KEPT = ".jsonl.gz"
 MISSING = "missing"

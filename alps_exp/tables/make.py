@@ -16,7 +16,7 @@ from . import archive, plots, render
 from .figures import Aggregate, aggregate
 from .layout import Spec, grid, spec_of
 
-RUNS, KEPT, TABLES = Path("results/runs"), Path("results/records"), Path("results/tables")
+RUNS, KEPT, TABLES = archive.RUNS, archive.RECORDS, Path("results/tables")
 COMPARISON = "comparison"
 
 

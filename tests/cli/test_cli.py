@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,21 @@ def test_mistakes_are_answered_without_importing_torch(tmp_path):
         ["device=tpu"],
     )
     refused += (["layers.exclude=5"], ["save.push=name"], ["push=a/b"], ["devices=9", "nsamples=4"])
+    refused += (
+        ["method=osscar", "sparsity=2:4"],
+        ["method=sparsellm", "target=stream"],
+        ["save=shrunk"],
+        ["finish=distil", "data.holdout=8", "method=dense"],
+        ["eval.datasets=[none]"],
+        ["eval.path=./none.txt"],
+        ["resume=./none"],
+        ["target=stream", "propagate=dense"],
+        ["data=generated", "stream=true"],
+        ["-m", "method=alps,osscar", "sparsity=0.5,2:4", "layers.exclude=[]"],
+        ["model=local", f"model.path={tmp_path}"],
+        ["report", str(tmp_path)],
+    )
+    refused += (["device=cuda"],) if version("torch").endswith("+cpu") else ()
     answered = [(words, 2) for words in refused] + [(["--version"], 0), (["list", "--runs", str(tmp_path)], 0)]
     answered += [(["help", "method.rho"], 0)]
     code = (
@@ -324,7 +340,7 @@ def test_the_trace_is_shown_on_request(here, capsys, monkeypatch):
     assert call("method=alsp") == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps or elsa?"
+    assert error.splitlines()[-1] == "alps_exp: unknown method 'alsp'; did you mean alps?"
 
 
 @pytest.mark.slow
