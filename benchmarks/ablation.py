@@ -14,7 +14,8 @@ import argparse
 import copy
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from unittest import mock
@@ -23,16 +24,19 @@ import torch
 
 from alps_exp import generate_tokens, prune_model
 from alps_exp.allocation.allocations import ByLoss, ByOutliers, BySensitivity, BySpectrum, Progression
+from alps_exp.calibration.capture import Collector
 from alps_exp.calibration.sensitivity import SensitivityChoice
 from alps_exp.data.settings import DataSettings
 from alps_exp.data.windows import calibration_tokens, evaluation_tokens
 from alps_exp.evaluation.perplexity import perplexity
+from alps_exp.layer.problem import LayerProblem
 from alps_exp.methods.target import StreamTarget
 from alps_exp.model import loading
 from alps_exp.model.blocks import BlockModel
 from alps_exp.model.residual import Addition
 from alps_exp.patterns import NM, parse_sparsity
 from alps_exp.pruning import capture
+from alps_exp.pruning.block import BlockProblem
 
 
 def outputs(rows: float, windows: int = 8) -> SensitivityChoice:
@@ -54,6 +58,7 @@ VARIANTS: dict[str, dict] = {
     "ridge 0.1": {"target": StreamTarget(ridge=0.1)},
     "the stream's error left out": STREAM | {"without_error": True},
     "the stream's error left out, strength 1": {"target": StreamTarget(strength=1.0), "without_error": True},
+    "readers fitted, too": {"target": StreamTarget(), "readers": True},
     "rows 0.5, plain": {"sensitivity": outputs(0.5)},
     "rows 1, plain": {"sensitivity": outputs(1.0)},
     "rows 0.5, stream": STREAM | {"sensitivity": outputs(0.5)},
@@ -97,6 +102,61 @@ def _none(dense: Addition, pruned: Addition) -> torch.Tensor:
     return torch.zeros_like(pruned.stream)
 
 
+class Readers:
+    """While it lasts, readers are fitted, too, to the dense model's outputs: T = W + α W(Σ (x_d - x_p) x_pᵀ)(G + λI)⁻¹
+    stands in place of W. Every batch goes through the block twice more for that."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._forward, self._posed = capture._forward, StreamTarget.posed
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        self._stack.enter_context(mock.patch.object(capture, "_forward", self._both))
+        own = self  # a function of the class is handed the target
+        self._stack.enter_context(
+            mock.patch.object(StreamTarget, "posed", lambda target, problem: own._fitted(target, problem))
+        )
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def _both(self, block: BlockProblem, collector: Collector, first: int, last: int) -> None:
+        self._forward(block, collector, first, last)
+        readers = [name for name in collector.names if name not in block.writers]
+        if not readers:
+            return
+        collector.resting = True
+        pruned = self._inputs(block, readers, block.streams.calibration.at(first, last))
+        with block.dense():
+            dense = self._inputs(block, readers, block.streams.beside.at(first, last))
+        collector.resting = False
+        for name in readers:
+            product = (dense[name] - pruned[name]).T @ pruned[name]
+            self._sums[name] = self._sums[name] + product if first else product
+
+    @staticmethod
+    def _inputs(block: BlockProblem, names: list[str], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(tokens, in) of each layer."""
+        found: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            for name in names:
+
+                def keep(module: torch.nn.Module, args: tuple, name: str = name) -> None:
+                    found[name] = args[0].flatten(0, -2)
+
+                stack.callback(block.layers[name].module.register_forward_pre_hook(keep).remove)
+            block.forward(hidden)
+        return found
+
+    def _fitted(self, target: StreamTarget, problem: LayerProblem) -> LayerProblem:
+        if problem.inputs.correction is not None:
+            return self._posed(target, problem)
+        correction = problem.weight @ self._sums[problem.name]
+        fitted = self._posed(target, replace(problem, inputs=problem.inputs.replaced(correction=correction)))
+        return replace(problem, weight=fitted.weight)
+
+
 def main() -> None:
     """Prune by every variant and print a row of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -136,13 +196,14 @@ def main() -> None:
         found, seconds = [], []
         for seed in options.seeds:
             model.load_state_dict(dense)
-            rest = {key: value for key, value in variant.items() if key not in ("text", "without_error")}
+            rest = {key: value for key, value in variant.items() if key not in ("text", "without_error", "readers")}
             if "text" in variant:
                 tokens = generate_tokens(model, tokenizer, **drawn, seed=seed)
             else:
                 tokens = calibration_tokens(web, tokenizer, **drawn, seed=seed)[0]
             begin = time.perf_counter()
-            with mock.patch.object(capture, "_error", _none) if "without_error" in variant else nullcontext():
+            changed = mock.patch.object(capture, "_error", _none) if "without_error" in variant else nullcontext()
+            with Readers() if "readers" in variant else changed:
                 prune_model(model, tokens, options.method, options.sparsity, batch_size=8, **rest)
             seconds.append(time.perf_counter() - begin)
             found.append(perplexities())

@@ -12,6 +12,9 @@ from tiny import load
 from transformers import AutoTokenizer
 
 import alps_exp
+from alps_exp.layer.inputs import Inputs
+from alps_exp.layer.problem import LayerProblem
+from alps_exp.methods.target import StreamTarget
 
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))  # the source archive has none
 
@@ -40,18 +43,33 @@ def test_the_ablation_prints_a_row_for_each_variant(tiny_llama, text_file, monke
     ablation = loaded(ROOT / "benchmarks" / "ablation.py")
     words = ["--model", str(tiny_llama), "--calibration", str(text_file), "--texts", str(text_file), "--device", "cpu"]
     words += ["--windows", "8", "--seqlen", "32", "--evaluated", "4", "--method", "sparsegpt", "--seeds", "0"]
-    monkeypatch.setattr("sys.argv", ["ablation.py", *words, "--only", "plain", "cap 0.15, all", "gen*plain"])
+    monkeypatch.setattr(
+        "sys.argv", ["ablation.py", *words, "--only", "plain", "strength 0.5*", "readers*", "cap 0.15, all"]
+    )
     ablation.main()
     assert not ablation.divided("0.7") and [len(ablation.divided(text)) for text in ("2:4", "4:8")] == [4, 8]
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [
         "dense",
         "plain",
+        "strength 0.5 (stream)",
+        "readers fitted, too",
         "cap 0.15, all",
-        "generated text, plain",
     ]
     assert all(float(row[1]) > float(rows[0][1]) for row in rows[1:]), "pruning at 0.7 costs perplexity"
     assert len({row[1] for row in rows}) == len(rows)
+
+
+@pytest.mark.skipif(not FILES, reason="no benchmarks here")
+def test_readers_of_the_ablation_are_fitted_to_the_dense_outputs():
+    ablation = loaded(ROOT / "benchmarks" / "ablation.py")
+    weight, dense = torch.randn(6, 8), torch.randn(200, 8)
+    pruned = dense + 0.3 * torch.randn(200, 8)
+    readers, target = ablation.Readers(), StreamTarget(strength=1.0, ridge=1e-6)
+    readers._sums["q"] = (dense - pruned).T @ pruned
+    problem = LayerProblem(weight, Inputs(gram=pruned.T @ pruned), "q")
+    wanted = torch.linalg.lstsq(pruned, dense @ weight.T).solution.T
+    torch.testing.assert_close(readers._fitted(target, problem).weight, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not FILES, reason="no benchmarks here")
