@@ -98,7 +98,10 @@ class Hierarchical(Pattern):
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % self.group:
             inputs = f"its {shape[1]} inputs are not a multiple of {self.outer_width} groups of {self.width}"
-            return f"{inputs}; multiples that fit: {fitting(shape[1], self.group)}"
+            if shape[1] % self.width:
+                return f"{inputs}; widths of a group that fit: {fitting(shape[1], self.width, self.kept)}"
+            sets = fitting(shape[1] // self.width, self.outer_width, self.outer_kept)
+            return f"{inputs}; numbers of groups of {self.width} that fit: {sets}"
         return None
 
 

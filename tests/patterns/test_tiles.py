@@ -75,6 +75,8 @@ def test_counts_and_ties_by_hand():
         ("block=32@0.7", (32, 32), ("none of the 1 blocks of a weight 32 × 32 would stay",)),
         ("row@0.9", (4, 96), ("none of the 4 rows of a weight 4 × 96 would stay",)),
         ("column@0.9", (96, 3), ("none of the 3 columns of a weight 96 × 3 would stay",)),
+        ("4:8>2:4", (64, 172), ("its 172 inputs", "8 groups of 4", "numbers of groups of 4 that fit: 43")),
+        ("4:8>3:5", (64, 64), ("8 groups of 5", "widths of a group that fit: 4, 8, 16, 32, 64")),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_fits(written, shape, words):
