@@ -104,7 +104,12 @@ def test_numbers_that_are_not_allowed(text):
 
 
 def test_what_does_not_fit():
-    refused(lambda: parse_sparsity("4:8>2:4").check((8, 48), "fc1"), "its 48 inputs", "8 groups of 4", "24, 48")
+    refused(
+        lambda: parse_sparsity("4:8>2:4").check((8, 48), "fc1"),
+        "its 48 inputs",
+        "8 groups of 4",
+        "numbers of groups of 4 that fit: 6, 12",
+    )
     refused(lambda: parse_sparsity("64:2:8").check((96, 48), "fc1"), "96 × 48", "64 × 8", "V that fit: 16, 24, 32, 48")
     refused(lambda: parse_sparsity("48:2:7").check((96, 48), "fc1"), "48 × 7; M that fit: 6, 8, 12, 16, or")
 
