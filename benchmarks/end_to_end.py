@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/end_to_end.py --shape opt-13b --blocks 4      (a GPU for each process)
     python benchmarks/end_to_end.py --shape opt-13b --blocks 40 --windows 8 --methods sensitivity
 
+With random weights the inputs of the blocks collapse onto one direction, and of OPT-13B's shape the Gram matrix of the
+fortieth block's fc2 is not positive definite, by rounding, with SparseGPT's damping of 0.01: `--damping 0.1` gets there.
+
 `sensitivity` is no method: it times the backward pass of `sensitivity=outputs` over the windows, all blocks and head.
 
 Timing does not depend on the values of weights and tokens. The first block (libraries load) and the last one (nothing
@@ -72,10 +75,11 @@ def build(shape: str, blocks: int, dtype: torch.dtype, device: torch.device) -> 
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().cpu()
 
 
-def choice(method: str) -> tuple:
-    """The solver and the target of METHOD or METHOD+stream."""
+def choice(method: str, damping: float | None) -> tuple:
+    """The solver, perhaps with this damping, and the target of METHOD or METHOD+stream."""
     name, _, target = method.partition("+")
-    return solver(name), {"layer": LayerTarget, "stream": StreamTarget}[target or "layer"]()
+    chosen = solver(name) if damping is None else solver(name, damping=damping)
+    return chosen, {"layer": LayerTarget, "stream": StreamTarget}[target or "layer"]()
 
 
 def weigh(network: torch.nn.Module, options: argparse.Namespace, device: torch.device) -> dict:
@@ -102,7 +106,7 @@ def measure(
     torch.manual_seed(1)  # the processes of a team draw the same tokens
     tokens = torch.randint(3, network.config.vocab_size, (options.windows, options.seqlen))
     patterns = selection.patterns_for(linear_shapes(network, selection), pattern)
-    chosen, target = choice(method)
+    chosen, target = choice(method, options.damping)
     job = PruneJob(chosen, patterns, selection, tokens, options.batch_size, quiet=True, target=target)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -145,6 +149,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="blocks to measure")
     parser.add_argument("--methods", default="alps", help="METHOD, METHOD+stream or sensitivity, by commas")
     parser.add_argument("--sparsity", default="0.7")
+    parser.add_argument("--damping", type=float, help="of the methods, in place of their own: see above")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=1)
