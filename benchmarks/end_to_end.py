@@ -5,7 +5,7 @@
     python benchmarks/end_to_end.py --shape opt-13b --blocks 40 --windows 8 --methods sensitivity
 
 With random weights the inputs of the blocks collapse onto one direction, and of OPT-13B's shape the Gram matrix of the
-fortieth block's fc2 is not positive definite, by rounding, with SparseGPT's damping of 0.01: `--damping 0.1` gets there.
+fortieth block's fc2 is not positive definite with SparseGPT's damping of 0.01: `--damping` gives another.
 
 `sensitivity` is no method: it times the backward pass of `sensitivity=outputs` over the windows, all blocks and head.
 
