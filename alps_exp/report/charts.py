@@ -50,13 +50,16 @@ def charts(sweeps: Sequence[Sweep]) -> tuple[dict, list[str]]:
     ticked = _first_runs([row for row in rows if row["panel"] == first])
     depth = _losses(sweeps)
     series = sorted({row["series"] for row in (*rows, *depth) if not row.get("dense")})
-    labels = {name: sorted({row["series"] for row in rows if row["panel"] == name} & {*series}) for name in panels}
+    shown = {name: [row for row in rows if row["panel"] == name and not row["dense"]] for name in panels}
+    labels = {name: sorted({row["series"] for row in own} & {*series}, key=_place) for name, own in shown.items()}
+    patterns = {name: sorted({row["pattern"] for row in own}, key=_order) for name, own in shown.items()}
     if len(series) <= _LISTED:
-        labels = dict.fromkeys(panels, series)
+        labels = dict.fromkeys(panels, sorted(series, key=_place))
     select = alt.binding_select(options=panels, name="measure", element="#measure")
     parameters = (
         alt.param("panel", value=first, bind=select),
         alt.param("labels", value=labels),
+        alt.param("patterns", value=patterns),
         alt.param("measures", value={row["panel"]: row["measure"] for row in rows}),
         alt.param("ticked", value=ticked),
     )
@@ -118,16 +121,25 @@ def _colour(series: Sequence[str]) -> alt.Color:
 
 
 def _shape(rows: Sequence[dict]) -> alt.Shape:
-    patterns = sorted({row["pattern"] for row in rows if not row["dense"]} - {"unstructured"}, key=written.order)
+    patterns = sorted({row["pattern"] for row in rows if not row["dense"]} | {"unstructured"}, key=_order)
     legend = alt.Legend(
         title=None,
         orient="bottom",
         columns=alt.ExprRef("windowSize()[0] > 800 ? 8 : 2"),
         symbolFillColor=_INK,
         symbolStrokeColor=_INK,
+        values=alt.ExprRef("patterns[panel]"),
     )
-    scale = alt.Scale(domain=["unstructured", *patterns], range=_SHAPES)
-    return alt.Shape("pattern:N", scale=scale, legend=legend)
+    return alt.Shape("pattern:N", scale=alt.Scale(domain=patterns, range=_SHAPES), legend=legend)
+
+
+def _place(series: str) -> tuple:
+    """Series come in the order of their methods in tables."""
+    return looks.method_order(series.partition(" ")[0]), series
+
+
+def _order(pattern: str) -> tuple:
+    return pattern != "unstructured", () if pattern == "unstructured" else written.order(pattern)
 
 
 def _styled(whole: alt.ConcatChart) -> alt.ConcatChart:

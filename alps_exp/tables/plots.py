@@ -26,6 +26,7 @@ FORMATS = ("svg", "png")
 
 _VARIANTS = "D<>P*d8"
 _SHADES = (-0.5, 0.45, -0.8, 0.7)  # of the settings of one method: a share of black or white in its colour
+_SHADES_OF_DARK = (0.45, 0.7, 0.25, 0.85)  # of a colour that is nearly black
 _PHASES = {
     "weigh": ("#DDDDDD", "xxx"),
     "calibrate, transfer": ("#FFFFFF", "///"),
@@ -490,7 +491,7 @@ def _draw_seconds(axis, panel: dict, handles: dict) -> None:
             time[:1], loss[:1], xerr=_bars([time]), yerr=_bars([loss]),
             color=colour, marker=marker, markersize=7, linestyle="none", capsize=2, elinewidth=1, zorder=3,
         )  # fmt: skip
-        handles.setdefault(point["label"], handle)
+        handles.setdefault(point["label"], handle[0])  # without its bars, whose caps would hide the marker
     front, lowest = [], math.inf
     for time, loss in sorted((point["seconds"][0], point["loss"][0]) for point in panel["points"]):
         if loss < lowest:
@@ -664,7 +665,7 @@ def _draw_structure(axis, panel: dict, handles: dict) -> None:
             color=_KINDS[place % len(_KINDS)][0], marker=_KINDS[place % len(_KINDS)][1], linestyle="none",
             markersize=5, capsize=2, elinewidth=1,
         )  # fmt: skip
-        handles.setdefault(kind, handle)
+        handles.setdefault(kind, handle[0])
     stacks: list[list] = []
     for point in sorted(panel["points"], key=lambda point: point[2]):
         if not stacks or point[2] - stacks[-1][-1][2] > 0.03:
@@ -738,15 +739,17 @@ def _look(item: Mapping) -> tuple:
     colour, marker, style = looks.look(item["method"])
     if item["variant"]:
         styles = looks.line_styles()
-        colour = _shade(colour, _SHADES[(item["variant"] - 1) % len(_SHADES)])
+        colour = _shade(colour, item["variant"] - 1)
         marker = _VARIANTS[(item["variant"] - 1) % len(_VARIANTS)]
         style = styles[item["variant"] % len(styles)]
     return colour, marker, style
 
 
-def _shade(colour: str, share: float) -> str:
+def _shade(colour: str, number: int) -> str:
     """A colour (#RRGGBB) mixed with a share of white, or of black where that is negative."""
     parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    shades = _SHADES if sum(parts) > 240 else _SHADES_OF_DARK
+    share = shades[number % len(shades)]
     return "#" + "".join(f"{round(part + abs(share) * ((255 if share > 0 else 0) - part)):02X}" for part in parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import itertools
 import json
 import random
 import re
@@ -141,6 +142,10 @@ class TestFiles:
         assert {"dense", *drawn} == set(registry.methods())
         variants = {str(plots._look({"method": "alps", "variant": index})) for index in range(6)}
         assert len(variants) == 6 and sum("#0072B2" in look for look in variants) == 1  # the others: shades of it
+        for method in ("alps", "elsa", "magnitude"):  # of dark colours, too, the shades can be told apart
+            colours = [plots._look({"method": method, "variant": index})[0] for index in range(4)]
+            sums = sorted(sum(int(colour[place : place + 2], 16) for place in (1, 3, 5)) for colour in colours)
+            assert all(above - below > 60 for below, above in itertools.pairwise(sums)), (method, colours)
 
     def test_settings_of_one_method_are_drawn_apart(self):
         records = [record(sparsity=sparsity) for sparsity in ("0.5", "0.7") for _ in range(2)]
