@@ -194,6 +194,12 @@ class Masters:
         """The module's weights that are trained, as they are."""
         return [weight.data for weight in self._weights.values()]
 
+    def size(self, name: str) -> float:
+        """Root mean square of the trained entries of a weight whose master this process has."""
+        value, places = self.values[name].detach(), self._places[name]
+        norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        return float(norm) / math.sqrt(value.numel() if places is None else places.count)
+
     def _padded(self, count: int) -> int:
         return count + -count % self._multiple
 

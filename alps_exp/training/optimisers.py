@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,16 @@ _EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
 
 
 def optimiser(
-    values: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, state: str = "float32"
+    groups: Iterable[Sequence[nn.Parameter]],
+    rate: float,
+    betas: tuple[float, float],
+    decay: float,
+    state: str = "float32",
 ) -> torch.optim.Optimizer:
     """AdamW.
 
     Args:
-        values: float32 parameters on one device; there may be none.
+        groups: float32 parameters on one device, in groups that may get rates of their own; there may be none.
         rate: learning rate.
         betas: decay of the first and of the second moment.
         decay: of the weights, decoupled.
@@ -32,11 +36,11 @@ def optimiser(
     Raises:
         UserError: 8 bits, and no library for them is installed.
     """
-    values = list(values)
+    made = [{"params": list(values)} for values in groups] or [{"params": []}]
     if state == "8bit":
-        return eight_bit()([{"params": values}], lr=rate, betas=betas, weight_decay=decay)
-    fused = any(value.is_cuda for value in values)
-    return torch.optim.AdamW([{"params": values}], lr=rate, betas=betas, weight_decay=decay, fused=fused)
+        return eight_bit()(made, lr=rate, betas=betas, weight_decay=decay)
+    fused = any(value.is_cuda for group in made for value in group["params"])
+    return torch.optim.AdamW(made, lr=rate, betas=betas, weight_decay=decay, fused=fused)
 
 
 def second_moment(optimiser: torch.optim.Optimizer, value: nn.Parameter) -> Tensor:

@@ -39,6 +39,8 @@ class Recipe:
         seed: of the order of the windows.
         key: how the user names these settings, for messages.
         scale: what the rate is multiplied by, where it is meant for a model of another size.
+        size: root mean square of trained weights that the rate is meant for: a weight's (a matrix's) own rate is the
+            rate times its root mean square over this, so that steps are relative to it. None: one rate for all.
     """
 
     rate: float
@@ -60,6 +62,7 @@ class Recipe:
     seed: int = 0
     key: str = "training"
     scale: float = 1.0
+    size: float | None = None
 
     def __post_init__(self) -> None:
         above = {"open_low": True}
@@ -75,9 +78,9 @@ class Recipe:
         one_of(f"{self.key}.state", self.state, STATES)
         if self.back is not None:
             require(f"{self.key}.back", self.back, float, 0, 1, **above)
-        for name, kind in (("clip", float), ("minutes", float)):
+        for name in ("clip", "minutes", "size"):
             if (value := getattr(self, name)) is not None:
-                require(f"{self.key}.{name}", value, kind, 0, float("inf"), **above)
+                require(f"{self.key}.{name}", value, float, 0, float("inf"), **above)
         if self.micro is not None:
             require(f"{self.key}.micro", self.micro, int, 1, self.batch)
 

@@ -34,6 +34,10 @@ from .replayed import Replayed
 
 # A loss that is not finite is noticed after so many steps at the latest: to look at it is to wait for the device.
 _NOTICED = 16
+# Weights have the same rate if their sizes differ by less: of a model some ten rates, not hundreds, go to the optimiser.
+_RATES_PER_OCTAVE = 4
+# A matrix of next to nothing keeps a rate; one of huge weights gets no larger one.
+_SHARES = (2.0**-8, 2.0**8)
 # Held-out loss that is worse by so much than the best is the rate's fault; less may come down again as the rate falls.
 _WORSE = 0.05
 # A checkpoint is written when the training since the last one has taken so many times what that took to write; the
@@ -82,7 +86,8 @@ class Training:
         kept: after which step the weights were those that were kept.
         ended: why it ended: "all steps", "no improvement" or "minutes".
         curve: of every look: `step`, `loss` (mean over the windows since the look before; none at the start),
-            `held_out`, `rate`, `seconds`.
+            `held_out`, `rate` (of a weight of the recipe's `size`), `seconds`.
+        shares: what the rates of the weights are of that, the smallest and the largest.
         micro: windows per backward pass in the end.
         zeros: pruned entries of the weights that were trained, every one of which was seen to be zero in the end.
         replayed: passes of training through the blocks that were replayed as CUDA graphs.
@@ -98,6 +103,7 @@ class Training:
     kept: int = 0
     ended: str = "all steps"
     curve: list[dict] = field(default_factory=list)
+    shares: list[float] = field(default_factory=lambda: [1.0, 1.0])
     micro: int = 0
     zeros: int = 0
     replayed: int = 0
@@ -180,7 +186,8 @@ class Trainer:
         self.device = self.masters.device
         whole = together.size == 1 and recipe.state != "8bit"
         self._replayed = Replayed(blocks if whole else (), self.masters)
-        values = self.masters.values.values()
+        self._groups = self._grouped()
+        values = ([self.masters.values[name] for name in names] for names in self._groups.values())
         self.optimiser = optimiser(values, recipe.rate, recipe.betas, recipe.decay, recipe.state)
         self._batch = recipe.batch if shared else own
         self._counts = together.gather([windows])
@@ -188,7 +195,9 @@ class Trainer:
         self.micro = self._most = min(together.gather([min(recipe.micro or recipe.batch, own + (rest > 0))]))
         self._short = True  # whether it was this process's memory that did not suffice
         self._factor = 1.0  # of the rate
-        self._done = Training(planned=recipe.steps)
+        self._rate = 0.0  # of the last step
+        shares = together.gather(list(self._groups))
+        self._done = Training(planned=recipe.steps, shares=[min(shares, default=1.0), max(shares, default=1.0)])
         self._best: dict[str, Tensor] = {}
         self._worse = 0
         self._recent: list[tuple[int, int, Tensor]] = []  # steps, windows and losses since the last look
@@ -296,12 +305,25 @@ class Trainer:
         self._done.replayed += self._replayed.passes
         self._done.windows += count
 
+    def _grouped(self) -> dict[float, list[str]]:
+        """What share of the rate weights get → which; of those whose masters this process has."""
+        groups: dict[float, list[str]] = {}
+        for name in self.masters.values:
+            share = 1.0
+            if self.recipe.size is not None:
+                low, high = _SHARES
+                exact = min(max(self.masters.size(name) / self.recipe.size, low), high)
+                share = 2.0 ** (round(_RATES_PER_OCTAVE * math.log2(exact)) / _RATES_PER_OCTAVE)
+            groups.setdefault(share, []).append(name)
+        return groups
+
     def _set_rate(self, rate: float) -> None:
-        for group in self.optimiser.param_groups:
+        self._rate = rate
+        for group, share in zip(self.optimiser.param_groups, self._groups, strict=False):  # none where none is trained
             if isinstance(group["lr"], Tensor):  # as torchao keeps it
-                group["lr"].fill_(rate)
+                group["lr"].fill_(share * rate)
             else:
-                group["lr"] = rate
+                group["lr"] = share * rate
 
     def _norm(self, own: Tensor) -> Tensor:
         """Of all processes' gradients, from that of this one's."""
@@ -399,7 +421,7 @@ class Trainer:
         if self._recent:
             counted = sum(count for _, count, _ in self._recent)
             row["loss"] = math.fsum(count * float(loss) for _, count, loss in self._recent) / counted
-            row["rate"] = float(self.optimiser.param_groups[0]["lr"])
+            row["rate"] = self._rate
         self._recent, self._checked = [], 0
         if self._held_out:
             row["held_out"] = value = self._judged(step)
@@ -535,7 +557,8 @@ class Trainer:
         if content["values"]:
             self.masters.load(content["values"])
             self.masters.write()
-            moments = {i: content["optimiser"][name] for i, name in enumerate(own) if name in content["optimiser"]}
+            order = enumerate(name for names in self._groups.values() for name in names)
+            moments = {i: content["optimiser"][name] for i, name in order if name in content["optimiser"]}
             self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
         for number, companion in enumerate(self._companions):
             companion.load(self, _united(part[number] for part in content["companions"]))
