@@ -26,7 +26,7 @@ from alps_exp.runs import together
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
 from alps_exp.training import trainer as training_trainer
-from alps_exp.training.finish import BlockFinish, Distillation, Finish, build_finish
+from alps_exp.training.finish import BlockFinish, Distillation, Finish, Finishing, build_finish
 from alps_exp.training.recipe import Recipe
 from alps_exp.training.trainer import Trainer
 
@@ -72,6 +72,8 @@ class Adam:
 
     def __init__(self, parameters: list[nn.Parameter], recipe: Recipe) -> None:
         self.recipe, self.step = recipe, 0
+        sizes = [float(p.detach()[p != 0].double().square().mean().sqrt()) for p in parameters]
+        self.shares = [2 ** (round(4 * math.log2(size / recipe.size)) / 4) for size in sizes]
         self.state = [(p, p != 0, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
 
     @torch.no_grad()
@@ -82,10 +84,10 @@ class Adam:
         scale = min(1.0, self.recipe.clip / norm) if self.recipe.clip else 1.0
         rate = self.recipe.rate_at(self.step, 0)
         self.step += 1
-        for (p, _, m, v), gradient in zip(self.state, gradients, strict=True):
+        for (p, _, m, v), gradient, share in zip(self.state, gradients, self.shares, strict=True):
             m.mul_(one).add_((1 - one) * scale * gradient)
             v.mul_(two).add_((1 - two) * (scale * gradient).square())
-            p -= rate * (m / (1 - one**self.step)) / ((v / (1 - two**self.step)).sqrt() + 1e-8)
+            p -= share * rate * (m / (1 - one**self.step)) / ((v / (1 - two**self.step)).sqrt() + 1e-8)
         for p, *_ in self.state:
             p.grad = None
 
@@ -349,10 +351,16 @@ def plain_perplexity(tiny_llama, text_file, tmp_path_factory) -> float:
     return execute(found, tmp_path_factory.mktemp("plain"))["evaluations"][0]["value"]
 
 
+def larger_steps(finish: str) -> list[str]:
+    """Few steps, and a width of 64, which the default rates are small for."""
+    rates = {"block": "finish.block.rate=0.004", "distil": "finish.distil.rate=0.002"}
+    return [rate for stage, rate in rates.items() if stage in finish]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("finish", ["block", "distil", "[block,distil]"])
 def test_a_trained_model_gains_from_each(words, finish, tmp_path, plain_perplexity):
-    record = execute(words, tmp_path, f"finish={finish}")
+    record = execute([*words, *larger_steps(finish)], tmp_path, f"finish={finish}")
     assert record["evaluations"][0]["value"] < 0.95 * plain_perplexity
     assert record["config"]["finish"]["name"] == finish.strip("[]").replace(",", "+")
     assert ("finish_seconds" in record["phases"]) == ("block" in finish)
@@ -438,8 +446,8 @@ def test_blocks_read_from_files_are_finished_to_the_same_bits(words, tmp_path):
 def test_a_team_finishes_and_distils_together(words, tmp_path, plain_perplexity, monkeypatch):
     monkeypatch.setattr(together, "_start", Served)
     words = [*words, "finish.tokens=300", "finish.block.fresh=true"]
-    record = execute([*words, "finish=[block,distil]", "devices=2"], tmp_path)
-    alone = execute([*words, "finish=block"], tmp_path / "alone")
+    record = execute([*words, "finish=[block,distil]", *larger_steps("block,distil"), "devices=2"], tmp_path)
+    alone = execute([*words, "finish=block", *larger_steps("block")], tmp_path / "alone")
     assert alone["finish"]["blocks"][0]["windows"] == 4 * (8 + 5)
     assert alone["drift"][0].keys() == record["drift"][0].keys() == {"calibration", "held out"}
     for one, other in zip(record["finish"]["blocks"], alone["finish"]["blocks"], strict=True):
@@ -567,6 +575,34 @@ def test_the_rate_goes_with_the_width():
     assert BlockFinish(rate=1.0).recipe(8, 36, None).rate_at(0, 0) == pytest.approx(4.0)
     assert choice.recipe(126, 576, None).steps == 96
     assert choice.recipe(8, 576, 2.5, micro=8).micro == 4
+
+
+@pytest.mark.parametrize("stage", ["block", "distil"])
+def test_the_rate_goes_with_the_size_of_weights(stage, monkeypatch):
+    """A model that does the same with weights of other sizes is finished alike; by one rate for all it is not."""
+    whole = {"block": BlockFinish(epochs=2), "distil": Distillation(epochs=2, clip=None)}
+    finish, ids = Finish(**{stage: whole[stage]}), tokens(5)
+
+    def finished(*factors: float) -> tuple[torch.Tensor, dict]:
+        model = network("llama")
+        for layer in model.model.layers:
+            mixer, mlp = layer.self_attn, layer.mlp
+            of = {layer.input_layernorm: 1 / factors[0], mixer.q_proj: factors[0], mixer.k_proj: factors[0]}
+            of |= {mixer.v_proj: factors[0] * factors[1], mixer.o_proj: 1 / factors[1]}
+            of |= {mlp.up_proj: factors[2], mlp.down_proj: 1 / factors[2]}
+            for module, factor in of.items():
+                module.weight.data *= factor
+        record = prune(model, finish)["finish"]
+        return model(ids).logits, (record["blocks"][0] if stage == "block" else record["distil"])
+
+    plain, found = finished(1, 1, 1)
+    other, twin = finished(1 / 16, 4, 8)
+    assert found["kept"] and twin["after"] == pytest.approx(found["after"], rel=1e-4)
+    assert twin["shares"][1] / twin["shares"][0] > 2 * found["shares"][1] / found["shares"][0]
+    torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-3)
+    inner = Finishing.recipe
+    monkeypatch.setattr(Finishing, "recipe", lambda *given, **more: dataclasses.replace(inner(*given, **more), size=None))
+    assert finished(1 / 16, 4, 8)[1]["after"] != pytest.approx(finished(1, 1, 1)[1]["after"], rel=1e-2)
 
 
 def test_choices_are_built_from_their_nodes():

@@ -58,12 +58,21 @@ def trainer(module: nn.Module, loss=None, held_out: int = HELD_OUT, **options) -
     return Trainer(module, masks(module), loss or loss_of(module), WINDOWS, Recipe(**recipe), **options)
 
 
+def share(weight: Tensor, size: float | None) -> float:
+    """Of the rate, by the root mean square of the entries that are not zero, to a quarter of an octave."""
+    if size is None:
+        return 1.0
+    exact = float(weight[weight != 0].double().square().mean().sqrt()) / size
+    return 2 ** (round(4 * math.log2(exact)) / 4)
+
+
 def plain(module: nn.Module, batches: list[list[int]], recipe: Recipe) -> None:
     """AdamW in float64 by its formulas, the gradients of full batches by autograd, masked."""
     module.double()
     x, y = (part.double() for part in data())
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     kept = masks(module)
+    shares = {name: share(module.get_parameter(name).detach(), recipe.size) for name in kept}
     for step, batch in enumerate(batches):
         (module(x[batch]) - y[batch]).square().mean().backward()
         gradients = {name: module.get_parameter(name).grad for name in kept}
@@ -78,13 +87,15 @@ def plain(module: nn.Module, batches: list[list[int]], recipe: Recipe) -> None:
             m, v = recipe.betas[0] * m + (1 - recipe.betas[0]) * g, recipe.betas[1] * v + (1 - recipe.betas[1]) * g * g
             moments[name] = m, v
             first, second = (1 - beta ** (step + 1) for beta in recipe.betas)
-            weight.data *= 1 - rate * recipe.decay
-            weight.data -= rate * (m / first) / ((v / second).sqrt() + 1e-8)
+            weight.data *= 1 - shares[name] * rate * recipe.decay
+            weight.data -= shares[name] * rate * (m / first) / ((v / second).sqrt() + 1e-8)
         module.zero_grad()
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"clip": 0.05, "decay": 0.1, "warmup": 0.5}, {"micro": 1}, {"micro": 3}], ids=str
+    "options",
+    [{}, {"clip": 0.05, "decay": 0.1, "warmup": 0.5}, {"micro": 1}, {"micro": 3}, {"size": 0.06, "decay": 0.1}],
+    ids=str,
 )
 def test_it_is_adamw_on_the_masked_gradients(options):
     ours, reference = network(), network()
@@ -98,6 +109,8 @@ def test_it_is_adamw_on_the_masked_gradients(options):
     assert torch.equal(ours[0].bias, network()[0].bias)  # not among those that are trained
     assert torch.equal(ours[0].weight == 0, network()[0].weight == 0)
     assert (done.steps, done.windows, done.kept, done.ended) == (12, 40, 12, "all steps")
+    expected = sorted(share(network().get_parameter(name).detach(), training.recipe.size) for name in masks(ours))
+    assert done.shares == expected and (expected[0] < expected[1] if "size" in options else expected == [1.0, 1.0])
 
 
 def test_every_epoch_goes_through_all_windows_in_an_order_of_its_own():
@@ -238,7 +251,7 @@ def test_two_processes_with_windows_of_their_own_keep_the_same_weights(minutes):
 @pytest.mark.parametrize("batch", [4, 3])
 def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tmp_path, often):
     """Killed, they go on from their parts of a checkpoint; so does one alone, which takes over what is complete."""
-    recipe = Recipe(rate=0.01, steps=9, batch=batch, clip=0.5, patience=1, judged=9, back=0.5, saved=1)
+    recipe = Recipe(rate=0.01, steps=9, batch=batch, clip=0.5, patience=1, judged=9, back=0.5, saved=1, size=0.3)
     options = {"held_out": HELD_OUT, "quiet": True}
     alone = network()
     one = Trainer(alone, masks(alone), loss_of(alone), WINDOWS, recipe, companions=[Pull()], **options).run()
@@ -287,6 +300,7 @@ def test_two_processes_that_share_windows_and_masters_do_what_one_does(batch, tm
         assert torch.equal(modules[0].get_parameter(name), modules[1].get_parameter(name))
     assert (found[0].windows, found[0].steps, found[0].kept) == (one.windows, one.steps, one.kept)
     assert found[0].after == found[1].after == pytest.approx(one.after, rel=1e-5)
+    assert found[0].shares == one.shares and one.shares[0] < one.shares[1]
 
 
 def test_where_held_out_windows_get_worse_it_goes_back_and_on_in_smaller_steps():
@@ -426,7 +440,7 @@ def test_checkpoints_are_written_as_often_as_they_are_worth_it(tmp_path, monkeyp
 
 @pytest.mark.parametrize("step", range(0, 12))
 def test_a_training_that_was_killed_goes_on_to_the_same_bits(step, tmp_path, often):
-    options = {"recipe": {"saved": 2, "judged": 3, "clip": 0.1}}
+    options = {"recipe": {"saved": 2, "judged": 3, "clip": 0.1, "size": 0.3}}
     whole = network()
     expected = trainer(whole, companions=[Pull()], **options).run()
 
