@@ -32,6 +32,7 @@ PLOTS = (
     "drift",
     "allocation",
     "finishing",
+    "tokens",
     "costs",
     "structure",
     "trace",

@@ -128,7 +128,7 @@ def _in_order(names: Iterable[str], panels: Sequence[Mapping]) -> list[str]:
     """Entries of a legend: methods and their settings in the order of tables, then what is no method's."""
     places = {}
     for item in itertools.chain.from_iterable(panel.get(key, ()) for panel in panels for key in _ITEMS):
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and "method" in item:
             places[item["label"]] = (looks.method_order(item["method"]), item["variant"])
     return sorted(names, key=lambda name: (name not in places, places.get(name, ())))
 
@@ -586,6 +586,58 @@ def _draw_finishing(axis, panel: dict, handles: dict) -> None:
     axis.set(xlabel="step", ylabel=panel["what"], yscale="log")
 
 
+def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
+    """Perplexity against the tokens that distillations saw, a line for the calibration windows again and again and one
+    for each number of passes over fresh text, where one of them has two points."""
+    panels, title = [], _titles(found)
+    metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
+    for metric, ((model, sparsity), groups) in itertools.product(metrics, _cells(found).items()):
+        lines: dict[str, list[tuple[int, float, float, float]]] = {}
+        level = None
+        several = len({group.key[2] for group in groups}) > 1
+        for group in groups:
+            if not (figures := _statistic(group, metric)):
+                continue
+            rows = [row for record in group.records for row in trainings(record, ["distil"])]
+            rows = [row for row in rows if row.get("distinct_tokens")]
+            if rows:
+                label = f"{group.key[2]}, {_text_of(rows[0])}" if several else _text_of(rows[0])
+                lines.setdefault(label, []).append((rows[0]["tokens"], *figures))
+            elif not any(record.get("finish") for record in group.records) and not several:
+                level = figures[0]
+        series = [{"label": label, "points": sorted(points)} for label, points in sorted(lines.items())]
+        if max((len({point[0] for point in item["points"]}) for item in series), default=0) > 1:
+            name = title(model, f"sparsity {sparsity}, {metric.partition(' (')[0]}")
+            panels.append(name | {"what": metric, "unfinished": level, "series": series})
+    return panels
+
+
+def _text_of(row: Mapping) -> str:
+    """Which text a distillation saw, and how often."""
+    passes = round(row["tokens"] / row["distinct_tokens"])
+    if not row.get("fresh_tokens"):
+        return "the calibration windows again"
+    return f"fresh text, {passes} pass{'es' * (passes > 1)}"
+
+
+def _draw_tokens(axis, panel: dict, handles: dict) -> None:
+    """Bars are one standard deviation of the logarithms."""
+    labels = [item["label"] for item in panel["series"]]
+    for item in panel["series"]:
+        colour, marker = _KINDS[labels.index(item["label"]) % len(_KINDS)]
+        handle = axis.errorbar(
+            [point[0] for point in item["points"]],
+            [point[1] for point in item["points"]],
+            yerr=_bars([point[1:] for point in item["points"]]),
+            color=colour, marker=marker, markersize=5, linewidth=1.2, capsize=2, elinewidth=1,
+        )  # fmt: skip
+        handles.setdefault(item["label"], handle)
+    if panel["unfinished"]:
+        handle = axis.axhline(panel["unfinished"], color="#555555", linewidth=1, linestyle=(0, (6, 3)))
+        handles.setdefault("not finished", handle)
+    axis.set(xlabel="tokens seen", ylabel="perplexity", xscale="log", yscale="log")
+
+
 _TRACED = {"loss": "mean relative loss, unfitted", "change": "share of the support that changed"}
 
 
@@ -762,6 +814,7 @@ KINDS = {
     "drift": (_drift, _draw_drift),
     "allocation": (_allocation, _draw_allocation),
     "finishing": (_finishing, _draw_finishing),
+    "tokens": (_tokens, _draw_tokens),
     "costs": (_costs, _draw_costs),
     "structure": (_structure, _draw_structure),
     "trace": (_traces, _draw_traces),

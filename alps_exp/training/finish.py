@@ -15,10 +15,10 @@ from .recipe import PRECISIONS, Recipe
 STAGES = ("block", "distil")
 # Keys that belong to no stage: which text is distilled on beside the calibration windows, and the time of all stages.
 BESIDE = ("data", "path", "tokens", "minutes")
-# The rates are meant for this width and this root mean square of kept weights: those of SmolLM2-135M (0.27 at 0.5, 0.31 at
-# 0.7). For a matrix of another size the same relative step is another rate. AdamW's steps agree in many entries, so that
-# such a matrix's largest singular value grows with √(rows · columns), while a random one's grows with √rows + √columns:
-# what is left of the width is a root.
+# The rates are meant for this width and this root mean square of kept weights, those of SmolLM2-135M (0.27 at 0.5, 0.31
+# at 0.7). For a matrix of larger entries the same relative step is a larger rate. The largest singular value of what
+# AdamW's steps add up to, since their signs agree, goes with √(rows · columns), that of a random matrix with √rows +
+# √columns: a root of the width is left.
 _WIDTH, _SIZE = 576, 0.28
 _BACK = 0.25  # of the rate, where the held-out windows get worse
 

@@ -601,7 +601,8 @@ def test_the_rate_goes_with_the_size_of_weights(stage, monkeypatch):
     assert twin["shares"][1] / twin["shares"][0] > 2 * found["shares"][1] / found["shares"][0]
     torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-3)
     inner = Finishing.recipe
-    monkeypatch.setattr(Finishing, "recipe", lambda *given, **more: dataclasses.replace(inner(*given, **more), size=None))
+    one_for_all = lambda *given, **more: dataclasses.replace(inner(*given, **more), size=None)  # noqa: E731
+    monkeypatch.setattr(Finishing, "recipe", one_for_all)
     assert finished(1 / 16, 4, 8)[1]["after"] != pytest.approx(finished(1, 1, 1)[1]["after"], rel=1e-2)
 
 

@@ -94,6 +94,7 @@ def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     files = plots.draw(found, spec, tmp_path, "t")
     names = {file.name for file in files}
     assert {"t-frontier.png", "t-finishing.svg"} <= names and all(file.stat().st_size > 1000 for file in files)
+    assert not {"t-tokens.png"} & names, "nothing says how many of the tokens differ"
     plain = plots.draw(figures.aggregate(RECORDS[:1]), spec, tmp_path, "p")
     assert not {"p-frontier.png", "p-finishing.svg"} & {file.name for file in plain}
     phases = plots.KINDS["phases"][0](found, spec)[0]["bars"]
@@ -133,3 +134,30 @@ def test_wandb_is_given_the_curves():
     run = Logged()
     loggers._log_finish(run, {})
     assert run.logged == []
+
+
+def test_perplexity_is_drawn_against_the_tokens_that_a_distillation_saw(tmp_path):
+    records = [record(perplexity=30.0)]
+    for epochs, tokens, fresh, perplexity in [
+        (1, 100, 0, 20.0),
+        (4, 400, 0, 18.0),
+        (1, 200, 100, 17.0),
+        (1, 400, 300, 15.0),
+        (2, 800, 300, 14.0),
+    ]:
+        made = finished("distil", perplexity)
+        made["config"]["finish"] |= {"distil": {"epochs": epochs}, "tokens": fresh or None}
+        made["finish"]["distil"] |= {"tokens": tokens, "distinct_tokens": 100 + fresh, "fresh_tokens": fresh}
+        records.append(made)
+    spec = layout.Spec(title="x", metrics=("wikitext2*",), plots=("tokens",))
+    found = figures.aggregate(records)
+    (panel,) = plots.KINDS["tokens"][0](found, spec)
+    lines = {item["label"]: [(point[0], round(point[1], 6)) for point in item["points"]] for item in panel["series"]}
+    assert lines == {
+        "the calibration windows again": [(100, 20.0), (400, 18.0)],
+        "fresh text, 1 pass": [(200, 17.0), (400, 15.0)],
+        "fresh text, 2 passes": [(800, 14.0)],
+    }
+    assert panel["unfinished"] == pytest.approx(30.0) and panel["what"] == METRIC
+    assert {file.name for file in plots.draw(found, spec, tmp_path, "t")} == {"t-tokens.svg", "t-tokens.png"}
+    assert not plots.KINDS["tokens"][0](figures.aggregate([records[0], records[1], records[5]]), spec), "single points"

@@ -86,8 +86,8 @@ class TestFiles:
             make.make(archive.RunSet("a", records, [], "here"), tmp_path)
             contents.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
         assert contents[0] == contents[1]
-        absent = {"frontier", "drift", "allocation", "finishing", "costs", "structure", "trace"}  # of what these lack
-        drawn = plots.KINDS.keys() - absent
+        absent = {"frontier", "drift", "allocation", "finishing", "tokens", "costs", "structure", "trace"}
+        drawn = plots.KINDS.keys() - absent  # these lack what the others show
         pictures = {f"a-{plot}.{suffix}" for plot in drawn for suffix in ("png", "svg")}
         assert set(contents[0]) == {f"a.{suffix}" for suffix in render.FORMATS} | pictures
 
