@@ -34,7 +34,7 @@ from .replayed import Replayed
 
 # A loss that is not finite is noticed after so many steps at the latest: to look at it is to wait for the device.
 _NOTICED = 16
-# Rates are rounded to so many in an octave: a model has some ten, not hundreds, each of which takes launches of its own.
+# Rates are rounded to so many in an octave: a model has some ten, not hundreds, each with launches of its own.
 _RATES_PER_OCTAVE = 4
 # A matrix of next to nothing keeps a rate; one of huge weights gets no larger one.
 _SHARES = (2.0**-8, 2.0**8)
