@@ -20,7 +20,7 @@ def main() -> None:
         from .tables.looking import main as look
 
         sys.exit(look(words))
-    if word == "quick":
+    if word == "quick" and not {"--help", "-h"} & set(words):
         garbage.begin()
         from .cli.quick import main as quick
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..base.errors import UserError
 
 ADAPTER = "adapter_config.json"
+_OWNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 NO_CONFIG = "has no config.json; give a folder that `save_pretrained` wrote or a hub download"
 
 
@@ -16,6 +18,11 @@ def local_model(node: Mapping) -> bool:
     path = str(node.get("path") or "")
     meant = path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
     return bool(path) and (node.get("name") == "local" or meant or Path(path).expanduser().exists())
+
+
+def of_hub(path: str) -> str:
+    """The words for a model of the hub that no file of conf/model names."""
+    return f"model=llama-7b model.path={path} model.name={path.rpartition('/')[2]}"
 
 
 def check_there(node: Mapping) -> None:
@@ -37,6 +44,7 @@ def check_there(node: Mapping) -> None:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"model.path={path} does not exist; give a folder with config.json and the weights, or a .gguf file"
+                + (f", or, from the hub, {of_hub(str(path))}" if _OWNED.fullmatch(str(path)) else "")
             ) from None
         except (OSError, RuntimeError, ValueError):
             return  # told with its reason by whoever reads it

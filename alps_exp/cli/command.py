@@ -111,7 +111,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParse
     parser.add_argument("--version", action="store_true", help="Show the version and exit")
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows what can be given")
+        hint = ": keys have no dashes, as in sparsity=0.7" if message.startswith("unrecognized arguments: --") else ""
+        raise UserError(f"{message}{hint}; --help shows what can be given")
 
     parser.error = refuse  # type: ignore[method-assign]
     # Intermixed: -m may stand anywhere, also after an override.

@@ -19,6 +19,8 @@ from yaml.error import MarkedYAMLError
 
 from ..base.errors import UserError, nearest
 from ..base.resources import resource_root
+from ..checkpoints.location import of_hub
+from .completion import COMMANDS
 from .names import NAMES, pasteable
 
 _EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_local": "submitit"}
@@ -62,6 +64,11 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
 
 
 def _unreadable(error: OverrideParseException) -> str:
+    if re.fullmatch(r"[\w./-]+", word := str(error.override)):
+        commands = ", ".join(COMMANDS)
+        return (
+            f"cannot read {word!r}: it is no KEY=VALUE, as {word}=VALUE would be, and none of the commands {commands}"
+        )
     reason = re.sub(r"^Error parsing override '.*'\s*", "", str(error).split("See https://")[0].strip())
     key, equals, value = str(error.override).partition("=")
     hint = f"; as a text it is {pasteable(key, value)}" if equals and value[:1] not in ("[", "{") else ""
@@ -104,6 +111,10 @@ def _unknown_choice(path: str, options: Sequence[str]) -> str:
         return f"{group}={name} needs its launcher: pip install 'alps-exp[{_EXTRAS[path]}]'"
     if group == "sparsity":
         return f"sparsity={name} is not allowed: {_SPARSITY}"
+    if group.partition("/")[0] == "model":
+        path = path.partition("/")[2]
+        hint = nearest(path, options).removesuffix("?")
+        return f"unknown model {path!r}; {hint}; another of the hub: {of_hub(path if '/' in path else 'OWNER/NAME')}"
     what = "sweep" if group == "sweeps" else group
     return f"unknown {what} {name!r}; {nearest(name, options)}"
 

@@ -32,6 +32,28 @@ _CLASSES = {
 }
 _MANY = 20  # choices of a group that --help names
 
+_COMMANDS = {
+    "quick": """ [KEY=VALUE ...]
+  The demo model with half of its weights, by SparseGPT: perplexity and a sample before and after, in a
+  minute. Keys and choices are those of a run.
+example: alps-exp quick sparsity=0.6""",
+    "list": """ [KEY=GLOB ...] [--sort COLUMN] [--runs RUNS] [--json]
+  The runs below results/runs, one a line, perhaps those alone whose configuration has these values.
+example: alps-exp list method=alps --sort seconds""",
+    "show": """ RUN [--runs RUNS] [--json]
+  One run: what it measured, its losses by block, its worst layers. The beginning of a name is enough.
+example: alps-exp show demo-alps""",
+    "diff": """ RUN RUN [--runs RUNS] [--json]
+  Two runs side by side: where their configurations differ, and what they measured.
+example: alps-exp diff demo-alps demo-wanda""",
+    "report": """ [RUNS] [--to FILE]
+  All runs, and the committed ones, as one HTML file: tables to sort, plots to point at.
+example: alps-exp report --to report.html""",
+    "help": """ KEY | GROUP | CHOICE | COMMAND
+  What it means, what it takes, its default; without a word, one screen of all.
+example: alps-exp help method.rho""",
+}
+
 _OVERVIEW = """\
 alps_exp prunes language models and records what each method cost in quality and time.
 
@@ -92,6 +114,9 @@ def explained(word: str) -> Iterator[str]:
     Raises:
         UserError: nothing has this name; the nearest ones are told.
     """
+    if word in _COMMANDS:
+        yield f"alps-exp {word}{_COMMANDS[word]}"
+        return
     word = word.lstrip("+")
     group, equals, choice = word.partition("=")
     if equals and group in groups_known():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from alps_exp.cli import helping
+from alps_exp.cli import completion, helping
 from alps_exp.cli.overrides import compose
 from alps_exp.runs.values import ROOT as VALUES
 
@@ -132,3 +132,10 @@ def test_every_key_says_what_it_means():
 
 def test_an_example_can_be_pasted_into_a_shell():
     assert told("eval.bos").endswith("eval.bos=VALUE") and told("model.gguf_file").endswith("model.gguf_file=VALUE")
+
+
+def test_every_command_is_explained():
+    assert set(helping._COMMANDS) == set(completion.COMMANDS)
+    for word in completion.COMMANDS:
+        usage, *_, example = told(word).splitlines()
+        assert usage.startswith(f"alps-exp {word} ") and example.startswith(f"example: alps-exp {word} ")
