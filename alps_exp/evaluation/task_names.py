@@ -7,8 +7,9 @@ import difflib
 import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,14 +79,30 @@ def _manager(names: tuple[str, ...]) -> TaskManager:
     usual = _usual_tasks(root)
     if set(names) <= set(usual.all_tasks):
         return usual
+    unknown = [name for name in names if name not in usual.all_tasks]
+    _refuse_unmentioned(root, unknown)
     with calling_lm_eval():
         everything = _all_tasks()
-    for name in names:
+    for name in unknown:
         if name not in everything.task_index:
-            near = difflib.get_close_matches(name, everything.all_tasks, n=3, cutoff=0.5)
-            known = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists all of lm-eval's"
-            raise UserError(f"unknown task {name!r}; {known}")
+            raise _unknown(name, everything.all_tasks)
     return everything
+
+
+def _refuse_unmentioned(root: Path, names: Sequence[str]) -> None:
+    """Refuse a name that stands in no task file, which a second tells; the index of all takes ten."""
+    texts = [file.read_bytes() for file in root.rglob("*.yaml")]
+    for name in names:
+        word = re.compile(rb"\b" + re.escape(name.encode()) + rb"\b")
+        if not any(map(word.search, texts)):
+            told = re.compile(rb"^(?:task|group): *[\"']?([\w.-]+)[\"']?\s*$", re.MULTILINE)
+            raise _unknown(name, {found.decode() for text in texts for found in told.findall(text)})
+
+
+def _unknown(name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.55)
+    hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists all of lm-eval's"
+    return UserError(f"unknown task {name!r}; {hint}")
 
 
 @cache
