@@ -411,7 +411,9 @@ def _draw_costs(axis, panel: dict, handles: dict) -> None:
         )  # fmt: skip
         handles.setdefault(item["label"], handle)
         for price, value, name in item["points"] if item is panel["series"][0] else ():
-            axis.annotate(name, (price, value), xytext=(3, 3), textcoords="offset points", fontsize=7)
+            # Fractions to the right, patterns to the left, which may lie close by.
+            place = {"xytext": (3, 3)} if _level(name) is not None else {"xytext": (-4, -8), "ha": "right"}
+            axis.annotate(name, (price, value), textcoords="offset points", fontsize=7, **place)
     if panel["dense"]:
         handles.setdefault("dense", axis.plot(*panel["dense"], "k*", markersize=9)[0])
     axis.set(xlabel=panel["cost"], ylabel="perplexity", yscale="log")
@@ -631,7 +633,7 @@ def _draw_tokens(axis, panel: dict, handles: dict) -> None:
             yerr=_bars([point[1:] for point in item["points"]]),
             color=colour, marker=marker, markersize=5, linewidth=1.2, capsize=2, elinewidth=1,
         )  # fmt: skip
-        handles.setdefault(item["label"], handle)
+        handles.setdefault(item["label"], handle[0])
     if panel["unfinished"]:
         handle = axis.axhline(panel["unfinished"], color="#555555", linewidth=1, linestyle=(0, (6, 3)))
         handles.setdefault("not finished", handle)
