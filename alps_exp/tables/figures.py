@@ -229,7 +229,7 @@ def varying(records: Sequence[Mapping]) -> list[str]:
         rest = dict(flat)
         for group, choice in {
             "method": record["method"],
-            **{name: flat.get(f"{name}.name") for name in _CHOICES},
+            **{name: flat.get(f"{name}.name") for name in (*_CHOICES, "data")},
         }.items():
             own = {key: rest.pop(key) for key in flat if key.startswith(f"{group}.") and key != f"{group}.name"}
             scopes.setdefault((record["model"], group, choice), []).append((own, False))

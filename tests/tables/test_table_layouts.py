@@ -66,6 +66,19 @@ class TestLayouts:
         assert cells(both)["0.5", "magnitude", "none"][f"relative loss of {LAYER}, published"] == "0.03180"
         assert cells(both)["0.5", "magnitude", "pcg"][f"relative loss of {LAYER}, ours / published"] == "1.000"
 
+    def test_what_a_data_set_brings_is_no_axis_beside_its_name(self):
+        def calibrated(name, perplexity, **more):
+            item = record(perplexity=perplexity)
+            item["config"]["data"] = {"name": name} | more
+            return item
+
+        records = [calibrated("demo", 20.0, lines="plain"), calibrated("demo_wiki", 30.0, lines="articles")]
+        grid = laid_out(records, rows=["method"], columns=["data.name"], metrics=["*perplexity*"])
+        (found,) = cells(grid).values()
+        assert found == {"demo": "*20.00*", "demo_wiki": "30.00"}
+        records.append(calibrated("demo", 25.0, lines="articles"))
+        assert "data.lines" in laid_out(records, rows=["method"], columns=["data.name"]).labels
+
     def test_metrics_and_methods_by_model(self):
         records = [
             record(method, perplexity=value, evaluations=[*record(perplexity=value)["evaluations"], task(0.5, None)])
