@@ -65,10 +65,8 @@ def explain(error: Exception, words: Sequence[str], config_name: str = "config")
 
 def _unreadable(error: OverrideParseException) -> str:
     if re.fullmatch(r"[\w./-]+", word := str(error.override)):
-        commands = ", ".join(COMMANDS)
-        return (
-            f"cannot read {word!r}: it is no KEY=VALUE, as {word}=VALUE would be, and none of the commands {commands}"
-        )
+        as_key = f", as {word}=VALUE would be," if re.fullmatch(r"[A-Za-z_][\w.-]*", word) else ""
+        return f"cannot read {word!r}: it is no KEY=VALUE{as_key} and none of the commands {', '.join(COMMANDS)}"
     reason = re.sub(r"^Error parsing override '.*'\s*", "", str(error).split("See https://")[0].strip())
     key, equals, value = str(error.override).partition("=")
     hint = f"; as a text it is {pasteable(key, value)}" if equals and value[:1] not in ("[", "{") else ""

@@ -90,11 +90,14 @@ def _manager(names: tuple[str, ...]) -> TaskManager:
 
 
 def _refuse_unmentioned(root: Path, names: Sequence[str]) -> None:
-    """Refuse a name that stands in no task file, which a second tells; the index of all takes ten."""
-    texts = [file.read_bytes() for file in root.rglob("*.yaml")]
+    """Refuse a name that stands in no task file, which takes half the time of the index of all.
+
+    Files that others include have any ending or none, and names may have brackets.
+    """
+    files = (file for file in root.rglob("*") if file.suffix not in (".py", ".pyc", ".md") and file.is_file())
+    texts = [file.read_bytes() for file in files]
     for name in names:
-        word = re.compile(rb"\b" + re.escape(name.encode()) + rb"\b")
-        if not any(map(word.search, texts)):
+        if not any(name.encode() in text for text in texts):
             told = re.compile(rb"^(?:task|group): *[\"']?([\w.-]+)[\"']?\s*$", re.MULTILINE)
             raise _unknown(name, {found.decode() for text in texts for found in told.findall(text)})
 

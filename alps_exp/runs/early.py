@@ -40,7 +40,9 @@ def check(cfg: Mapping) -> Mapping:
 
 
 def first_mistake(contents: Sequence[Mapping]) -> tuple[int, str] | None:
-    """What `settings.check_words` refuses of the first configuration in which it refuses anything, and which that is.
+    """A configuration in which something is not allowed, and what.
+
+    What is wrong most often comes first, of whichever configuration, then what else `settings.check_words` refuses.
 
     Args:
         contents: what `check` has returned for each configuration.

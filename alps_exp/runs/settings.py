@@ -267,7 +267,7 @@ def _layers(
 def _check_shrinks(name: str, solver: Method) -> None:
     if not solver.structured:
         raise UserError(
-            f"save=shrunk leaves out whole channels and heads, and {name} prunes single weights: give save=true or "
+            f"save=shrunk leaves out whole channels and heads, which {name} does not prune: give save=true or "
             "save=packed"
         )
     if not solver.even:

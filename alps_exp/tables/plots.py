@@ -611,6 +611,9 @@ def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
         if max((len({point[0] for point in item["points"]}) for item in series), default=0) > 1:
             name = title(model, f"sparsity {sparsity}, {metric.partition(' (')[0]}")
             panels.append(name | {"what": metric, "unfinished": level, "series": series})
+    labels = sorted({item["label"] for panel in panels for item in panel["series"]})
+    for item in itertools.chain.from_iterable(panel["series"] for panel in panels):
+        item["place"] = labels.index(item["label"])  # one legend serves all panels
     return panels
 
 
@@ -624,9 +627,8 @@ def _text_of(row: Mapping) -> str:
 
 def _draw_tokens(axis, panel: dict, handles: dict) -> None:
     """Bars are one standard deviation of the logarithms."""
-    labels = [item["label"] for item in panel["series"]]
     for item in panel["series"]:
-        colour, marker = _KINDS[labels.index(item["label"]) % len(_KINDS)]
+        colour, marker = _KINDS[item["place"] % len(_KINDS)]
         handle = axis.errorbar(
             [point[0] for point in item["points"]],
             [point[1] for point in item["points"]],
@@ -800,7 +802,7 @@ def _look(item: Mapping) -> tuple:
 
 
 def _shade(colour: str, number: int) -> str:
-    """A colour (#RRGGBB) mixed with a share of white, or of black where that is negative."""
+    """A colour (#RRGGBB) mixed with white or black, by how many settings of its method come before."""
     parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
     shades = _SHADES if sum(parts) > 240 else _SHADES_OF_DARK
     share = shades[number % len(shades)]

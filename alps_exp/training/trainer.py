@@ -310,9 +310,10 @@ class Trainer:
         groups: dict[float, list[str]] = {}
         for name in self.masters.values:
             share = 1.0
-            if self.recipe.size is not None:
+            # What is not finite is told of by the first loss.
+            if self.recipe.size is not None and math.isfinite(size := self.masters.size(name)):
                 low, high = _SHARES
-                exact = min(max(self.masters.size(name) / self.recipe.size, low), high)
+                exact = min(max(size / self.recipe.size, low), high)
                 share = 2.0 ** (round(_RATES_PER_OCTAVE * math.log2(exact)) / _RATES_PER_OCTAVE)
             groups.setdefault(share, []).append(name)
         return groups

@@ -197,9 +197,9 @@ def test_experts_solved_together_are_those_solved_one_by_one(monkeypatch, method
     pairs = list(zip(*(record["layers"] for record in found), strict=True))
     assert all(one["name"] == other["name"] and one["sparsity"] == other["sparsity"] for one, other in pairs)
     ratios = torch.tensor([one["relative_loss"] / other["relative_loss"] for one, other in pairs])
-    if method == "alps" and torch.cuda.is_available():
-        # Stacked products are rounded otherwise, and these layers have few weights: 1e-7 of noise in the products
-        # changes a layer's loss by up to a third, the mean of all by up to 3 %.
+    if method == "alps":
+        # GPUs and some processors round stacked products otherwise, and these layers have few weights: 1e-7 of noise in
+        # the products changes a layer's loss by up to a third, the mean of all by up to 3 %.
         assert float(ratios.mean()) == pytest.approx(1, abs=0.05) and 0.6 < ratios.min() <= ratios.max() < 1.6
     else:
         assert float((ratios - 1).abs().max()) < (3e-2 if torch.cuda.is_available() else 1e-2)

@@ -76,12 +76,25 @@ def test_counts_and_ties_by_hand():
         ("row@0.9", (4, 96), ("none of the 4 rows of a weight 4 × 96 would stay",)),
         ("column@0.9", (96, 3), ("none of the 3 columns of a weight 96 × 3 would stay",)),
         ("4:8>2:4", (64, 172), ("its 172 inputs", "8 groups of 4", "numbers of groups of 4 that fit: 43")),
-        ("4:8>3:5", (64, 64), ("8 groups of 5", "widths of a group that fit: 4, 8, 16, 32, 64")),
+        ("4:8>3:5", (64, 64), ("8 groups of 5", "widths of a group that fit: 4, 8")),
+        ("2:4>3:4", (64, 18), ("4 groups of 4, nor of 4 or of 4: change both",)),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_fits(written, shape, words):
     message = refused(lambda: parse_sparsity(written).check(shape, "blocks.3.fc1"), *words)
     assert message.startswith(f"sparsity {written} does not fit blocks.3.fc1: ")
+
+
+@pytest.mark.parametrize(("written", "inputs"), [("4:8>3:5", 64), ("4:8>3:5", 96), ("4:8>2:4", 172), ("4:8>2:4", 24)])
+def test_what_a_hierarchical_pattern_is_told_to_be_fits(written, inputs):
+    outer, inner = written.split(">")
+    words, _, numbers = parse_sparsity(written).misfit((8, inputs)).rpartition(" that fit: ")
+    for number in numbers.split(", "):
+        if "numbers of groups" in words:
+            told = f"{outer.partition(':')[0]}:{number}>{inner}"
+        else:
+            told = f"{outer}>{inner.partition(':')[0]}:{number}"
+        assert parse_sparsity(told).misfit((8, inputs)) is None, told
 
 
 @pytest.mark.parametrize("text", ["block=0@0.5", "block=1@0.5", "block=8@0", "block=8@1.5", "row@1", "column@0"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from table_records import METRIC, Logged, cells, laid_out, record
 
@@ -161,3 +163,9 @@ def test_perplexity_is_drawn_against_the_tokens_that_a_distillation_saw(tmp_path
     assert panel["unfinished"] == pytest.approx(30.0) and panel["what"] == METRIC
     assert {file.name for file in plots.draw(found, spec, tmp_path, "t")} == {"t-tokens.svg", "t-tokens.png"}
     assert not plots.KINDS["tokens"][0](figures.aggregate([records[0], records[1], records[5]]), spec), "single points"
+    another = [copy.deepcopy(made) for made in (*records[1:3], records[5])]
+    for made in another:  # has no line of one pass
+        made["sparsity"] = made["config"]["sparsity"] = "0.8"
+    panels = plots.KINDS["tokens"][0](figures.aggregate(records + another), spec)
+    places = [{item["label"]: item["place"] for item in panel["series"]} for panel in panels]
+    assert len(panels) == 2 and places[1].items() < places[0].items() and len(set(places[0].values())) == 3

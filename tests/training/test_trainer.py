@@ -558,6 +558,10 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step(bad):
         trainer(module, loss).run()
     with pytest.raises(UserError, match="held-out windows is nan before the first step"):
         trainer(module, lambda numbers, held_out: inner(numbers, held_out) * math.nan).run()
+    broken = network()
+    broken[0].weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="held-out windows is nan before the first step"):
+        trainer(broken, recipe={"size": 0.3}).run()
 
 
 def test_minutes_bound_the_time_and_anneal_the_rate():
