@@ -98,13 +98,13 @@ class Hierarchical(Pattern):
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % self.group:
             inputs = f"its {shape[1]} inputs are not a multiple of {self.outer_width} groups of {self.width}"
-            if shape[1] % self.outer_width == 0 and shape[1] % self.width:
+            if shape[1] % self.width == 0:
+                sets = fitting(shape[1] // self.width, self.outer_width, self.outer_kept)
+                return f"{inputs}; numbers of groups of {self.width} that fit: {sets}"
+            if shape[1] % self.outer_width == 0:
                 widths = fitting(shape[1] // self.outer_width, self.width, self.kept)
                 return f"{inputs}; widths of a group that fit: {widths}"
-            if shape[1] % self.width:
-                return f"{inputs}, nor of {self.outer_width} or of {self.width}: change both"
-            sets = fitting(shape[1] // self.width, self.outer_width, self.outer_kept)
-            return f"{inputs}; numbers of groups of {self.width} that fit: {sets}"
+            return f"{inputs}, nor of {self.outer_width} or of {self.width}: change both"
         return None
 
 

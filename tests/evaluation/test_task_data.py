@@ -85,7 +85,10 @@ def test_names_that_stand_in_included_files_or_have_brackets_are_not_refused_ear
     from alps_exp.evaluation import task_names
 
     names = ["gpqa", "acp_bench_hard", "mafand_tasks", "darijammlu_arabic_language_(general)"]
-    task_names._refuse_unmentioned(Path(task_names._lm_eval_tasks).parent, names)
+    root = Path(task_names._lm_eval_tasks).parent
+    task_names._refuse_unmentioned(root, names)
+    with pytest.raises(UserError, match="unknown task 'mafand_taskz'; did you mean "):
+        task_names._refuse_unmentioned(root, [*names, "mafand_taskz"])
 
 
 @pytest.mark.parametrize(
