@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import suppress
-from functools import cache
 from threading import get_ident
 from types import SimpleNamespace
 from typing import Protocol
@@ -18,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..numerics.graphs import recorded, stream_of
 from ..numerics.resolvent import Resolvent
 
 # Entries of the weights and of the Gram matrices from which on kernels take longer than launches.
@@ -66,7 +65,7 @@ class Recording:
         self._out = torch.empty_like(stack.w)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._changes: list[Tensor] = []
-        self._stream = _stream(get_ident(), stack.w.device)
+        self._stream = stream_of(get_ident(), stack.w.device)
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self._stream):  # libraries take their working memory, which no graph may own
             for dtype in (torch.float32, torch.bfloat16):
@@ -103,29 +102,16 @@ class Recording:
         graph, self._own.rho = torch.cuda.CUDAGraph(), rho
         torch.cuda.synchronize(self._out.device)
         try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    for _ in range(self._every):
-                        self._own.step()
-                    self._out.copy_(self._own.b)
-                    changes = self._own.changes()
-                except BaseException:
-                    with suppress(RuntimeError):  # which would hide what has failed
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+            with torch.cuda.stream(self._stream), recorded(graph, self._pool):
+                for _ in range(self._every):
+                    self._own.step()
+                self._out.copy_(self._own.b)
+                changes = self._own.changes()
         except BaseException:  # for want of memory: what comes next must not go on from here
             forget()
             raise
         self._graphs.append(graph)
         self._changes.append(changes)
-
-
-@cache
-def _stream(thread: int, device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings of a thread: libraries keep working memory for every stream."""
-    return torch.cuda.Stream(device)
 
 
 _recordings: OrderedDict[Hashable, Recording] = OrderedDict()

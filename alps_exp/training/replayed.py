@@ -9,18 +9,17 @@ replayed. What is around the blocks (embedding, norm, head and loss) runs as it 
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from itertools import chain
 from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 
+from ..numerics.graphs import recorded, stream_of
 from .masters import Masters
 
 # Weights of a block times tokens of a pass, from which on kernels take longer than launches.
@@ -252,7 +251,7 @@ class Graphs:
         device = hidden.device
         self._graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
         forward, backward, writing = self._graphs
-        pool, stream = torch.cuda.graph_pool_handle(), _stream(get_ident(), device)
+        pool, stream = torch.cuda.graph_pool_handle(), stream_of(get_ident(), device)
         self._in = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         torch.clear_autocast_cache()
         torch.cuda.synchronize(device)
@@ -262,12 +261,12 @@ class Graphs:
             torch.cuda.empty_cache()
         with torch.cuda.stream(stream):
             _warm(device)
-            with _capturing(forward, pool):
+            with recorded(forward, pool):
                 out = passing(self._in)
             self._gradient = torch.empty_like(out)
-            with _capturing(backward, pool), torch.autocast(device.type, enabled=False):
+            with recorded(backward, pool), torch.autocast(device.type, enabled=False):
                 out.backward(self._gradient)
-            with _capturing(writing, pool):
+            with recorded(writing, pool):
                 masters.write()
         torch.clear_autocast_cache()
         self._out = out.detach()
@@ -347,26 +346,6 @@ def _waiting() -> Iterator[list[str]]:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()  # what it frees may ask the device, which nobody may meanwhile
-    try:
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            yield
-        except BaseException:
-            with suppress(RuntimeError):  # which would hide what has failed
-                graph.capture_end()
-            raise
-        with warnings.catch_warnings():  # weights that are their own masters are not written
-            warnings.filterwarnings("ignore", message=".*CUDA Graph is empty")
-            graph.capture_end()
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def _warm(device: torch.device) -> None:
     """Have libraries take their working memory for this stream, which no graph may own, in both directions' threads."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -374,9 +353,3 @@ def _warm(device: torch.device) -> None:
         with torch.autocast(device.type, enabled=False):
             torch.mm(made, made).sum().backward()
     torch.cuda.synchronize(device)
-
-
-@cache
-def _stream(thread: int, device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings of a thread: libraries keep working memory for every stream."""
-    return torch.cuda.Stream(device)
