@@ -252,9 +252,14 @@ def _axes(spec: Spec, settings: Sequence[str], varies: set[str], metrics: Sequen
     rows, columns = kept(spec.rows), kept(spec.columns)
     named = {*spec.rows, *spec.columns}
     rows += [axis for axis in (*AXES, *settings) if axis in varies and axis not in named]
-    if ("metric" not in named and len(metrics) > 1) or not columns:
-        columns += ["metric"] if "metric" not in rows else []
-    return rows or ["method"], columns or list(spec.columns[:1])
+    if "metric" not in rows and (not columns or ("metric" not in named and len(metrics) > 1)):
+        columns.append("metric")
+    if not columns:  # nothing that the table puts there varies: one column, of an axis that every record has
+        columns = [axis for axis in spec.columns if axis in AXES][:1] or ["metric"]
+        rows = [axis for axis in rows if axis not in columns]
+    if not rows:
+        rows, columns = ["method"], [axis for axis in columns if axis != "method"] or ["metric"]
+    return rows, columns
 
 
 def _cells(frame: pd.DataFrame, metrics: Sequence[str], axes: Sequence[str], columns: Sequence[str]) -> list:

@@ -79,6 +79,34 @@ class TestLayouts:
         records.append(calibrated("demo", 25.0, lines="articles"))
         assert "data.lines" in laid_out(records, rows=["method"], columns=["data.name"]).labels
 
+    @pytest.mark.parametrize(
+        ("rows", "columns"),
+        [
+            (["metric", "method"], ["data.name"]),
+            (["metric"], ["data.name", "refit"]),
+            (["metric"], ["sparsity", "data.name"]),
+            (["metric", "data.name"], ["method"]),
+            (["method"], ["data.name"]),
+            (["data.name"], ["metric"]),
+            ([], ["data.name"]),
+            ([], ["method", "refit"]),
+        ],
+    )
+    def test_axes_that_do_not_vary_or_are_in_no_record(self, rows, columns):
+        """As at the end of a sweep whose columns the command line has fixed."""
+        for methods in (["alps"], ["alps", "wanda"]):
+            records = [record(method, perplexity=20.0 + len(method)) for method in methods]
+            for item in records:
+                item["config"]["data"] = {"name": "generated"}
+            grid = laid_out(records, rows=rows, columns=columns)
+            shown = {cell.text.strip("*") for _, row in grid.rows for cell in row}
+            assert {f"{20.0 + len(method):.2f}" for method in methods} <= shown
+            assert not {*grid.labels} & {"data.name", "refit"}
+            words = {word for labels, _ in grid.rows for word in labels} | {w for head in grid.header for w in head}
+            assert METRIC in words and (len(methods) == 1 or {*methods} <= words)
+            table = {"rows": rows, "columns": columns}
+            assert "no table" not in make.report(records, "test", node=table, width=100)
+
     def test_metrics_and_methods_by_model(self):
         records = [
             record(method, perplexity=value, evaluations=[*record(perplexity=value)["evaluations"], task(0.5, None)])
