@@ -107,6 +107,7 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
         handles = {label: handles[label] for label in _in_order(handles, panels)}
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         entries = max(1, min(len(handles), int(size[0] / room)))
+        handles, entries = _by_method(handles, panels, entries)
         figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(handles) / entries) - 2, 0))
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
@@ -131,6 +132,34 @@ def _in_order(names: Iterable[str], panels: Sequence[Mapping]) -> list[str]:
         if isinstance(item, Mapping) and "method" in item:
             places[item["label"]] = (looks.method_order(item["method"]), item["variant"])
     return sorted(names, key=lambda name: (name not in places, places.get(name, ())))
+
+
+def _by_method(handles: Mapping, panels: Sequence[Mapping], columns: int) -> tuple[dict, int]:
+    """Entries of a legend with empty ones between them, so that each method has a column of its own, and the number of
+    columns; as they are where they need one line, or where methods have one entry each or too many for that."""
+    methods = {item["label"]: item["method"] for panel in panels for key in _ITEMS for item in panel.get(key, ())
+               if isinstance(item, Mapping) and "method" in item}  # fmt: skip
+    stacks: dict[str, list[str]] = {}
+    for name in handles:
+        stacks.setdefault(methods.get(name, ""), []).append(name)
+    others = stacks.pop("", [])
+    if len(handles) <= columns or not 1 < len(stacks) <= columns or max(map(len, stacks.values())) == 1:
+        return dict(handles), columns
+    names = list(stacks.values())
+    if len(names) < columns:
+        names += [others] if others else []
+    else:
+        names[-1] += others
+    height = max(map(len, names))
+    from matplotlib.lines import Line2D
+
+    found: dict = {}
+    for place, stack in enumerate(names):
+        found |= {name: handles[name] for name in stack}
+        if place < len(names) - 1:  # a label of its own for each: blanks, of which none is seen
+            blanks = range(len(stack), height)
+            found |= {" " * (1 + place * height + row): Line2D([], [], linestyle="none") for row in blanks}
+    return found, len(names)
 
 
 def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, list[Group]]]:
@@ -181,6 +210,9 @@ def _words(found: Aggregate, values: Sequence[str]) -> Iterator[str]:
         if last == "name":
             if value and value != NEUTRAL.get(group, {}).get("name"):
                 yield value
+        elif name == "refit":  # always told, since it makes another method of one
+            if value not in ("", "none"):
+                yield f"{last}={value}"
         elif value and index in told and (choice is None or count(choice, index) > count(choice)):
             yield f"{last}={value}"
 
@@ -489,9 +521,10 @@ def _draw_seconds(axis, panel: dict, handles: dict) -> None:
     for point in panel["points"]:
         colour, marker, _ = _look(point)
         time, loss = point["seconds"], point["loss"]
+        own = looks.look(point["method"])[0]  # round a shade, since dark ones are alike
         handle = axis.errorbar(
-            time[:1], loss[:1], xerr=_bars([time]), yerr=_bars([loss]),
-            color=colour, marker=marker, markersize=7, linestyle="none", capsize=2, elinewidth=1, zorder=3,
+            time[:1], loss[:1], xerr=_bars([time]), yerr=_bars([loss]), color=colour, marker=marker, markersize=7,
+            markeredgecolor=own, markeredgewidth=1.3, linestyle="none", capsize=2, elinewidth=1, zorder=3,
         )  # fmt: skip
         handles.setdefault(point["label"], handle[0])  # without its bars, whose caps would hide the marker
     front, lowest = [], math.inf
@@ -746,9 +779,11 @@ def _share_scales(axes: Sequence, panels: Sequence[Mapping]) -> None:
     alike: dict[str, list] = {}
     for axis, panel in zip(axes, panels, strict=True):
         alike.setdefault(panel.get("what") or panel.get("cost") or "", []).append(axis)
+    # Bars have names there; perplexities of a frontier lie too far apart between sparsities.
+    free = any("bars" in panel or " perplexity (" in panel.get("loss", "") for panel in panels)
     for group in alike.values():
         for name in ("xaxis", "yaxis"):
-            if any("bars" in panel for panel in panels) and name == "yaxis":
+            if free and name == "yaxis":
                 continue
             ends = [getattr(axis, f"get_{name[0]}lim")() for axis in group]
             low, high = min(low for low, _ in ends), max(high for _, high in ends)

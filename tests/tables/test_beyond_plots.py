@@ -89,6 +89,30 @@ def test_keys_that_vary_within_a_choice_are_named(records):
     assert {"alps stream strength=0.5", "alps stream strength=0.7", "alps"} <= labels
 
 
+def test_a_refit_that_goes_with_a_method_is_named(records):
+    for item in (more := [chosen(*names, method="wanda") for names in CHOICES]):
+        item["config"]["refit"] = "pcg"
+    for item in records:
+        item["config"].setdefault("refit", "none")
+    (panel,) = panels("frontier", [*records, *more])
+    labels = {item["label"] for item in panel["points"]}
+    assert {"wanda refit=pcg", "wanda stream refit=pcg", "alps stream", "alps"} <= labels
+
+
+def test_each_method_has_a_column_of_the_legend(records):
+    (panel,) = panels("frontier", records)
+    names = [item["label"] for item in panel["points"]]
+    assert [name.partition(" ")[0] for name in names] == ["sparsegpt"] * 4 + ["alps"] * 4
+    front = dict.fromkeys([*names, "Pareto front"])
+    found, columns = plots._by_method(front, [panel], 2)
+    assert columns == 2 and [name for name in found if name.strip()] == list(front), "no entry is lost or moved"
+    height = -(-len(found) // columns)  # as matplotlib fills columns
+    assert list(found)[height] == "alps" and not list(found)[height - 1].strip()
+    assert plots._by_method(front, [panel], 3) == (front, 3), "full columns need no blanks"
+    assert plots._by_method(front, [panel], 9) == (front, 9), "one line"
+    assert plots._by_method(front, [panel], 1) == (front, 1), "more methods than columns"
+
+
 def test_drift_is_drawn_along_the_depth(records):
     (panel,) = panels("drift", records)
     found = {(item["label"], item["kind"]): item["points"] for item in panel["series"]}
