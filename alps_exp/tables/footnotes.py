@@ -10,7 +10,7 @@ from ..base.files import sha256
 from ..patterns import written
 from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, is_trained, measures, sees_gradients
 
-_NAMED = 12  # runs that a footnote lists
+_NAMED = 12  # runs or rows that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
 
 
@@ -91,9 +91,11 @@ def _spread(found: Aggregate, fact: Callable[[Mapping], str | None]) -> str:
             return " / ".join(
                 f"{value} ({', '.join(prefix + name for name in names)})" for value, names in owners.items()
             )
-    return " / ".join(
-        f"{value} ({', '.join(dict.fromkeys(_label(group) for group in groups))})" for value, groups in values.items()
-    )
+    rows = {value: ", ".join(dict.fromkeys(_label(group) for group in groups)) for value, groups in values.items()}
+    owned = [group.key for groups in values.values() for group in groups]
+    if len(owned) > _NAMED and len(owned) == len(set(owned)):  # a list that nobody reads, of which one part will do
+        rows[max(values, key=lambda value: len(values[value]))] = "the other rows"
+    return " / ".join(f"{value} ({names})" for value, names in rows.items())
 
 
 def _label(group: Group) -> str:

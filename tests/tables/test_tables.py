@@ -308,3 +308,18 @@ def test_threads_are_told_where_they_differ_on_a_cpu():
     assert "threads 1 (0.7 alps) / 2 (0.7 alps)" in note(on("x86_64 CPU", 1), on("x86_64 CPU", 2, seed=1))
     assert "threads" not in note(on("x86_64 CPU", 2), on("x86_64 CPU", 2, seed=1))
     assert "threads" not in note(on("NVIDIA H200", 1), on("NVIDIA H200", 2, seed=1))
+
+
+@pytest.mark.parametrize("count", [6, 14])
+def test_rows_of_another_commit_are_named(count):
+    """Where no axis tells which rows are of which commit, all are listed, or of many rows those of the fewest."""
+    records = []
+    for number in range(count):
+        item = record(sparsity="0.5" if number % 2 else "0.7")
+        item["config"]["nsamples"] = number // 2
+        item["environment"] = item["environment"] | {"git_commit": "b" * 40 if number in (0, 3) else "a" * 40}
+        records.append(item)
+    text = laid_out(records).notes[0]
+    assert "bbbbbbbb (0.5 alps 1, 0.7 alps 0)" in text
+    assert ("aaaaaaaa (the other rows)" in text) == (count > 12)
+    assert ("aaaaaaaa (0.5 alps 0, 0.5 alps 2, " in text) == (count < 12)
