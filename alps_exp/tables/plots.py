@@ -622,24 +622,31 @@ def _draw_finishing(axis, panel: dict, handles: dict) -> None:
 
 
 def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
-    """Perplexity against the tokens that distillations saw, a line for the calibration windows again and again and one
-    for each number of passes over fresh text, where one of them has two points."""
+    """Perplexity against the tokens that distillations saw: a line for the calibration windows again and again, one for
+    ever more fresh text, every window once, and one for each amount of it that is seen again; where one has two points."""
     panels, title = [], _titles(found)
     metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
     for metric, ((model, sparsity), groups) in itertools.product(metrics, _cells(found).items()):
         lines: dict[str, list[tuple[int, float, float, float]]] = {}
         level = None
-        several = len({group.key[2] for group in groups}) > 1
+        several, seen = len({group.key[2] for group in groups}) > 1, []
         for group in groups:
             if not (figures := _statistic(group, metric)):
                 continue
             rows = [row for record in group.records for row in trainings(record, ["distil"])]
             rows = [row for row in rows if row.get("distinct_tokens")]
             if rows:
-                label = f"{group.key[2]}, {_text_of(rows[0])}" if several else _text_of(rows[0])
-                lines.setdefault(label, []).append((rows[0]["tokens"], *figures))
+                seen.append((f"{group.key[2]}, " if several else "", rows[0], (rows[0]["tokens"], *figures)))
             elif not any(record.get("finish") for record in group.records) and not several:
                 level = figures[0]
+        again = {(name, _again(row)) for name, row, _ in seen if row.get("fresh_tokens") and _passes(row) > 1}
+        for name, row, point in seen:
+            if not row.get("fresh_tokens"):
+                lines.setdefault(f"{name}the calibration windows again", []).append(point)
+            elif _passes(row) == 1:
+                lines.setdefault(f"{name}fresh text, every window once", []).append(point)
+            if (name, _again(row)) in again:  # this line starts where the text was seen once
+                lines.setdefault(f"{name}{_again(row)}", []).append(point)
         series = [{"label": label, "points": sorted(points)} for label, points in sorted(lines.items())]
         if max((len({point[0] for point in item["points"]}) for item in series), default=0) > 1:
             name = title(model, f"sparsity {sparsity}, {metric.partition(' (')[0]}")
@@ -650,12 +657,14 @@ def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
     return panels
 
 
-def _text_of(row: Mapping) -> str:
-    """Which text a distillation saw, and how often."""
-    passes = round(row["tokens"] / row["distinct_tokens"])
-    if not row.get("fresh_tokens"):
-        return "the calibration windows again"
-    return f"fresh text, {passes} pass{'es' * (passes > 1)}"
+def _passes(row: Mapping) -> int:
+    """How often a distillation saw its text."""
+    return round(row["tokens"] / row["distinct_tokens"])
+
+
+def _again(row: Mapping) -> str:
+    """The line of a distillation that sees fresh text more than once."""
+    return f"the same {row.get('fresh_tokens') or 0:,} fresh tokens again".replace(",", "\N{NO-BREAK SPACE}")
 
 
 def _draw_tokens(axis, panel: dict, handles: dict) -> None:

@@ -157,14 +157,14 @@ def test_perplexity_is_drawn_against_the_tokens_that_a_distillation_saw(tmp_path
     lines = {item["label"]: [(point[0], round(point[1], 6)) for point in item["points"]] for item in panel["series"]}
     assert lines == {
         "the calibration windows again": [(100, 20.0), (400, 18.0)],
-        "fresh text, 1 pass": [(200, 17.0), (400, 15.0)],
-        "fresh text, 2 passes": [(800, 14.0)],
+        "fresh text, every window once": [(200, 17.0), (400, 15.0)],
+        "the same 300 fresh tokens again": [(400, 15.0), (800, 14.0)],
     }
     assert panel["unfinished"] == pytest.approx(30.0) and panel["what"] == METRIC
     assert {file.name for file in plots.draw(found, spec, tmp_path, "t")} == {"t-tokens.svg", "t-tokens.png"}
     assert not plots.KINDS["tokens"][0](figures.aggregate([records[0], records[1], records[5]]), spec), "single points"
     another = [copy.deepcopy(made) for made in (*records[1:3], records[5])]
-    for made in another:  # has no line of one pass
+    for made in another:  # has no line of every window once
         made["sparsity"] = made["config"]["sparsity"] = "0.8"
     panels = plots.KINDS["tokens"][0](figures.aggregate(records + another), spec)
     places = [{item["label"]: item["place"] for item in panel["series"]} for panel in panels]
