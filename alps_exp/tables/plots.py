@@ -623,7 +623,7 @@ def _draw_finishing(axis, panel: dict, handles: dict) -> None:
 
 def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
     """Perplexity against the tokens that distillations saw: a line for the calibration windows again and again, one for
-    ever more fresh text, every window once, and one for each amount of it that is seen again; where one has two points."""
+    ever more fresh text, every window once, one for each amount of it that is seen again; where one has two points."""
     panels, title = [], _titles(found)
     metrics = [name for name in shown_metrics(found.frame, spec.metrics) if " perplexity (" in name]
     for metric, ((model, sparsity), groups) in itertools.product(metrics, _cells(found).items()):
