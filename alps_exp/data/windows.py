@@ -201,7 +201,10 @@ def _of_documents(
     """Windows of single documents, and what the record says of them."""
     generator = _generator(data, seed)
     rows, used, others = _from_documents(text, encoder, nsamples, generator, holdout, data.name, fresh)
-    rows += _packed(others, text.join, encoder, training, seed, data.name)
+    packed = _packed(others, text.join, encoder, training, seed)
+    if len(packed) < training:
+        raise _too_short_to_train_on(data.name, len(packed), training, nsamples, encoder.seqlen)
+    rows += packed
     return rows, {
         "sampling": "documents",
         "documents": used,
@@ -277,8 +280,9 @@ def _from_documents(
     return rows, len(used), [document for document in text.documents if document not in seen]
 
 
-def _packed(documents: list[str], join: str, encoder: Encoder, count: int, seed: int, name: str) -> list[Tensor]:
-    """So many consecutive windows of the documents in random order, each tokenised by itself with `join` behind it."""
+def _packed(documents: list[str], join: str, encoder: Encoder, count: int, seed: int) -> list[Tensor]:
+    """At most so many consecutive windows of the documents in random order, each tokenised by itself with `join`
+    behind it."""
     rows: list[Tensor] = []
     if not count:
         return rows
@@ -291,8 +295,8 @@ def _packed(documents: list[str], join: str, encoder: Encoder, count: int, seed:
         rows += [torch.tensor(encoder.window(ids, index * encoder.payload)) for index in range(whole)]
         del ids[: whole * encoder.payload]
         if len(rows) == count:
-            return rows
-    raise _too_short(name, "training", len(rows), count, encoder.seqlen, "method.tokens")
+            break
+    return rows
 
 
 def _from_stream(
@@ -322,7 +326,7 @@ def _from_stream(
     picks = generator.sample(windows, nsamples)
     _enough(name, available - nsamples, holdout, fresh, encoder.seqlen)
     if (left := available - nsamples - holdout - fresh) < training:
-        raise _too_short(name, "training", left, training, encoder.seqlen, "method.tokens")
+        raise _too_short_to_train_on(name, left, training, nsamples, encoder.seqlen)
     picks += generator.sample(sorted(set(windows) - set(picks)), holdout)
     for count in (fresh, training):
         picks += generator.sample(sorted(set(windows) - set(picks)), count) if count else []
@@ -382,3 +386,9 @@ def _too_short(name: str, purpose: str, available: int, asked: int, seqlen: int,
         f"data={name}: the {purpose} text has only {available} windows of seqlen={seqlen} tokens, {asked} were asked; "
         f"lower {key} or seqlen, or give a longer text"
     )
+
+
+def _too_short_to_train_on(name: str, available: int, asked: int, nsamples: int, seqlen: int) -> UserError:
+    """The calibration windows are trained on, too, so `asked` and `available` are those beside them."""
+    key = f"method.tokens (to {(available + nsamples) * seqlen} at most)"
+    return _too_short(name, "training", available, asked, seqlen, key)

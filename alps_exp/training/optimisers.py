@@ -73,5 +73,6 @@ def eight_bit() -> type[torch.optim.Optimizer]:
     finally:
         logging.disable(heard)
     raise UserError(
-        "state=8bit needs torchao or bitsandbytes, and neither can be imported: install one, or leave it out"
+        "state=8bit needs torchao or bitsandbytes, and neither can be imported: pip install --no-deps torchao, or give "
+        "state=float32"
     )

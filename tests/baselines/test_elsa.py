@@ -364,7 +364,7 @@ def test_mistakes_are_refused_before_anything_runs(words, more, message):
 
 def test_8_bits_need_a_library(words, monkeypatch):
     monkeypatch.setattr(optimisers, "_EIGHT_BIT", ("nowhere.optim",))
-    with pytest.raises(UserError, match="state=8bit needs torchao or bitsandbytes"):
+    with pytest.raises(UserError, match=r"state=8bit needs torchao or bitsandbytes.*or give state=float32"):
         resolve(compose([*words, "method.state=8bit"]))
 
 

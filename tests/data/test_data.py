@@ -557,3 +557,8 @@ def test_windows_to_train_on_come_from_other_text(gpt2, tmp_path, sampling):
         "the training text has only",
         "windows of seqlen=64 tokens, 5000 were asked; lower method.tokens",
     )
+    with pytest.raises(UserError) as error:
+        data.calibration_tokens(source, gpt2, **asked, training=5000)
+    most = int(re.search(r"\(to (\d+) at most\)", str(error.value))[1]) // 64 - 3  # the calibration windows count
+    assert len(data.calibration_tokens(source, gpt2, **asked, training=most)[0]) == 6 + most
+    refused(lambda: data.calibration_tokens(source, gpt2, **asked, training=most + 1), f"{most + 1} were asked")
