@@ -205,6 +205,7 @@ def check_words(cfg: Mapping, whole: bool = True) -> tuple[Selection, Choices, C
         _check_shrinks(cfg["method"]["name"], configuration.solver)
     data = DataSettings.parse(cfg["data"])
     _check_texts(cfg, data, prunes)
+    _fresh(choices.finish, data)  # names a text that there is
     if whole:
         protocol.check_texts(cfg["eval"], data)
     return selection, choices, configuration, data
@@ -379,7 +380,10 @@ def _fresh(finish: Finish, data: DataSettings) -> DataSettings | None:
     """
     if finish.tokens is None or (finish.path is None and finish.data in (None, data.name)):
         return None
-    found = DataSettings.named(finish.data or "local")
+    try:
+        found = DataSettings.named(finish.data or "local")
+    except UserError as error:
+        raise UserError(f"finish.data={finish.data}: {error}") from None
     if finish.path is not None:
         if isinstance(found, GeneratedSettings):
             raise UserError(f"finish.path={finish.path}: finish.data=generated has no file: leave one of them out")

@@ -313,6 +313,8 @@ def test_mistakes_are_answered_without_importing_torch(tmp_path):
         ["method=sparsellm", "target=stream"],
         ["save=shrunk"],
         ["finish=distil", "data.holdout=8", "method=dense"],
+        ["finish=distil", "data.holdout=8", "finish.tokens=99", "finish.data=none"],
+        ["finish=distil", "data.holdout=8", "finish.tokens=99", "finish.path=./none.txt"],
         ["eval.datasets=[none]"],
         ["eval.path=./none.txt"],
         ["resume=./none"],

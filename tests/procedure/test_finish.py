@@ -511,6 +511,10 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=distil stream=true", "finish=distil trains all blocks at once and needs the model in memory"),
         ("finish=distil finish.distil.windows=4", "finish.distil.windows=4 is less than the calibration windows"),
         ("finish=block finish.block.state=8bit", "state=8bit needs torchao or bitsandbytes"),
+        ("finish=distil finish.tokens=99 finish.data=c5", "finish.data=c5: unknown data set 'c5'; "),
+        ("finish=distil finish.tokens=99 finish.path=no.txt", "finish.path=no.txt does not exist; give one of .txt"),
+        ("finish=distil finish.tokens=99 finish.data=generated finish.path=a.txt", "finish.data=generated has no file"),
+        ("finish=distil finish.path=a.txt", "finish.path=a.txt is text to distil on: say how much"),
     ],
     ids=lambda text: text[:60],
 )
