@@ -21,7 +21,7 @@ AT = (1, 2, 5, 10, 20, 40, 80, 160)
 
 
 def rows(folder: Path) -> list[tuple[str, list[str]]]:
-    """Of each run with traces: its name, and its cells."""
+    """Of each run with traces, by name: its name, and its cells."""
     found = []
     for file in sorted(folder.glob("*/record.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def rows(folder: Path) -> list[tuple[str, list[str]]]:
         name = f"{record['method']} {record['sparsity']}"
         name += f", ρ {method['rho']:g}, growth {method['growth']:g}" if "rho" in method else ""
         found.append((name, [_cell(traces, number) for number in AT]))
-    return found
+    return sorted(found)
 
 
 def _cell(traces: list[dict], number: int) -> str:
