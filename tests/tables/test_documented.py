@@ -64,3 +64,75 @@ def test_the_first_table_of_results():
             assert_rounded(row[sparsity], values[method, sparsity, metric])
             cells += 1
     assert cells == 60
+
+
+LEVELS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
+
+
+def perplexities(sweep: str, sparsity: str, **chosen: object) -> list[float]:
+    """The two perplexities of one row of a sweep's table; None chooses rows in which a key has no value."""
+    frame = pd.read_csv(TABLES / f"{sweep}.csv", dtype={"sparsity": str})
+    frame = frame[frame["sparsity"] == sparsity]
+    for key, value in chosen.items():
+        column = frame[key.replace("__", ".")]
+        frame = frame[column.isna() if value is None else column == value]
+    values = frame.set_index("metric")["mean"]
+    return [float(values[f"{text} perplexity (2048)"]) for text in ("wikitext2", "c4")]  # fails unless it is one row
+
+
+def finished(sparsity: str) -> list[float]:
+    tokens = 1105920 if sparsity == "0.5" else 532480
+    return perplexities("finished", sparsity, finish__tokens=tokens)
+
+
+def assert_pair(shown: str, values: list[float]) -> None:
+    for figure, value in zip(shown.replace("*", "").split(" / "), values, strict=True):
+        assert_rounded(figure, value)
+
+
+def test_what_finishing_buys():
+    plain, residual, windows, fresh, _, ratio, aimed, _ = documented("docs/finishing.md", "## What it buys")
+    for level in LEVELS:
+        dense = perplexities("beyond-the-paper", level, target__name="layer")
+        assert_pair(plain[level], dense)
+        assert_pair(residual[level], perplexities("beyond-the-paper", level, target__name="stream"))
+        chosen = {"finish__name": "block+distil", "finish__tokens": None}
+        assert_pair(windows[level], perplexities("presets", level, **chosen))
+        assert_pair(fresh[level], finished(level))
+        ratios = [value / before for value, before in zip(finished(level), dense, strict=True)]
+        assert_pair(ratio[level], ratios)
+        assert all(
+            value <= float(bound) + 0.005 for value, bound in zip(ratios, aimed[level].split(" / "), strict=True)
+        )
+
+
+def test_what_finishing_buys_after_other_methods():
+    rows = documented("docs/finishing.md", "## What it buys", 1)
+    for unfinished, row in zip(rows[::2], rows[1::2], strict=True):
+        for level in ("0.5", "0.7", "2:4", "4:8"):
+            both = []
+            for shown, finish in ((unfinished, "none"), (row, "block+distil")):
+                both.append(perplexities("finished-methods", level, method=unfinished[""].lower(), finish__name=finish))
+                assert_pair(shown[level], both[-1])
+            assert all(after < before for before, after in zip(*both, strict=True)), "no cell gets worse"
+
+
+def test_the_curve_of_fresh_text():
+    fresh, cells = None, 0
+    for row in documented("docs/finishing.md", "## Which text, and how often"):
+        if found := re.fullmatch(r"and (\d+).*", row["windows"]):
+            fresh = 2048 * int(found[1])
+        epochs = int(re.match(r"\d+", row["passes"])[0])
+        assert_pair(
+            row["perplexity"], perplexities("fresh-text", "0.7", finish__tokens=fresh, finish__distil__epochs=epochs)
+        )
+        cells += 1
+    assert cells == 11
+
+
+def test_the_second_table_of_results():
+    rows = documented("README.md", "## Results", 1)
+    for level in LEVELS:
+        assert_pair(rows[-1][level], finished(level))
+        chosen = {"finish__name": "block+distil", "finish__tokens": None}
+        assert_pair(rows[-2][level], perplexities("presets", level, **chosen))
