@@ -40,6 +40,10 @@ PLOTS = (
 NONE = "–"
 
 
+class NotMeasured(UserError):
+    """None of the table's metrics was measured."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """How the table of a sweep looks; see docs/tables.md."""
@@ -228,7 +232,7 @@ def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]
     """The metrics of a table in its order.
 
     Raises:
-        UserError: globs that match none.
+        NotMeasured: globs that match none.
     """
     measured = frame[frame["metric"].notna()]
     # Losses, then perplexities and scores in the order of the records, then the rest.
@@ -241,7 +245,7 @@ def shown_metrics(frame: pd.DataFrame, globs: Sequence[str] | None) -> list[str]
         return [name for name in names if name in shown]
     found = [name for glob in globs for name in names if fnmatchcase(name, glob)]
     if not found and names:
-        raise UserError(f"metrics={list(globs)} match none of what was measured: {', '.join(names)}")
+        raise NotMeasured(f"metrics={list(globs)} match none of what was measured: {', '.join(names)}")
     return list(dict.fromkeys(found))
 
 

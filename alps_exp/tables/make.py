@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from ..base.errors import UserError
 from . import archive, plots, render
 from .figures import Aggregate, aggregate
-from .layout import Spec, grid, spec_of
+from .layout import NotMeasured, Spec, grid, spec_of
 
 RUNS, KEPT, TABLES = archive.RUNS, archive.RECORDS, Path("results/tables")
 COMPARISON = "comparison"
@@ -61,12 +62,16 @@ def report(
         node: the sweep's table node, where its file is not one of the package's.
 
     Returns:
-        The table, or a line that says why there is none.
+        The table, or a line that says why there is none. Of metrics of which none was measured, those that were.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     try:
         spec = spec_of(name, node) if name else Spec()
-        return render.plain(grid(_aggregate(records, missing, spec), spec), width)
+        found = _aggregate(records, missing, spec)
+        try:
+            return render.plain(grid(found, spec), width)
+        except NotMeasured:  # the command line evaluates on other data than the sweep's file
+            return render.plain(grid(found, replace(spec, metrics=None)), width)
     except UserError as error:
         return f"no table: {error}"
 

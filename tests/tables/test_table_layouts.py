@@ -168,6 +168,9 @@ class TestLayouts:
         assert grid.header == [("zeros",), (METRIC,)]
         with pytest.raises(UserError, match=r"match none of what was measured: relative loss, wikitext2"):
             laid_out(grid_of_runs, metrics=["c4*"])
+        # At the end of a sweep that the command line evaluated on other data, there is a table all the same.
+        table = make.report(grid_of_runs, "test", node={"metrics": ["c4*"], "rows": ["method"]}, width=100)
+        assert "no table" not in table and "wikitext2" in table
 
     def test_unshown_metrics_are_in_the_files_of_numbers(self):
         found = figures.aggregate([record(evaluations=[task(0.5), task(0.6, metric="acc_norm")])])
