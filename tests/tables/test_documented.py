@@ -136,3 +136,122 @@ def test_the_second_table_of_results():
         assert_pair(rows[-1][level], finished(level))
         chosen = {"finish__name": "block+distil", "finish__tokens": None}
         assert_pair(rows[-2][level], perplexities("presets", level, **chosen))
+
+
+BEYOND = "docs/beyond-the-paper.md"
+
+
+@pytest.mark.parametrize(("path", "begin", "number"), [(BEYOND, "## What it buys", 0), ("README.md", "## Results", 1)])
+def test_what_the_preset_buys_on_three_texts(path, begin, number):
+    rows = documented(path, begin, number)
+    for level in LEVELS:
+        plain = perplexities("beyond-the-paper", level, target__name="layer")
+        preset = perplexities("beyond-the-paper", level, target__name="stream")
+        shown, _, ratio = rows[1][level].partition(" (")
+        assert_pair(rows[0][level], plain)
+        assert_pair(shown, preset)
+        if ratio:
+            assert_pair(ratio[:-1], [after / before for before, after in zip(plain, preset, strict=True)])
+
+
+def test_what_was_aimed_at_and_missed():
+    """Shares with 32 windows are those of the records, and what misses its aim is bold."""
+    text = (ROOT / BEYOND).read_text(encoding="utf-8").partition("## What was aimed at")[2]
+    aimed, reached = (
+        re.search(rf"^\| {row} \|(.*)\|$", text, re.M)[1].split("|") for row in ("aimed at", "32 windows")
+    )
+    for level, aim, cell in zip(LEVELS, aimed, reached, strict=True):
+        plain = perplexities("beyond-the-paper", level, target__name="layer")
+        preset = perplexities("beyond-the-paper", level, target__name="stream")
+        bold = re.fullmatch(r"\*\*.*\*\*", cell.strip())
+        for bound, part, before, after in zip(aim.split("/"), cell.split("/"), plain, preset, strict=True):
+            assert_rounded(part.strip(" *"), after / before)
+            assert (float(part.strip(" *")) > float(bound)) == bool(bold or "**" in part), (level, cell)
+
+
+def test_the_frontier():
+    table, cells, method, plain = documented(BEYOND, "### By method"), 0, "", {}
+    kinds = {"gradients alone": ("layer", "outputs"), "target=stream": ("stream", "none")}
+    kinds["+preset=residual"] = ("stream", "outputs")
+    for row in table:
+        if row[""] not in kinds:
+            method, plain = row[""].partition(",")[0].lower(), {}
+        target, sensitivity = kinds.get(row[""], ("layer", "none"))
+        for level in ("0.5", "0.7", "2:4"):
+            if row[level] == "–":
+                continue
+            chosen = {"method": method, "target__name": target, "sensitivity__name": sensitivity}
+            values = perplexities("frontier", level, **chosen)
+            frame = pd.read_csv(TABLES / "frontier.csv", dtype={"sparsity": str})
+            for key, value in (chosen | {"sparsity": level, "metric": "seconds"}).items():
+                frame = frame[frame[key.replace("__", ".")] == value]
+            shown, seconds = row[level].rsplit(", ", 1)
+            assert_rounded(seconds.removesuffix(" s"), frame["mean"].item())
+            shown, _, ratio = shown.partition(" (")
+            if shown == "the same":
+                assert values == perplexities("frontier", level, **(chosen | {"sensitivity__name": "none"}))
+            else:
+                assert_pair(shown, values)
+            plain.setdefault(level, values)
+            if ratio:
+                assert_pair(ratio[:-1], [after / before for before, after in zip(plain[level], values, strict=True)])
+            cells += 1
+    assert cells == 33
+
+
+def test_calibration_texts():
+    frame = pd.read_csv(TABLES / "overfitting.csv").set_index(["metric", "data.name", "target.name"])["mean"]
+    rows = documented(BEYOND, "## The calibration text")
+    for row, text in zip(rows, ("demo", "demo_wiki", "c4"), strict=True):
+        for cell, name in zip(list(row.values())[1:], ("demo", "demo_wiki", "generated"), strict=True):
+            plain, preset = (frame[f"{text} perplexity (2048)", name, target] for target in ("layer", "stream"))
+            before, after, ratio = re.fullmatch(r"(\S+) → (\S+) \((\S+)\)", cell).groups()
+            for shown, value in ((before, plain), (after, preset), (ratio, preset / plain)):
+                assert_rounded(shown, value)
+
+
+def ablated(level: str, words: str, windows: int = 32) -> list[float]:
+    """The two perplexities of the run that a row of the ablation's tables describes."""
+    stream = "plain" not in words
+    whole = "cap" in words or re.search(r"\ball\b", words) is not None
+    chosen = {
+        "capture": "groups" if "group by group" in words else "block" if "at once" in words else "auto",
+        "target.name": "stream" if stream else "layer",
+        "target.strength": None if not stream else "0.5",
+        "target.ridge": None if not stream else "0.01",
+        "sensitivity.rows": "0.5" if whole else None,
+        "sensitivity.windows": "8" if whole or "rows" in words else None,
+        "allocation.name": "sensitivity" if whole else "uniform",
+        "allocation.cap": "0.15" if whole else None,
+    }
+    for key, word in (("target.strength", "strength"), ("target.ridge", "ridge"), ("sensitivity.rows", "rows"),
+                      ("allocation.cap", "cap"), ("sensitivity.windows", "over")):  # fmt: skip
+        if found := re.search(rf"{word} (\d[.\d]*)", words):
+            number = found[1]
+            chosen[key] = (
+                f"{number}.0" if key in ("target.strength", "sensitivity.rows") and "." not in number else number
+            )
+    if found := re.search(r"allocation=(\w+)", words):
+        chosen |= {"allocation.name": found[1]}
+        del chosen["allocation.cap"]
+    frame = pd.read_csv(TABLES / "ablation.csv", dtype=str)
+    frame = frame[(frame["sparsity"] == level) & (frame["nsamples"] == str(windows))]
+    for key, value in chosen.items():
+        frame = frame[frame[key].isna() if value is None else frame[key] == value]
+    values = frame.set_index("metric")["mean"]
+    return [float(values[f"{text} perplexity (2048)"]) for text in ("wikitext2_valid", "demo")]
+
+
+def test_the_ablation():
+    cells = 0
+    for row in documented(BEYOND, "## Ablation"):
+        for level in ("0.7", "2:4"):
+            if (shown := row[f"SmolLM2, {level}"]) != "–":
+                assert_pair(shown, ablated(level, row[""].partition(": ")[2] or row[""]))
+                cells += 1
+    for row in documented(BEYOND, "## Ablation", 1)[:4]:
+        level, words = re.fullmatch(r"SmolLM2 at (\S+), (\w+)", row[""]).groups()
+        for windows in (16, 32, 64):
+            assert_pair(row[str(windows)], ablated(level, words, windows))
+            cells += windows != 32
+    assert cells == 40
