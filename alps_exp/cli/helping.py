@@ -27,6 +27,7 @@ _REFERENCE = {"data": ("local", "generated"), "model": ("local",), "eval": ("per
 # Where keys are fields of a class that no `_target_` names: group or node → class.
 _CLASSES = {
     "sensitivity": "alps_exp.calibration.sensitivity.SensitivityChoice",
+    "finish": "alps_exp.training.finish.Finish",
     "finish.block": "alps_exp.training.finish.BlockFinish",
     "finish.distil": "alps_exp.training.finish.Distillation",
 }

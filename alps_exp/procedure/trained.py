@@ -47,7 +47,8 @@ class TrainingMethod(ModelMethod):
         warmup: share of the steps in which the rate rises.
         clip: largest norm of the gradients; None: they are not clipped.
         others: embeddings, norms, biases and the head follow gradients too.
-        precision, state: as in `Recipe`.
+        precision: "bfloat16" computes under autocast, "float32" does not; "auto" is bfloat16 on a GPU.
+        state: of the optimiser; "8bit" needs torchao or bitsandbytes.
         micro: windows per backward pass; None: as many of a batch as fit.
         saved: steps between checkpoints, where one is due.
         patience: end after so many looks at held-out windows without improvement, where a method has use for them.

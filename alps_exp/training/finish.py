@@ -37,7 +37,8 @@ class Finishing:
         patience: end after so many looks at the held-out windows without improvement. Where one is worse than the best
             by 5 %, the weights go back to the best ones, and the rate falls to a quarter.
         minutes: end after so long; None: when all is done.
-        precision, state: as in `Recipe`.
+        precision: "bfloat16" computes under autocast, "float32" does not; "auto" is bfloat16 on a GPU.
+        state: of the optimiser; "8bit" needs torchao or bitsandbytes.
     """
 
     rate: float = 1e-3
@@ -133,11 +134,12 @@ class Finish:
 
     Attributes:
         block, distil: how, or None.
-        data: name of the data set whose text is trained on beside the calibration windows; None: the calibration's.
-        path: a local file in place of that data set's.
-        tokens: of that text, each of which every epoch sees.
-        minutes: both end after so long together: `block` after half of it, `distil` after what is left; None: when all
-            is done.
+        data: name of the data set whose text is trained on beside the calibration windows, or "generated", which the
+            dense model writes; None: the calibration's.
+        path: a local file of such text in place of a data set's; alone it means data=local.
+        tokens: so many of such text, in windows none of which is held out or evaluated on; every epoch sees them all.
+        minutes: all ends after so long: `block` after half of it where `distil` follows, that after what is left; None:
+            when all is done.
     """
 
     block: BlockFinish | None = None

@@ -73,6 +73,8 @@ def test_sparsity_lists_every_pattern_with_an_example_that_composes():
         ("method.damping", ["method=osscar, sparsegpt:", "0.003 (alps), 0.01 (alps-paper)"]),
         ("target.strength", ["default: 0.5", "target=stream"]),
         ("finish.block.rate", ["learning rate", "default: 0.001"]),
+        ("finish.tokens", ["finish=block, distil:", "takes:   a whole number from 1"]),
+        ("finish.distil.precision", ["autocast", "takes:   auto, bfloat16, float32"]),
         ("eval.windows", ["Windows to evaluate", "default: null"]),
         ("data.join", ["What joins documents"]),
         ("model.path", ["OWNER/NAME on the hub"]),
