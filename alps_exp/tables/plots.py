@@ -88,6 +88,7 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     columns = 2 if len(panels) == 4 else min(len(panels), _COLUMNS)
     rows = math.ceil(len(panels) / columns)
@@ -107,11 +108,12 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
         handles = {label: handles[label] for label in _in_order(handles, panels)}
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         entries = max(1, min(len(handles), int(size[0] / room)))
-        handles, entries = _by_method(handles, panels, entries)
-        figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(handles) / entries) - 2, 0))
+        names, entries = _by_method(list(handles), panels, entries)
+        figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(names) / entries) - 2, 0))
+        blank = Line2D([], [], linestyle="none")
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3,
-            columnspacing=1.2, ncols=entries,
+            [handles.get(name, blank) for name in names], names, loc="outside lower center", frameon=False,
+            handlelength=3, columnspacing=1.2, ncols=entries,
         )  # fmt: skip
         _share_scales(list(axes.flat[: len(panels)]), panels)
         if len(models := {content["model"] for content in panels}) == 1:
@@ -134,32 +136,24 @@ def _in_order(names: Iterable[str], panels: Sequence[Mapping]) -> list[str]:
     return sorted(names, key=lambda name: (name not in places, places.get(name, ())))
 
 
-def _by_method(handles: Mapping, panels: Sequence[Mapping], columns: int) -> tuple[dict, int]:
+def _by_method(names: list[str], panels: Sequence[Mapping], columns: int) -> tuple[list[str], int]:
     """Entries of a legend with empty ones between them, so that each method has a column of its own, and the number of
     columns; as they are where they need one line, or where methods have one entry each or too many for that."""
     methods = {item["label"]: item["method"] for panel in panels for key in _ITEMS for item in panel.get(key, ())
                if isinstance(item, Mapping) and "method" in item}  # fmt: skip
     stacks: dict[str, list[str]] = {}
-    for name in handles:
+    for name in names:
         stacks.setdefault(methods.get(name, ""), []).append(name)
     others = stacks.pop("", [])
-    if len(handles) <= columns or not 1 < len(stacks) <= columns or max(map(len, stacks.values())) == 1:
-        return dict(handles), columns
-    names = list(stacks.values())
-    if len(names) < columns:
-        names += [others] if others else []
+    if len(names) <= columns or not 1 < len(stacks) <= columns or max(map(len, stacks.values())) == 1:
+        return names, columns
+    found = list(stacks.values())
+    if len(found) < columns:
+        found += [others] if others else []
     else:
-        names[-1] += others
-    height = max(map(len, names))
-    from matplotlib.lines import Line2D
-
-    found: dict = {}
-    for place, stack in enumerate(names):
-        found |= {name: handles[name] for name in stack}
-        if place < len(names) - 1:  # a label of its own for each: blanks, of which none is seen
-            blanks = range(len(stack), height)
-            found |= {" " * (1 + place * height + row): Line2D([], [], linestyle="none") for row in blanks}
-    return found, len(names)
+        found[-1] += others
+    height = max(map(len, found))  # of all, since matplotlib makes columns equally long
+    return [name for stack in found for name in [*stack, *[""] * (height - len(stack))]], len(found)
 
 
 def _series(found: Aggregate, groups: Sequence[Group]) -> Iterator[tuple[dict, list[Group]]]:
@@ -658,8 +652,8 @@ def _tokens(found: Aggregate, spec: Spec) -> list[dict]:
 
 
 def _passes(row: Mapping) -> int:
-    """How often a distillation saw its text."""
-    return round(row["tokens"] / row["distinct_tokens"])
+    """How often a distillation saw its text; 1 where it ended before it had seen all."""
+    return max(1, round(row["tokens"] / row["distinct_tokens"]))
 
 
 def _again(row: Mapping) -> str:
@@ -684,7 +678,7 @@ def _draw_tokens(axis, panel: dict, handles: dict) -> None:
     axis.set(xlabel="tokens seen", ylabel="perplexity", xscale="log", yscale="log")
 
 
-_TRACED = {"loss": "mean relative loss, unfitted", "change": "share of the support that changed"}
+_TRACED = {"loss": "mean relative loss, unfitted", "change": "entries in and out / support"}
 
 
 def _traces(found: Aggregate, spec: Spec) -> list[dict]:

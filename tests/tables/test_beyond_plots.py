@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from table_records import METRIC, laid_out, record, save
 
@@ -103,14 +104,21 @@ def test_each_method_has_a_column_of_the_legend(records):
     (panel,) = panels("frontier", records)
     names = [item["label"] for item in panel["points"]]
     assert [name.partition(" ")[0] for name in names] == ["sparsegpt"] * 4 + ["alps"] * 4
-    front = dict.fromkeys([*names, "Pareto front"])
+    front = [*names, "Pareto front"]
     found, columns = plots._by_method(front, [panel], 2)
-    assert columns == 2 and [name for name in found if name.strip()] == list(front), "no entry is lost or moved"
-    height = -(-len(found) // columns)  # as matplotlib fills columns
-    assert list(found)[height] == "alps" and not list(found)[height - 1].strip()
-    assert plots._by_method(front, [panel], 3) == (front, 3), "full columns need no blanks"
+    assert [list(filter(None, stack)) for stack in np.array_split(found, columns)] == [front[:4], front[4:]]
     assert plots._by_method(front, [panel], 9) == (front, 9), "one line"
     assert plots._by_method(front, [panel], 1) == (front, 1), "more methods than columns"
+
+
+def test_columns_of_a_legend_where_methods_have_entries_of_different_number(records):
+    (panel,) = panels("frontier", records)
+    names = [item["label"] for item in panel["points"]]
+    for front in ([*names, "Pareto front"], names[:5], [*names[:4], names[4], "Pareto front"]):
+        wanted = [[name for name in front if name.startswith(word)] for word in ("sparsegpt", "alps", "Pareto")]
+        found, columns = plots._by_method(front, [panel], 3)
+        # As matplotlib divides entries among columns.
+        assert [list(filter(None, stack)) for stack in np.array_split(found, columns)] == list(filter(None, wanted))
 
 
 def test_drift_is_drawn_along_the_depth(records):

@@ -114,7 +114,7 @@ def test_traces_are_drawn_by_iteration(tmp_path):
     growing["layers"][0]["stats"] = {}
     spec, found = layout.Spec(title="x"), figures.aggregate([fixed, growing])
     loss, change = plots.KINDS["trace"][0](found, spec)
-    assert (loss["what"], change["what"]) == ("mean relative loss, unfitted", "share of the support that changed")
+    assert [panel["what"] for panel in (loss, change)] == list(plots._TRACED.values())
     expected = [(1, 0.3), (2, 0.15), (3, 0.13), (4, 0.125)]  # the first layer stays at 0.2
     assert loss["series"][0]["points"] == [(n, pytest.approx(value)) for n, value in expected]
     assert change["series"][0]["points"] == [(2, pytest.approx(0.15)), (3, pytest.approx(0.02))]
@@ -163,6 +163,11 @@ def test_perplexity_is_drawn_against_the_tokens_that_a_distillation_saw(tmp_path
     assert panel["unfinished"] == pytest.approx(30.0) and panel["what"] == METRIC
     assert {file.name for file in plots.draw(found, spec, tmp_path, "t")} == {"t-tokens.svg", "t-tokens.png"}
     assert not plots.KINDS["tokens"][0](figures.aggregate([records[0], records[1], records[5]]), spec), "single points"
+    ended = copy.deepcopy(records[3])  # before a third of its text
+    ended["config"]["finish"]["tokens"], ended["finish"]["distil"]["fresh_tokens"] = 200, 200
+    ended["finish"]["distil"] |= {"tokens": 90, "distinct_tokens": 300}
+    (panel,) = plots.KINDS["tokens"][0](figures.aggregate([*records, ended]), spec)
+    assert [len(item["points"]) for item in panel["series"]] == [3, 2, 2], "drawn with every window once"
     another = [copy.deepcopy(made) for made in (*records[1:3], records[5])]
     for made in another:  # has no line of every window once
         made["sparsity"] = made["config"]["sparsity"] = "0.8"
