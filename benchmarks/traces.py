@@ -4,7 +4,8 @@
     python benchmarks/traces.py results/runs
 
 Reads the records below the folder whose layers have a trace (method.trace=true). A layer that has stopped keeps its
-last loss and changes nothing more. The change is that of the last iteration, as a share of the kept weights.
+last loss and changes nothing more. The change counts the entries that came into the support and those that left it in
+that iteration, over its size.
 """
 
 from __future__ import annotations

@@ -136,8 +136,9 @@ class Finish:
         block, distil: how, or None.
         data: name of the data set whose text is trained on beside the calibration windows, or "generated", which the
             dense model writes; None: the calibration's.
-        path: a local file of such text in place of a data set's; alone it means data=local.
-        tokens: so many of such text, in windows none of which is held out or evaluated on; every epoch sees them all.
+        path: a local file of that text in place of a data set's; alone it means finish.data=local.
+        tokens: how many of that text (`data` or `path`), in windows none of which is held out or evaluated on; every
+            epoch sees them all.
         minutes: all ends after so long: `block` after half of it where `distil` follows, that after what is left; None:
             when all is done.
     """
