@@ -12,6 +12,7 @@ from .figures import AXES, UNKNOWN, Aggregate, Group, finish_of, is_dense, is_tr
 
 _NAMED = 12  # runs or rows that a footnote lists
 _PACKAGES = ("torch", "transformers", "lm-eval", "numpy")
+_ALL = "all"  # layers, which goes without saying
 
 
 def footnotes(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[str]) -> list[str]:
@@ -40,6 +41,7 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
         "evaluation": lambda record: f"eval={(record.get('config') or {}).get('eval', {}).get('name', UNKNOWN)}",
         "windows": lambda record: _windows(record, metrics),
         "calibration": _calibration,
+        "layers": _layers,
         "refit": lambda record: _unusual(record, "refit", "none"),
         "propagate": lambda record: _unusual(record, "propagate", "pruned"),
         "target": lambda record: _choice(record, "target", "layer"),
@@ -57,7 +59,7 @@ def _protocol(found: Aggregate, constant: Mapping[str, str], metrics: Sequence[s
     parts = [f"{axis} {value}" for axis, value in constant.items()]
     for name, fact in facts.items():
         text = _seeds(found.groups) if name == "seeds" else _spread(found, fact)
-        if text and (name not in ("inputs", "threads") or " / " in text):  # only where they differ
+        if text and text != _ALL and (name not in ("inputs", "threads") or " / " in text):  # only where they differ
             parts.append(f"{name} {text}")
     return _capital("; ".join(parts)) + "."
 
@@ -112,6 +114,18 @@ def _calibration(record: Mapping) -> str | None:
     if not facts:
         return None
     return f"{facts['windows']} × {facts['seqlen']} tokens of {facts['dataset']} ({facts.get('split', UNKNOWN)})"
+
+
+def _layers(record: Mapping) -> str | None:
+    """Which layers were pruned."""
+    if is_dense(record):
+        return None
+    asked = (record.get("config") or {}).get("layers")
+    asked = asked if isinstance(asked, Mapping) else {}
+    included, excluded = (globs if isinstance(globs := asked.get(key), list) else [] for key in ("include", "exclude"))
+    words = [] if included in ([], ["*"]) else [", ".join(map(str, included))]
+    words += [f"without {', '.join(map(str, excluded))}"] if excluded else []
+    return " ".join(words) or _ALL
 
 
 def _choice(record: Mapping, group: str, usual: str) -> str | None:

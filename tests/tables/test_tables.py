@@ -244,6 +244,16 @@ class TestCells:
         assert "dtype float32;" in line and "windows wikitext2 10 × 2048" in line and "evaluation eval=wanda" in line
         assert "calibration 8 × 2048 tokens of c4" in line and "seeds 0" in line and "code 0.1 (abc)" in line
 
+    def test_the_footnote_says_which_layers_were_pruned(self):
+        some = record()
+        some["config"]["layers"] = {"include": ["layers.[0-2].*"], "exclude": []}
+        assert "; layers layers.[0-2].*; " in laid_out([some]).notes[0]
+        some["config"]["layers"] = {"include": ["*"], "exclude": ["*.k_proj", "*.v_proj"]}
+        note = laid_out([record("dense"), some, record("wanda")]).notes[0]
+        assert "; layers all (wanda) / without *.k_proj, *.v_proj (alps); " in note
+        some["config"]["layers"] = {"include": ["*"], "exclude": []}
+        assert "layers" not in laid_out([some]).notes[0]
+
 
 def damaged(value, path=()):
     """Every leaf and branch of a record replaced by what does not belong there."""
