@@ -15,7 +15,7 @@ import pandas as pd
 from ..base.errors import UserError
 from . import archive, plots, render
 from .figures import Aggregate, aggregate
-from .layout import NotMeasured, Spec, grid, spec_of
+from .layout import Grid, NotMeasured, Spec, grid, spec_of
 
 RUNS, KEPT, TABLES = archive.RUNS, archive.RECORDS, Path("results/tables")
 COMPARISON = "comparison"
@@ -37,7 +37,7 @@ def make(runs: archive.RunSet, folder: Path, drawn: bool = True) -> list[Path]:
     """
     spec = spec_of(runs.name, runs.table)
     found = _aggregate(runs.records, runs.absent, spec)
-    table = grid(found, spec)
+    table, spec = _laid_out(found, spec)
     pictures = plots.draw(found, spec, folder, runs.name, drawn)
     for old in _files_of(runs.name, folder):
         if old.stem != runs.name and old not in pictures:
@@ -62,22 +62,30 @@ def report(
         node: the sweep's table node, where its file is not one of the package's.
 
     Returns:
-        The table, or a line that says why there is none. Of metrics of which none was measured, those that were.
+        The table, or a line that says why there is none.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     try:
         spec = spec_of(name, node) if name else Spec()
-        found = _aggregate(records, missing, spec)
-        try:
-            return render.plain(grid(found, spec), width)
-        except NotMeasured:  # the command line evaluates on other data than the sweep's file
-            return render.plain(grid(found, replace(spec, metrics=None)), width)
+        table, _ = _laid_out(_aggregate(records, missing, spec), spec)
+        return render.plain(table, width)
     except UserError as error:
         return f"no table: {error}"
 
 
 def _aggregate(records: Iterable[Mapping], missing: Iterable[str] | Mapping[str, str], spec: Spec) -> Aggregate:
     return aggregate(records, missing, spec.seconds, spec.published)
+
+
+def _laid_out(found: Aggregate, spec: Spec) -> tuple[Grid, Spec]:
+    """The table and its spec: without metrics, and with a note, where none of them was measured, as when the command
+    line evaluates on other data than the sweep's file."""
+    try:
+        return grid(found, spec), spec
+    except NotMeasured as error:
+        spec = replace(spec, metrics=None)
+        table = grid(found, spec)
+        return replace(table, notes=[*table.notes, f"The table's {error}."]), spec
 
 
 def sets_of(runs: Path, kept: Path | None) -> list[archive.RunSet]:

@@ -25,6 +25,7 @@ from alps_exp.procedure import distil as procedure_distil
 from alps_exp.runs import together
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
+from alps_exp.training import optimisers
 from alps_exp.training import trainer as training_trainer
 from alps_exp.training.finish import BlockFinish, Distillation, Finish, Finishing, build_finish
 from alps_exp.training.recipe import Recipe
@@ -518,7 +519,8 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
     ],
     ids=lambda text: text[:60],
 )
-def test_what_cannot_be_is_refused_in_one_line(words, more, said):
+def test_what_cannot_be_is_refused_in_one_line(words, more, said, monkeypatch):
+    monkeypatch.setattr(optimisers, "_EIGHT_BIT", ("nowhere.optim",))
     with pytest.raises(UserError) as caught:
         resolve(compose([*words, *more.split(" ")]))
     assert said in str(caught.value) and "\n" not in str(caught.value)

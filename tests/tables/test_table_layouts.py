@@ -11,7 +11,7 @@ from table_records import METRIC, cells, failed, laid_out, record, several, task
 from alps_exp.base.errors import UserError
 from alps_exp.base.resources import resource_root
 from alps_exp.cli import overrides
-from alps_exp.tables import figures, layout, make, plots, render
+from alps_exp.tables import archive, figures, layout, make, plots, render
 
 LAYER = "model.decoder.layers.0.self_attn.k_proj"
 
@@ -163,14 +163,17 @@ class TestLayouts:
         assert cells(grid)["geometric", "1.1"] == {METRIC: "*20.00*"}
         assert cells(grid)["paper", "1.2"] == {METRIC: "22.00"}
 
-    def test_metrics_are_picked_by_globs_in_their_order(self, grid_of_runs):
+    def test_metrics_are_picked_by_globs_in_their_order(self, grid_of_runs, tmp_path):
         grid = laid_out(grid_of_runs, metrics=["zeros", "wiki*"])
         assert grid.header == [("zeros",), (METRIC,)]
         with pytest.raises(UserError, match=r"match none of what was measured: relative loss, wikitext2"):
             laid_out(grid_of_runs, metrics=["c4*"])
         # At the end of a sweep that the command line evaluated on other data, there is a table all the same.
         table = make.report(grid_of_runs, "test", node={"metrics": ["c4*"], "rows": ["method"]}, width=100)
-        assert "no table" not in table and "wikitext2" in table
+        assert "no table" not in table and "The table's metrics=['c4*'] match none" in " ".join(table.split())
+        runs = archive.RunSet("test", grid_of_runs, [], "here", table={"metrics": ["c4*"], "plots": ["perplexity"]})
+        assert "test-perplexity.svg" in {path.name for path in make.make(runs, tmp_path, drawn=False)}
+        assert "match none of what was measured" in (tmp_path / "test.md").read_text(encoding="utf-8")
 
     def test_unshown_metrics_are_in_the_files_of_numbers(self):
         found = figures.aggregate([record(evaluations=[task(0.5), task(0.6, metric="acc_norm")])])
