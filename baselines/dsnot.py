@@ -61,6 +61,7 @@ class DSnoT(Solver):
 
     selection: ClassVar[str] = "row"
     kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "hierarchical"})
+    unplanned: ClassVar[str] = "swaps"
 
     start: str = "wanda"
     same_sign: bool = True

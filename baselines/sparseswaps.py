@@ -56,6 +56,7 @@ class SparseSwaps(Solver):
     """
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"unstructured", "nm", "hierarchical"})
+    unplanned: ClassVar[str] = "swaps"
 
     start: str = "wanda"
     max_swaps: int = 100

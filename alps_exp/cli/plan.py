@@ -184,6 +184,7 @@ def _not_estimated(settings: Settings) -> list[str]:
     missing = ["evaluation on whole texts (eval.windows)"] if asked.texts and not asked.windows else []
     missing += ["tasks"] if asked.tasks.names else []
     missing += ["writing the calibration text"] if isinstance(settings.calibration.data, GeneratedSettings) else []
+    missing += [settings.solver.unplanned] if settings.solver.unplanned else []
     missing += ["choosing target.strength"] if getattr(settings.target, "strength", 0) == "auto" else []
     return missing + ([f"eval={asked.protocol}"] if asked.own is not None else [])
 

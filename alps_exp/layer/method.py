@@ -28,6 +28,7 @@ class Method:
         even: as many of them in every block.
         reconstruction: made from what is known of a method whose full text is not public.
         trains: the weights follow gradients of the model's own loss on text: not one-shot.
+        unplanned: what takes time that `flops` does not know, as plan=true states it; "" is nothing to speak of.
     """
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
@@ -39,6 +40,7 @@ class Method:
     even: ClassVar[bool] = True
     reconstruction: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    unplanned: ClassVar[str] = ""
 
     def flops(self, rows: int, width: int) -> float:
         """Floating-point operations of one layer's matrix products, for the estimates of plan=true; 0 where memory

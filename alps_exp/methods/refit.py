@@ -78,6 +78,10 @@ class Refitted(Solver):
     def selection(self) -> str:
         return self.method.selection
 
+    @property
+    def unplanned(self) -> str:
+        return self.method.unplanned
+
     def flops(self, rows: int, width: int) -> float:
         return self.method.flops(rows, width) + _FITS[self.refit].flops(rows, width)
 

@@ -43,6 +43,13 @@ def test_a_plan_says_that_the_choice_of_a_strength_is_not_in_its_time(settings):
     assert "choosing target.strength not in it" in auto and "choosing target.strength" not in number
 
 
+@pytest.mark.parametrize("refit", ["none", "pcg"])
+def test_a_plan_says_that_swaps_are_not_in_its_time(settings, refit):
+    """Their number is not known before, and they are bound by memory, not by products, whose rate is measured."""
+    swapping, scoring = (plan_of([*settings, f"method={name}", f"refit={refit}"]) for name in ("sparseswaps", "wanda"))
+    assert "swaps not in it" in swapping and "not in it" not in scoring.partition("\ntime")[2].partition("\n")[0]
+
+
 def test_a_plan_is_validated(settings):
     with pytest.raises(UserError, match="beyond the model's context"):
         plan_of([*settings, "seqlen=1000"])
