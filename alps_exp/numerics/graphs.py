@@ -56,10 +56,17 @@ def _forget(device: int, pool: tuple[int, int]) -> None:
     Its allocator would go on as in a capture: what is cached would not be freed when memory runs short, and the pool's
     memory never. The device's random numbers would refuse to be drawn, as outside of the capture that they are in.
     """
-    for undone in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # which have no public name
-        with suppress(RuntimeError, AttributeError):
-            getattr(torch._C, undone)(device, pool)
+    _close(device, pool)
     generator = torch.cuda.default_generators[device]
     other = torch.Generator(generator.device)
     other.set_state(generator.get_state())
     generator.graphsafe_set_state(other.graphsafe_get_state())
+
+
+def _close(device: int, pool: tuple[int, int]) -> None:
+    """End the allocator's part of a capture. These have no public names."""
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except (RuntimeError, AttributeError):  # it was over before the capture failed: the graph gives the pool back
+        return
+    torch._C._cuda_releasePool(device, pool)

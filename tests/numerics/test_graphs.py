@@ -46,6 +46,22 @@ def test_an_error_is_told_and_torch_forgets_a_capture_that_failed(monkeypatch, e
     assert graph.ends == 1 and forgotten == [(0, 7)] * fails and gc.isenabled()
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["it was going on", "it was over"])
+def test_the_pool_is_given_back_once(monkeypatch, over):
+    """A graph whose capture was over gives its pool back itself: a second time would end the process."""
+    asked = []
+
+    def end(device, pool) -> None:
+        asked.append(("end", device, pool))
+        if over:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *what: asked.append(("release", *what)), raising=False)
+    graphs._close(1, (0, 7))
+    assert asked == [("end", 1, (0, 7)), ("release", 1, (0, 7))][: 1 if over else 2]
+
+
 @on_gpu
 @pytest.mark.parametrize("where", ["asks", "at the end"])
 def test_after_a_failed_recording_the_device_works_as_before(where):
