@@ -46,6 +46,7 @@ def _cell(traces: list[dict], number: int) -> str:
 
 
 def main() -> None:
+    """Print a table of the traces below a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     found = rows(parser.parse_args().folder)

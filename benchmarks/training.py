@@ -47,6 +47,7 @@ _STEPS = 8  # of ELSA
 
 
 def main() -> None:
+    """Time a training, and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("block", "distil", "elsa"))
     parser.add_argument("--shape", choices=_SHAPES, default="llama-1b")

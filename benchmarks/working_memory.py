@@ -77,6 +77,7 @@ def exponent(sizes: list[int], memory: list[int]) -> float:
 
 
 def main() -> None:
+    """Measure each method at each width, every one in a process of its own, and print lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default="struprune")
     parser.add_argument("--widths", default="128,256,512")

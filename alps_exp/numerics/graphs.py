@@ -64,9 +64,12 @@ def _forget(device: int, pool: tuple[int, int]) -> None:
 
 
 def _close(device: int, pool: tuple[int, int]) -> None:
-    """End the allocator's part of a capture. These have no public names."""
+    """End the allocator's part of a capture, if it goes on. What does so has no public name: without it, nothing is
+    done."""
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except (RuntimeError, AttributeError):  # it was over before the capture failed: the graph gives the pool back
+    except RuntimeError:  # it was over before the capture failed, and the graph gives the pool back
+        return
+    except AttributeError:
         return
     torch._C._cuda_releasePool(device, pool)

@@ -114,7 +114,7 @@ def test_traces_are_drawn_by_iteration(tmp_path):
     growing["layers"][0]["stats"] = {}
     spec, found = layout.Spec(title="x"), figures.aggregate([fixed, growing])
     loss, change = plots.KINDS["trace"][0](found, spec)
-    assert [panel["what"] for panel in (loss, change)] == list(plots._TRACED.values())
+    assert (loss["what"], change["what"]) == ("mean relative loss, unfitted", "entries in and out / support")
     expected = [(1, 0.3), (2, 0.15), (3, 0.13), (4, 0.125)]  # the first layer stays at 0.2
     assert loss["series"][0]["points"] == [(n, pytest.approx(value)) for n, value in expected]
     assert change["series"][0]["points"] == [(2, pytest.approx(0.15)), (3, pytest.approx(0.02))]
