@@ -37,7 +37,7 @@ class Parts:
 
     def __init__(self, block: nn.Module, layers: Mapping[str, Layer], hidden: Tensor, additions: Additions) -> None:
         self.layers: dict[nn.Module, frozenset[str]] = {}
-        self.writers: dict[nn.Module, str | None] = {}
+        self.writers: dict[nn.Module, str] = {}
         self._additions, self._size = additions, hidden.nbytes
         self._calls: dict[nn.Module, int] = {}
         names: dict[nn.Module, list[str]] = {}
@@ -62,7 +62,8 @@ class Parts:
             same = all(tensor._version == version for tensor, version in given)
             if same and self._calls[part] == 1 and wrote == names and len(names) < 2:
                 self.layers[part] = self._candidates[part]
-                self.writers[part] = next(iter(names), None)
+                for name in names:
+                    self.writers[part] = name
         self._seen.clear()
 
     def _look(self, part: nn.Module, args: tuple, output) -> None:
@@ -102,11 +103,10 @@ class Replay:
         self._outputs.clear()
         return held
 
-    def writers(self, windows: Windows, called: Iterable[str]) -> dict[nn.Module, str]:
-        """The parts that a `forward` does not run and that write to the residual stream, with the writer's name."""
-        return {
-            part: self._parts.writers[part] for part in self._left_out(windows, called) if self._parts.writers[part]
-        }
+    @property
+    def writers(self) -> dict[nn.Module, str]:
+        """The parts whose output is that of a layer which writes to the residual stream, with its name."""
+        return {} if self._parts is None else self._parts.writers
 
     @contextmanager
     def forward(

@@ -19,6 +19,7 @@ from ..checkpoints.packed import stored_size
 from ..model.blocks import BlockModel
 from ..model.loading import context_length
 from ..model.resident import FORMS, nbytes, resident_as
+from ..numerics.graphs import recorded
 from .evaluation import Evaluation, Figure
 from .perplexity import whole_model
 
@@ -169,8 +170,9 @@ class _Graph:
                 _forward(step, self._next, self._cache)
             self.reset()
             stream.synchronize()
+            torch.cuda.empty_cache()  # what the prompt has left is of no use to a graph
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with recorded(self._graph, torch.cuda.graph_pool_handle()):
                 self._next.copy_(_forward(step, self._next, self._cache))
         torch.cuda.current_stream(device).wait_stream(stream)
 

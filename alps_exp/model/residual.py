@@ -78,7 +78,8 @@ class Additions(TorchDispatchMode):
         hidden: what the block is called with.
         wanted: names of layers.
         full: called once every layer of `wanted` was added to the stream, such as to end the forward.
-        instead: modules that give the output of a layer without calling it, and the layer's name.
+        parts: modules known to give the output of a layer as it is, and the layer's name. What they do is not watched,
+            which takes longer than what is done where the GPU is fast; they need not call the layer.
 
     Attributes:
         found: what the layers write, by the names of `writers_of`.
@@ -92,14 +93,14 @@ class Additions(TorchDispatchMode):
         hidden: Tensor,
         wanted: Iterable[str] = (),
         full: Callable[[], None] = lambda: None,
-        instead: Mapping[nn.Module, str] | None = None,
+        parts: Mapping[nn.Module, str] | None = None,
     ) -> None:
         super().__init__()
         self.found: dict[str, Addition] = {}
         self.outputs: dict[str, Tensor] = {}
         self._block, self._layers = block, layers
         self._stream = {_address(hidden): hidden}
-        self._wanted, self._full, self._instead = set(wanted), full, dict(instead or {})
+        self._wanted, self._full, self._parts = set(wanted), full, dict(parts or {})
         self._terms: dict[int, _Term] = {}
         self._apart: dict[int, tuple[Tensor, str]] = {}  # outputs of experts that are summed outside of their module
         self._handles: list = []
@@ -109,8 +110,11 @@ class Additions(TorchDispatchMode):
             key for name, key in writers_of(self._layers).items() if isinstance(self._layers[name], ExpertLayer)
         }
         own = {self._layers[key].module: key for key in writers_of(self._layers).values()}
-        linears = own | self._instead
+        linears = own | self._parts
         for module in self._block.modules():
+            if module in self._parts:
+                self._handles.append(module.register_forward_pre_hook(self._rest))
+                self._handles.append(module.register_forward_hook(self._resume, always_call=True))
             if module in linears:
                 self._handles.append(module.register_forward_hook(self._written(linears[module])))
             elif "norm" in type(module).__name__.lower():
@@ -124,6 +128,12 @@ class Additions(TorchDispatchMode):
         self._apart.clear()
         self._stream.clear()
         return super().__exit__(*error)
+
+    def _rest(self, *_) -> None:
+        super().__exit__(None, None, None)
+
+    def _resume(self, *_) -> None:
+        super().__enter__()
 
     def _written(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output) -> None:

@@ -135,7 +135,7 @@ class _Watch:
         writers: names of layers, those of `writers_of`.
         hidden: what it is called with.
         ending: end the forward once all that is wanted is known, unless somebody watches it.
-        instead: modules that give a writer's output without calling it, and its name.
+        parts: modules that give a writer's output as it is, and its name.
     """
 
     def __init__(
@@ -144,12 +144,12 @@ class _Watch:
         writers: Sequence[str],
         hidden: Tensor,
         ending: bool,
-        instead: Mapping[nn.Module, str],
+        parts: Mapping[nn.Module, str],
     ) -> None:
         self._modules = {name: block.every[name].module for name in writers}
         self.inputs: dict[str, tuple[tuple, dict]] = {}
         end = self._end if ending and not block.watched else _go_on
-        self.additions = Additions(block.module, block.every, hidden, writers, end, instead)
+        self.additions = Additions(block.module, block.every, hidden, writers, end, parts)
 
     def __enter__(self) -> _Watch:
         self._stack = ExitStack()
@@ -200,11 +200,10 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
     written = list(dict.fromkeys(keys[name] for name in writers))
     dense = _forward_dense(block, writers, written, first, last)
     collector.resting = False
-    instead = replay.writers(windows, names)
     with (
         suppress(Enough),
         replay.forward(windows, names, later),
-        _Watch(block, written, hidden, True, instead) as pruned,
+        _Watch(block, written, hidden, True, replay.writers) as pruned,
     ):
         block.forward(hidden)
     for name in written:
@@ -228,12 +227,12 @@ def _forward_dense(
     windows = (f"{DENSE} {CALIBRATION}", first, last)
     others = block.open.difference(writers)
     more = not others.isdisjoint(block.writers)
-    instead, later = replay.writers(windows, writers), others if more else None
+    later = others if more else None
     with (
         block.dense(),
         suppress(Enough),
         replay.forward(windows, writers, later),
-        _Watch(block, written, hidden, more, instead) as watch,
+        _Watch(block, written, hidden, more, replay.writers) as watch,
     ):
         replay.finish(windows, block.forward(hidden))
     return watch

@@ -8,10 +8,11 @@ from tiny import network, tokens
 
 from alps_exp.base.errors import UserError
 from alps_exp.checkpoints.packed import pack
-from alps_exp.evaluation.speed import Speed, _forward, _Steps
+from alps_exp.evaluation.speed import Speed, _decoder, _forward, _Steps
 from alps_exp.model.blocks import BlockModel
 
 CPU = torch.device("cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need CUDA")
 QUICK = Speed(batches=(1, 3), prefill=999, cached=999, steps=2, repeats=2)
 
 
@@ -61,6 +62,41 @@ def test_steps_decode_greedily():
     expected = made.generate(batch, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert torch.equal(steps._next[:, 0], expected[:, -1])
     assert torch.equal(_forward(made, batch)[:, 0], expected[:, 5])
+
+
+@on_gpu
+@torch.no_grad()
+def test_a_recorded_step_decodes_what_steps_do():
+    made, device = network("llama").float().cuda(), torch.device("cuda", 0)
+    graph = _decoder(made, device, 2, 5, 4, compiled=False)
+    graph.reset()
+    graph.run()
+    steps = _Steps(made, device, 2, 5, 4)
+    steps.reset()
+    steps.run()
+    assert graph.how == "CUDA graphs" and torch.equal(graph._next, steps._next)
+
+
+@on_gpu
+@torch.no_grad()
+def test_a_model_that_cannot_be_recorded_is_measured_without_and_leaves_the_device_as_it_was():
+    class Asking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network("llama").float().cuda()
+            self.config, self.get_input_embeddings = self.inner.config, self.inner.get_input_embeddings
+
+        def forward(self, **kwargs):
+            found = self.inner(**kwargs)
+            assert found.logits.sum().item() == found.logits.sum().item()
+            return found
+
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(9, device="cuda")
+    torch.cuda.manual_seed(3)
+    with pytest.warns(UserWarning, match="decoding is measured without CUDA graphs, which this model refuses"):
+        decoder = _decoder(Asking(), torch.device("cuda", 0), 1, 5, 2, compiled=False)
+    assert isinstance(decoder, _Steps) and torch.equal(torch.rand(9, device="cuda"), expected)
 
 
 def test_what_does_not_fit_as_a_whole_is_refused(monkeypatch):

@@ -342,3 +342,43 @@ def test_writers_are_found_and_nothing_else(family):
     for handle in handles:
         handle.remove()
     assert {name.removeprefix("b.") for name in found["additions"].found} == set(WRITERS[family])
+
+
+class Counting(Additions):
+    """Counts what it watches."""
+
+    def __init__(self, *args, **keys) -> None:
+        super().__init__(*args, **keys)
+        self.watched = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.watched += 1
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@torch.no_grad()
+def test_what_known_parts_do_is_not_watched():
+    block = find_blocks(network("llama"))[1][0]
+    linears = block_layers(block, "b")
+    parts = {block.self_attn: "b.self_attn.o_proj", block.mlp: "b.mlp.down_proj"}
+    hidden, rotary = torch.randn(2, 5, 32), (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
+    with Counting(block, linears, hidden) as plain:
+        expected = block(hidden, position_embeddings=rotary)
+    with Counting(block, linears, hidden, parts=parts) as spared:
+        assert torch.equal(block(hidden, position_embeddings=rotary), expected)
+    assert spared.watched < plain.watched / 2
+    assert spared.found.keys() == plain.found.keys() == set(parts.values())
+    for name, addition in spared.found.items():
+        assert torch.equal(addition.stream, plain.found[name].stream) and addition.factor == 1
+    with (
+        pytest.raises(TypeError),
+        Counting(block, linears, hidden, parts=parts) as failed,
+    ):
+        try:
+            block(hidden)  # its attention needs position embeddings
+        finally:
+            before = failed.watched
+            hidden + 1
+            assert failed.watched == before + 1
+    hidden + 1
+    assert failed.watched == before + 1
