@@ -81,7 +81,7 @@ def perplexities(sweep: str, sparsity: str, **chosen: object) -> list[float]:
 
 
 def finished(sparsity: str) -> list[float]:
-    tokens = 1105920 if sparsity == "0.5" else 532480
+    tokens = 1105920 if sparsity == "0.5" else 716800
     return perplexities("finished", sparsity, finish__tokens=tokens)
 
 
@@ -104,6 +104,18 @@ def test_what_finishing_buys():
         assert all(
             value <= float(bound) + 0.005 for value, bound in zip(ratios, aimed[level].split(" / "), strict=True)
         )
+
+
+def test_what_finishing_buys_on_another_family():
+    plain, residual, finish, ratio, _ = documented("docs/finishing.md", "Gemma-3-270M, nothing changed")
+    for level in LEVELS:
+        dense = perplexities("gemma", level, target__name="layer")
+        before = perplexities("gemma", level, sensitivity__name="outputs", finish__name="none")
+        after = perplexities("gemma", level, finish__name="block+distil")
+        for row, values in ((plain, dense), (residual, before), (finish, after)):
+            assert_pair(row[level], values)
+        assert_pair(ratio[level], [value / first for value, first in zip(after, dense, strict=True)])
+        assert all(value < first for value, first in zip(after, before, strict=True)), "no cell gets worse"
 
 
 def test_what_finishing_buys_after_other_methods():
