@@ -2,24 +2,47 @@
 
 A block whose groups of layers are captured in order is run several times over the same windows, and beside the dense
 model as often again. Between two of these runs only some of its layers have changed: the attention, once its layers are
-pruned, gives what it gave before. Its output is kept, and put in its place.
+pruned, gives what it gave before. Its output is kept, and put in its place. While its last layer is captured, that
+layer's input is kept instead: once its weight is found, the output is its product with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..base.memory import free_device
 from ..model.blocks import hidden_of
-from ..model.layers import Layer
+from ..model.layers import ExpertLayer, Layer
 from ..model.residual import Additions
 
 # Windows of one stream of hidden states: its name, the first window, and the one after the last.
 Windows = tuple[str, int, int]
+
+# A last layer's input is kept up to this multiple of the hidden states. The attention's is one to two of them; a
+# feed-forward part's is three to four, and what it would spare is less.
+_LARGEST = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Last:
+    """The layer that a part ends with.
+
+    Attributes:
+        name: of the layer.
+        module: it, called with one tensor.
+        size: bytes of that for one of the hidden states.
+        returned: what the part gives, of the layer's output.
+    """
+
+    name: str
+    module: nn.Module
+    size: float
+    returned: Callable[[Tensor], object]
 
 
 class Parts:
@@ -33,11 +56,18 @@ class Parts:
         layers: its linear layers by name.
         hidden: what it is called with.
         additions: watches the same forward.
+
+    Attributes:
+        layers: names of the layers in each.
+        writers: the layer whose output is that of a part, where it writes to the residual stream, by name.
+        lasts: the same, where its input may stand for the part's other layers.
     """
 
     def __init__(self, block: nn.Module, layers: Mapping[str, Layer], hidden: Tensor, additions: Additions) -> None:
         self.layers: dict[nn.Module, frozenset[str]] = {}
         self.writers: dict[nn.Module, str] = {}
+        self.lasts: dict[nn.Module, Last] = {}
+        self._layers = layers
         self._additions, self._size = additions, hidden.nbytes
         self._calls: dict[nn.Module, int] = {}
         names: dict[nn.Module, list[str]] = {}
@@ -48,23 +78,30 @@ class Parts:
             for child in block.children()
             if child not in names and (own := frozenset(n for m in child.modules() for n in names.get(m, ())))
         }
-        self._seen: dict[nn.Module, tuple[frozenset[str], list[tuple[Tensor, int]]]] = {}
+        self._seen: dict[nn.Module, tuple[frozenset[str], object, list[tuple[Tensor, int]]]] = {}
+        self._called: dict[nn.Module, list[tuple[list[tuple[Tensor, int]], object]]] = {}
 
     def __enter__(self) -> Parts:
         self._handles = [child.register_forward_hook(self._look) for child in self._candidates]
+        for name in set().union(*self._candidates.values()):
+            if not isinstance(self._layers[name], ExpertLayer):
+                self._handles.append(self._layers[name].module.register_forward_hook(self._listen, with_kwargs=True))
         return self
 
     def __exit__(self, *error) -> None:
         for handle in self._handles:
             handle.remove()
-        for part, (names, given) in self._seen.items():
+        for part, (names, output, given) in self._seen.items():
             wrote = self._candidates[part] & self._additions.found.keys()
             same = all(tensor._version == version for tensor, version in given)
             if same and self._calls[part] == 1 and wrote == names and len(names) < 2:
                 self.layers[part] = self._candidates[part]
                 for name in names:
                     self.writers[part] = name
+                    if (last := self._last(name, output)) is not None:
+                        self.lasts[part] = last
         self._seen.clear()
+        self._called.clear()
 
     def _look(self, part: nn.Module, args: tuple, output) -> None:
         self._calls[part] = self._calls.get(part, 0) + 1
@@ -72,7 +109,28 @@ class Parts:
         if any(tensor.is_inference() for tensor in given):  # which do not tell whether they are written over
             return
         if given and given[0] is hidden_of(output) and sum(tensor.nbytes for tensor in given) == self._size:
-            self._seen[part] = self._additions.whole(given[0]), [(tensor, tensor._version) for tensor in given]
+            versions = [(tensor, tensor._version) for tensor in given]
+            self._seen[part] = self._additions.whole(given[0]), output, versions
+
+    def _listen(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        given = _tensors((*args, *kwargs.values()))
+        if not any(tensor.is_inference() for tensor in (*given, output)):
+            versions = [(tensor, tensor._version) for tensor in given]
+            self._called.setdefault(module, []).append((versions, output))
+
+    def _last(self, name: str, output) -> Last | None:
+        """What a part with this output ends with, where its layer's output is returned alone or before empty places."""
+        module, given, kind = self._layers[name].module, hidden_of(output), type(output)
+        rest = () if output is given else output[1:]
+        calls = self._called.get(module, ())
+        if len(calls) != 1 or len(calls[0][0]) != 1 or kind not in (tuple, list, type(given)) or any(rest):
+            return None
+        [(inputs, version)], own = calls[0]
+        same = own.data_ptr() == given.data_ptr() and own.shape == given.shape and own.stride() == given.stride()
+        if not same or inputs._version != version:
+            return None
+        returned = (lambda out: out) if output is given else lambda out: kind([out, *rest])
+        return Last(name, module, inputs.nbytes / self._size, returned)
 
 
 class Replay:
@@ -90,15 +148,20 @@ class Replay:
 
     def __init__(self, parts: Parts | None = None, size: int = 0, device: torch.device | None = None) -> None:
         # The attention's in the dense block and in the pruned one.
-        room = parts is not None and 2 * size <= 0.25 * free_device(device)
-        self._parts = parts if room else None
-        self._kept: dict[Windows, dict[nn.Module, object]] = {}
+        room = 0.0 if parts is None else 0.25 * free_device(device)
+        self._parts = parts if 2 * size <= room else None
+        self._lasts: dict[nn.Module, Last] = {}
+        if self._parts is not None:
+            fits = {part: last for part, last in parts.lasts.items() if (2 + last.size) * size <= room}
+            self._lasts = {part: last for part, last in fits.items() if last.size <= _LARGEST}
+        self._kept: dict[Windows, dict[nn.Module, Callable]] = {}
         self._outputs: dict[Windows, Tensor] = {}
 
     def drop(self) -> bool:
         """Keep nothing any more; False where nothing was kept."""
         held = bool(self._kept or self._outputs)
         self._parts = None
+        self._lasts = {}
         self._kept.clear()
         self._outputs.clear()
         return held
@@ -117,18 +180,25 @@ class Replay:
         Args:
             windows: what it is run on.
             called: layers whose parts are to be run.
-            later: what is run is kept, but for the parts of these layers; nothing is kept if not given.
+            later: layers whose weights will change; nothing is kept if not given. Kept are the outputs of parts
+                without them, and of parts with one, that they end with and that is `called`, its input.
         """
         left_out = self._left_out(windows, called)
         kept = self._kept.setdefault(windows, {}) if self._parts is not None else {}
         with ExitStack() as stack:
             for part in left_out:
-                part.forward = _returning(kept[part])
+                part.forward = kept[part]
                 stack.callback(part.__dict__.pop, "forward")
             if self._parts is not None and later is not None:
                 for part, layers in self._parts.layers.items():
-                    if part not in left_out and layers.isdisjoint(later):
+                    changing, last = layers.intersection(later), self._lasts.get(part)
+                    if not changing:
                         stack.callback(part.register_forward_hook(_keeping(kept)).remove)
+                    elif last is not None and changing == {last.name} and last.name in called:
+                        hook = _keeping_input(kept, part, last)
+                        stack.callback(
+                            last.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove
+                        )
             yield
 
     def _left_out(self, windows: Windows, called: Iterable[str]) -> list[nn.Module]:
@@ -166,9 +236,16 @@ def _returning(output):
     return lambda *args, **kwargs: output
 
 
-def _keeping(kept: dict):
+def _keeping(kept: dict[nn.Module, Callable]) -> Callable:
     def hook(part: nn.Module, args: tuple, output) -> None:
-        kept[part] = output
+        kept[part] = _returning(output)
+
+    return hook
+
+
+def _keeping_input(kept: dict[nn.Module, Callable], part: nn.Module, last: Last) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        kept[part] = lambda *_, **__: last.returned(module(*args, **kwargs))
 
     return hook
 

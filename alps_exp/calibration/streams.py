@@ -144,7 +144,8 @@ class Streams:
             index: the block's.
             block: with the weights that the model has which these streams go through.
             dense: those that go through the dense model, or those that go through the pruned one.
-            replay: what was kept of the block's forwards on them.
+            replay: what was kept of the block's forwards on them. Of calibration windows that go through the dense model
+                alone it was kept with pruned weights, and is not taken.
 
         Returns:
             Windows of each forward, by the stream's name.
@@ -154,7 +155,8 @@ class Streams:
         moving = {name: stream for name, stream in self.states.items() if (name in self.dense) == dense}
         with naming_the_step(self.model.name(index)):
             for name, stream in moving.items():
-                output_of = {} if replay is None else {"output_of": partial(replay.output, name)}
+                ours = replay is not None and name.startswith(f"{DENSE} ") == dense
+                output_of = {"output_of": partial(replay.output, name)} if ours else {}
                 stream.advance(self.model, index, block, **output_of)
         self.ladder.take_over(self.model.name(index), self.states)
         return {name: list(stream.sizes) for name, stream in moving.items()}

@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..calibration.capture import Accumulator, Collector, Enough, Group
 from ..calibration.ladder import CALIBRATION, naming_the_step
 from ..calibration.replay import Parts, Replay
-from ..calibration.streams import DENSE
+from ..calibration.streams import DENSE, HELD_OUT
 from ..layer.inputs import Inputs, Statistics
 from ..layer.solver import Solver
 from ..model.layers import ExpertLayer
@@ -56,7 +56,9 @@ def order(block: BlockProblem) -> list[list[str]]:
                 )
         block.writers = frozenset(name for name, key in keys.items() if key in additions.found)
     if not block.watched:
-        block.replay = Replay(parts, block.streams.calibration.nbytes, block.model.device)
+        held_out = block.streams.held_out
+        size = block.streams.calibration.nbytes + (held_out.nbytes if held_out is not None else 0)
+        block.replay = Replay(parts, size, block.model.device)
     collector.finish()
     groups = collector.order()
     for names in groups:
@@ -188,11 +190,9 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
     hidden = block.streams.calibration.at(first, last)
     names, replay, windows = collector.names, block.replay, (CALIBRATION, first, last)
     writers = [name for name in names if name in block.writers]
-    more = not block.open.issubset(names)
-    later = block.open if more else None
     collector.begin(hidden, ending=not writers and not block.watched)
     if not writers:
-        with suppress(Enough), replay.forward(windows, names, later):
+        with suppress(Enough), replay.forward(windows, names, block.open):
             block.forward(hidden)
         return
     collector.resting = True
@@ -202,7 +202,7 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
     collector.resting = False
     with (
         suppress(Enough),
-        replay.forward(windows, names, later),
+        replay.forward(windows, names, block.open),
         _Watch(block, written, hidden, True, replay.writers) as pruned,
     ):
         block.forward(hidden)
@@ -260,11 +260,13 @@ def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
         return groups
     leaders = {names[0]: block.layers[names[0]] for names, _ in groups}
     collector = Collector(leaders, Statistics.GRAM, block.job.weighting)
+    called = [name for names, _ in groups for name in names]
     try:
-        for batch in block.streams.held_out:
-            collector.begin(batch, ending=not block.watched)
-            with suppress(Enough):
-                block.forward(batch)
+        for first, last in block.streams.held_out.spans():
+            hidden = block.streams.held_out.at(first, last)
+            collector.begin(hidden, ending=not block.watched)
+            with suppress(Enough), block.replay.forward((HELD_OUT, first, last), called, block.open):
+                block.forward(hidden)
         grams = {names[0]: sums.inputs(names[0]).gram if sums.tokens else None for names, sums in collector.finish()}
     finally:
         collector.remove()

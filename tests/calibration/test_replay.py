@@ -55,9 +55,18 @@ def test_a_run_that_keeps_outputs_has_the_bits_of_one_that_does_not(family, targ
         assert torch.equal(parameter, same), name
 
 
-@pytest.mark.parametrize(("target", "spared"), [(LayerTarget(), 2), (StreamTarget(), 4)], ids=["layer", "stream"])
-def test_attention_that_has_not_changed_is_not_run_again(target, spared, monkeypatch):
-    """Of the pruned block for the last capture and behind the block; of the dense one likewise."""
+def test_windows_that_go_through_the_dense_model_do_so_whatever_is_kept(monkeypatch):
+    """What is kept meanwhile is of the pruned block."""
+    found = told(prune(network("llama"), LayerTarget(), propagate="dense", held_out=tokens(6)))
+    monkeypatch.setattr(replay, "free_device", lambda device: 0)
+    assert told(prune(network("llama"), LayerTarget(), propagate="dense", held_out=tokens(6))) == found
+
+
+@pytest.mark.parametrize(("target", "spared"), [(LayerTarget(), 3), (StreamTarget(), 5)], ids=["layer", "stream"])
+@pytest.mark.parametrize("held_out", [None, tokens(6)], ids=["alone", "held out"])
+def test_attention_that_has_not_changed_is_not_run_again(target, spared, held_out, monkeypatch):
+    """Of the pruned block for the last two captures and behind the block, also on held-out windows; of the dense one
+    for the last capture and behind it."""
     calls, forward = [], LlamaAttention.forward
     monkeypatch.setattr(
         LlamaAttention, "forward", lambda self, *args, **keys: calls.append(self) or forward(self, *args, **keys)
@@ -67,9 +76,9 @@ def test_attention_that_has_not_changed_is_not_run_again(target, spared, monkeyp
         if not room:
             monkeypatch.setattr(replay, "free_device", lambda device: 0)
         model = network("llama")
-        prune(model, target, batch_size=12)
+        prune(model, target, batch_size=12, held_out=held_out)
         counts.append(calls.count(model.model.layers[0].self_attn))
-    assert counts[1] - counts[0] == spared
+    assert counts[1] - counts[0] == spared + (3 if held_out is not None else 0)
 
 
 @TARGETS
