@@ -114,7 +114,7 @@ class Parts:
 
     def _listen(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         given = _tensors((*args, *kwargs.values()))
-        if not any(tensor.is_inference() for tensor in (*given, output)):
+        if not any(tensor.is_inference() for tensor in given):
             versions = [(tensor, tensor._version) for tensor in given]
             self._called.setdefault(module, []).append((versions, output))
 
@@ -123,9 +123,11 @@ class Parts:
         module, given, kind = self._layers[name].module, hidden_of(output), type(output)
         rest = () if output is given else output[1:]
         calls = self._called.get(module, ())
-        if len(calls) != 1 or len(calls[0][0]) != 1 or kind not in (tuple, list, type(given)) or any(rest):
+        if len(calls) != 1 or len(calls[0][0]) != 1 or kind not in (tuple, list, type(given)):
             return None
         [(inputs, version)], own = calls[0]
+        if not isinstance(own, Tensor) or any(value is not None for value in rest):
+            return None
         same = own.data_ptr() == given.data_ptr() and own.shape == given.shape and own.stride() == given.stride()
         if not same or inputs._version != version:
             return None

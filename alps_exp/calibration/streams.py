@@ -144,8 +144,8 @@ class Streams:
             index: the block's.
             block: with the weights that the model has which these streams go through.
             dense: those that go through the dense model, or those that go through the pruned one.
-            replay: what was kept of the block's forwards on them. Of calibration windows that go through the dense model
-                alone it was kept with pruned weights, and is not taken.
+            replay: what was kept of the block's forwards on them. Of windows that go through the dense model alone it
+                was kept with pruned weights, and is not taken.
 
         Returns:
             Windows of each forward, by the stream's name.
