@@ -95,6 +95,7 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
         gone = math.fsum(done["seconds"] for done in result.finish.get("blocks", []))
         minutes = job.finish.distil_minutes(tools.team.tell(gone))
         recipe = choice.recipe(teacher.windows, width, minutes, ladder.micro)
+        working = working_dtypes(recipe.compute(model.device))
 
         def lighter() -> str | None:
             return checkpointing.begin() or ladder.lighter_training("the distillation", streams)
@@ -102,11 +103,11 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
         trainer = Trainer(
             model.model,
             {name: weight != 0 for name, weight in held.items()},  # a byte per weight, not kept
-            _loss(model, teacher),
+            _loss(model, teacher, working),
             teacher.windows,
             recipe,
             held_out=teacher.held_out,
-            working=working_dtypes(recipe.compute(model.device)),
+            working=working,
             label="distilling",
             quiet=job.quiet,
             file=tools.store.file(_FILE),
@@ -133,7 +134,9 @@ def distil(model: BlockModel, job: PruneJob, tools: Tools, teacher: Teacher, res
     result.finish["layer_losses"] = "before the distillation"
 
 
-def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool], Tensor]:
+def _loss(
+    model: BlockModel, teacher: Teacher, working: Mapping[torch.dtype, torch.dtype]
+) -> Callable[[Sequence[int], bool], Tensor]:
     seqlen, vocabulary = teacher.tokens.shape[1], _text_config(model).vocab_size
     positions = -(-seqlen // -(-seqlen * vocabulary // _LOGITS))
     together = max(1, _LOGITS // (seqlen * vocabulary))  # windows whose logits the dense model's head makes at once
@@ -144,6 +147,8 @@ def _loss(model: BlockModel, teacher: Teacher) -> Callable[[Sequence[int], bool]
         rows = [number + teacher.windows * held_out for number in numbers]
         tokens = teacher.tokens[rows].to(model.device, non_blocking=True)
         hidden = teacher.states.take(rows)
+        # The head that they go through computes in that as long as the training lasts, and not every norm casts.
+        hidden = hidden.to(working.get(hidden.dtype, hidden.dtype))
         if positions == seqlen:
             logits = model.forward(tokens)
             parts = zip(tokens.split(together), hidden.split(together), strict=True)

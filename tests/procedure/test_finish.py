@@ -240,8 +240,9 @@ def test_a_model_that_lost_nothing_stays_as_it_is(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_half_precision_stays_half_precision(dtype, precision):
-    model = network("llama").to(dtype)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "opt-350m", "gpt-neox"])
+def test_half_precision_stays_half_precision(dtype, precision, family):
+    model = network(family).to(dtype)
     norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name or "embed" in name}
     finish = Finish(BlockFinish(epochs=1, precision=precision), Distillation(epochs=1, precision=precision))
     record = prune(model, finish)
