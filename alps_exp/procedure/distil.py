@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.clock import Stopwatch
 from ..base.errors import UserError
+from ..base.memory import free_host
 from ..base.progress import Progress
 from ..calibration.ladder import naming_the_step
 from ..model.blocks import BlockModel
@@ -219,9 +220,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def _check_memory(model: BlockModel, job: PruneJob, devices: int) -> int:
-    """What it takes on a GPU at least; refuse what no measure can make fit, before hours are spent."""
-    if model.device.type != "cuda":
-        return 0
+    """What it takes at least; refuse what no measure can make fit, before hours are spent."""
     shapes = {
         name: (layer.shape, job.patterns[name].sparsity)
         for index, block in enumerate(model.blocks)
@@ -230,14 +229,15 @@ def _check_memory(model: BlockModel, job: PruneJob, devices: int) -> int:
     }
     config = _text_config(model)
     count = sum(parameter.numel() for parameter in model.model.parameters())
-    itemsize = 4 if job.finish.distil.precision == "float32" else model.size // count
+    precision, on_gpu = job.finish.distil.precision, model.device.type == "cuda"
+    itemsize = 4 if precision == "float32" or (precision == "auto" and not on_gpu) else model.size // count
     needed = device_bytes(
         job.finish.distil, shapes, count, itemsize, len(model), job.tokens.shape[1], config.vocab_size, devices
     )
-    total = device_memory(model.device)
+    total = device_memory(model.device) if on_gpu else free_host() + model.size
     if needed > total:
         raise UserError(
-            f"finish=distil needs at least {needed / 1e9:.0f} GB on the device for this model, which has "
-            f"{total / 1e9:.0f} GB: give finish=block, finish.distil.state=8bit, or shorter windows (seqlen)"
+            f"finish=distil needs at least {needed / 1e9:.3g} GB of memory for this model, and {model.device} has "
+            f"{total / 1e9:.3g} GB: give finish=block, finish.distil.state=8bit, or shorter windows (seqlen)"
         )
     return needed

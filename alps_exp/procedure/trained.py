@@ -88,7 +88,8 @@ class TrainingMethod(ModelMethod):
         """
         same = ("rate", "steps", "batch", "clip", "warmup", "schedule", "precision", "state", "saved", "patience")
         given = {name: getattr(self, name) for name in same}
-        return Recipe(judged=10, micro=min(filter(None, (self.micro, micro)), default=None), key="method", **given)
+        micro = min((most for most in (self.micro, micro) if most is not None), default=None)
+        return Recipe(judged=10, micro=micro, key="method", **given)
 
     def training_windows(self, seqlen: int) -> int:
         most = self.steps * self.batch

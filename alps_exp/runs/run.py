@@ -371,7 +371,8 @@ def describe(record: RunRecord, directory: Path) -> str:
             lines.append(f"  {units} left, with {removed['share']:.1%} of the blocks' weights")
     if blocks := record.finish.get("blocks"):
         before, after = (math.fsum(row[key] for row in blocks) / len(blocks) for key in ("before", "after"))
-        lines.append(f"  finished {len(blocks)} blocks: mean error on held-out windows {before:.4g} → {after:.4g}")
+        counted = "1 block" if len(blocks) == 1 else f"{len(blocks)} blocks"
+        lines.append(f"  finished {counted}: mean error on held-out windows {before:.4g} → {after:.4g}")
     if done := record.finish.get("distil"):
         lines.append(
             f"  distilled in {done['steps']} steps: divergence on held-out windows {done['before']:.4g} → "

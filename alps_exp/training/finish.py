@@ -242,6 +242,10 @@ def build_finish(node: Mapping) -> Finish:
     found: dict = {}
     for stage, kind in {"block": BlockFinish, "distil": Distillation}.items():
         if stage in node:
+            if not isinstance(node[stage], Mapping):
+                raise UserError(
+                    f"finish.{stage}={node[stage]} is not allowed: give its keys, as in finish.{stage}.epochs=2"
+                )
             check_fields(kind, node[stage], f"finish {stage}")
             found[stage] = kind(**node[stage])
     if unknown := sorted(map(str, node.keys() - {"name", *STAGES, *BESIDE})):

@@ -40,6 +40,9 @@ _RATES_PER_OCTAVE = 4
 _SHARES = (2.0**-8, 2.0**8)
 # Held-out loss that is worse by so much than the best is the rate's fault; less may come down again as the rate falls.
 _WORSE = 0.05
+# Where time is bounded the steps may end long before the first of the even looks: there are looks after each of so many
+# parts of it, too.
+_QUARTERS = 4
 # A checkpoint is written when the training since the last one has taken so many times what that took to write; the
 # first is taken to last as many seconds as the second number says.
 _WORTH, _FIRST = 20, 1.5
@@ -257,18 +260,21 @@ class Trainer:
         if done.ended != "all steps":  # it was killed between its last look and the one who keeps the result
             return
         progress = Progress(range(done.steps, self.recipe.steps), self.label, quiet=self._quiet)
+        before = self._quarter()
         for step in progress:
             self._step(step)
             done.steps = step + 1
-            late = self.recipe.minutes is not None and self._decisive_seconds() > 60 * self.recipe.minutes
-            if done.steps in looks or late:
+            quarter = self._quarter()
+            late = quarter >= _QUARTERS
+            look, before = done.steps in looks or late or quarter > before, quarter
+            if look:
                 self._look(done.steps)
                 progress.note(_told(done.curve[-1]))
                 if late and done.steps < self.recipe.steps:
                     done.ended = "minutes"
                 elif self._worse >= self.recipe.patience and done.steps < self.recipe.steps:
                     done.ended = "no improvement"
-            if done.over or ((done.steps in looks or done.steps % self.recipe.saved == 0) and self._due()):
+            if done.over or ((look or done.steps % self.recipe.saved == 0) and self._due()):
                 self._save()
             if done.ended != "all steps":
                 return
@@ -474,6 +480,12 @@ class Trainer:
     def _decisive_seconds(self) -> float:
         """The time so far, where something depends on it: the same in all processes."""
         return self._together.tell(self._seconds()) if self.recipe.minutes is not None else 0.0
+
+    def _quarter(self) -> int:
+        """Of the minutes, where they bound the time: how many have gone."""
+        if self.recipe.minutes is None:
+            return 0
+        return int(_QUARTERS * self._decisive_seconds() / (60 * self.recipe.minutes))
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._start

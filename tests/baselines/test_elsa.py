@@ -341,6 +341,7 @@ REFUSED = {
     "steps": ("method.steps=0", "method.steps=0 is not allowed"),
     "batch": ("method.batch=0", "method.batch=0 is not allowed"),
     "micro": ("method.micro=5", "method.micro=5 is not allowed: give a whole number from 1 up to 4"),
+    "no micro": ("method.micro=0", "method.micro=0 is not allowed: give a whole number from 1 up to 4"),
     "tokens": ("method.tokens=0", "method.tokens=0 is not allowed"),
     "tokens of more steps": ("method.tokens=90000", r"more than the 15360 that 60 steps of 4 .*give method.steps=352"),
     "projection": ("method.projection=momentun", "method.projection='momentun' is not allowed"),

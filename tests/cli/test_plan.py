@@ -86,6 +86,15 @@ def test_a_plan_tells_what_finishing_takes(settings):
     assert "the distillation's checkpoint while it runs" in distil
 
 
+@pytest.mark.parametrize(
+    "more", ["method=magnitude losses=false data.holdout=2 finish=distil", "method=elsa method.steps=9"]
+)
+def test_on_a_cpu_the_host_has_what_training_the_model_takes(settings, more):
+    text = plan_of([*settings, "sparsity=0.7", "seqlen=256", "nsamples=2", *more.split()])
+    training = int(re.search(r"at least (\d+) MB on the host for the (distillation|training)", text)[1])
+    assert int(re.search(r"host       about (\d+) MB", text)[1]) >= training > 2
+
+
 @pytest.mark.slow
 def test_a_plan_of_fresh_text_refuses_what_the_run_would(settings, tmp_path, capsys):
     settings = [*settings, "sparsity=0.7", "data.holdout=2", "finish=distil"]

@@ -1,7 +1,9 @@
 """Windows of fresh text share nothing with what is spoken for."""
 
+import dataclasses
 import re
 
+import fake_hub
 import pytest
 import tiny_models
 import torch
@@ -15,6 +17,8 @@ from alps_exp.data.fresh import RUN, Spoken, fresh_tokens
 from alps_exp.data.settings import DataSettings
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
+
+ONE = {"windows": 1, "seqlen": 64, "seed": 0, "spoken": Spoken([])}
 
 
 def shared(one: list[int], other: list[int], length: int) -> bool:
@@ -122,6 +126,20 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said):
     with pytest.raises(UserError) as caught:
         resolve(compose([*words, "finish=distil", *more.split(" ")]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["txt", "parquet"])
+def test_a_file_that_cannot_be_read_is_named_by_its_own_key(tiny_llama, tmp_path, ending):
+    (tmp_path / f"bad.{ending}").touch()
+    data = dataclasses.replace(DataSettings.named("local"), path=str(tmp_path / f"bad.{ending}"))
+    with pytest.raises(UserError, match=r"^finish\.path=.*bad\."):
+        fresh_tokens(data, AutoTokenizer.from_pretrained(tiny_llama), **ONE)
+
+
+def test_a_data_set_out_of_reach_is_answered_by_its_own_key(tiny_llama, tmp_path, monkeypatch):
+    fake_hub.use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"give a file with finish\.path=FILE$"):
+        fresh_tokens(DataSettings.named("c4"), AutoTokenizer.from_pretrained(tiny_llama), **ONE)
 
 
 @pytest.mark.slow

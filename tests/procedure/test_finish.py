@@ -499,6 +499,8 @@ def test_fresh_text_joins_the_calibration_windows(words, tmp_path):
         ("finish=[block,distil] finish.minutes=0", "finish.minutes=0 is not allowed: give a number above 0"),
         ("finish=block finish.minutes=soon", "finish.minutes='soon' is not allowed"),
         ("finish=block finish.block.precision=half", "finish.block.precision='half' is not allowed"),
+        ("finish=distil finish.distil=5", "finish.distil=5 is not allowed: give its keys, as in finish.distil.epochs"),
+        ("finish=distil finish.distil=null", "finish.distil=None is not allowed: give its keys"),
         ("finish=blok", "unknown finish 'blok'; did you mean block?"),
         ("finish=[block,foo]", "unknown finish 'foo'; known: block, distil, none"),
         ("finish=[block,3]", "finish=[block,3] is a list"),
@@ -525,6 +527,15 @@ def test_what_cannot_be_is_refused_in_one_line(words, more, said, monkeypatch):
     with pytest.raises(UserError) as caught:
         resolve(compose([*words, *more.split(" ")]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_distillation_that_does_not_fit_into_host_memory_is_refused_before_it_prunes(monkeypatch):
+    monkeypatch.setattr("alps_exp.procedure.distil.free_host", lambda: 0)
+    model = network("llama")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with pytest.raises(UserError, match=r"finish=distil needs at least \S+ GB of memory .*, and cpu has \S+ GB: give"):
+        prune(model, "distil")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 def test_minutes_of_both_are_divided():

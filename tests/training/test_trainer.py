@@ -576,6 +576,19 @@ def test_minutes_bound_the_time_and_anneal_the_rate():
     assert done.ended == "minutes" and done.steps < 10**6 and done.curve[-1]["step"] == done.steps
 
 
+def test_the_held_out_windows_are_looked_at_in_each_quarter_of_the_minutes(monkeypatch):
+    """However late the first of the even looks would be."""
+    clock, inner = [0.0], loss_of(module := network())
+    monkeypatch.setattr(training_trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def loss(numbers: Sequence[int], held_out: bool) -> Tensor:
+        clock[0] += 0 if held_out else 1  # seconds per step
+        return inner(numbers, held_out)
+
+    done = trainer(module, loss, recipe={"steps": 10**6, "minutes": 40 / 60}).run()
+    assert [row["step"] for row in done.curve] == [0, 10, 20, 30, 40] and done.ended == "minutes"
+
+
 def test_looks_are_even_and_end_with_the_last_step():
     assert Recipe(rate=1.0, steps=10, judged=4).looks() == [3, 5, 8, 10]
     assert Recipe(rate=1.0, steps=2, judged=4).looks() == [1, 2]
