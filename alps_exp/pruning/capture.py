@@ -256,7 +256,7 @@ def _error(dense: Addition, pruned: Addition) -> Tensor:
 
 def _with_held_out(block: BlockProblem, groups: list[Group]) -> list[Group]:
     """The same groups with the Gram matrix of the held-out windows, where there are such."""
-    if block.streams.held_out is None or not block.job.losses:
+    if block.streams.held_out is None or not block.job.losses or not groups:
         return groups
     leaders = {names[0]: block.layers[names[0]] for names, _ in groups}
     collector = Collector(leaders, Statistics.GRAM, block.job.weighting)
