@@ -96,8 +96,7 @@ def test_what_finishing_buys():
         dense = perplexities("beyond-the-paper", level, target__name="layer")
         assert_pair(plain[level], dense)
         assert_pair(residual[level], perplexities("beyond-the-paper", level, target__name="stream"))
-        chosen = {"finish__name": "block+distil", "finish__tokens": None}
-        assert_pair(windows[level], perplexities("presets", level, **chosen))
+        assert_pair(windows[level], perplexities("presets", level, finish__name="block+distil"))
         assert_pair(fresh[level], finished(level))
         ratios = [value / before for value, before in zip(finished(level), dense, strict=True)]
         assert_pair(ratio[level], ratios)
@@ -146,8 +145,7 @@ def test_the_second_table_of_results():
     rows = documented("README.md", "## Results", 1)
     for level in LEVELS:
         assert_pair(rows[-1][level], finished(level))
-        chosen = {"finish__name": "block+distil", "finish__tokens": None}
-        assert_pair(rows[-2][level], perplexities("presets", level, **chosen))
+        assert_pair(rows[-2][level], perplexities("presets", level, finish__name="block+distil"))
 
 
 BEYOND = "docs/beyond-the-paper.md"
@@ -209,6 +207,46 @@ def test_the_frontier():
                 assert_pair(ratio[:-1], [after / before for before, after in zip(plain[level], values, strict=True)])
             cells += 1
     assert cells == 33
+
+
+def costs(sweep: str, metric: str, **chosen: object) -> dict[str, float]:
+    """A metric of one row of a sweep's table, by sparsity; empty where the row has none."""
+    frame = pd.read_csv(TABLES / f"{sweep}.csv", dtype={"sparsity": str})
+    frame = frame[frame["metric"] == metric]
+    for key, value in chosen.items():
+        frame = frame[frame[key.replace("__", ".")] == value]
+    assert frame["sparsity"].is_unique
+    return dict(zip(frame["sparsity"], frame["mean"], strict=True))
+
+
+def test_how_many_times_the_stream_target_takes():
+    text = " ".join((ROOT / BEYOND).read_text(encoding="utf-8").split())
+    shown = re.search(r"ALPS takes ([\d.]+), ([\d.]+) and ([\d.]+) times plain ALPS's seconds \(0\.5, 0\.7, 2:4", text)
+    chosen = {"method": "alps", "sensitivity__name": "none"}
+    plain, stream = (costs("frontier", "seconds", target__name=name, **chosen) for name in ("layer", "stream"))
+    for figure, level in zip(shown.groups(), ("0.5", "0.7", "2:4"), strict=True):
+        assert_rounded(figure, stream[level] / plain[level])
+
+
+def test_beside_elsa():
+    cells = 0
+    for row in documented("docs/training.md", "`sweeps/elsa.yaml` sets ELSA"):
+        words = row[""].replace("`", "")
+        chosen = {"method": words.split(",")[0], "finish__name": "block+distil" if "finished" in words else "none"}
+        if chosen["method"] == "elsa":
+            chosen["method__projection"] = re.search("magnitude|momentum", words)[0]
+        else:
+            chosen["target__name"] = "stream" if "preset" in words else "layer"
+            chosen["sensitivity__name"] = "outputs" if "residual" in words or "finished" in words else "none"
+        for level in ("0.8", "0.9"):
+            assert_pair(row[level], perplexities("elsa", level, **chosen))
+            cells += 1
+        kinds = ["training seconds"] if chosen["method"] == "elsa" else ["seconds", "finishing seconds"]
+        for shown, kind in zip(row["seconds, mean"].split(" + "), kinds, strict=False):
+            assert_rounded(shown, sum(costs("elsa", kind, **chosen).values()) / 2)
+        peaks = costs("elsa", "peak GB", **chosen)
+        assert any(round(peak, 1) == float(row["peak"].removesuffix(" GB")) for peak in peaks.values())
+    assert cells == 12
 
 
 def test_calibration_texts():
