@@ -159,6 +159,7 @@ def _shown(record: Mapping, as_json: bool) -> str:
     worst = sorted(layers, key=lambda row: -row["relative_loss"])[:_SHOWN_LAYERS]
     about = {
         **_facts(record),
+        **_trained(record),
         "started": record.get("started"),
         "device": (record.get("environment") or {}).get("device"),
         "seconds by phase": {key.removesuffix("_seconds"): value for key, value in _phases(record).items()},
@@ -185,6 +186,23 @@ def _shown(record: Mapping, as_json: bool) -> str:
     lines += ["", *(f"warning: {line}" for line in warnings)] if warnings else []
     lines += ["", f"error: {error.get('message', error)}"] if error else []
     return "\n".join(lines)
+
+
+def _trained(record: Mapping) -> dict[str, str]:
+    """What following gradients brought on held-out windows: of the blocks, on average, and of the model."""
+    told = {}
+    stages = {
+        "blocks finished": ("error", figures.trainings(record, ("blocks",))),
+        "distilled": ("divergence", figures.trainings(record, ("distil",))),
+        "trained": ("loss", [record["training"]] if record.get("training") else []),
+    }
+    for stage, (what, rows) in stages.items():
+        pairs = [(row.get("before"), row.get("after")) for row in rows]
+        if pairs and not any(None in pair for pair in pairs):
+            before, after = (math.fsum(values) / len(pairs) for values in zip(*pairs, strict=True))
+            steps = sum(row.get("steps", 0) for row in rows)
+            told[stage] = f"{what} on held-out windows {before:.4g} → {after:.4g} in {steps} steps"
+    return told
 
 
 def _difference(one: Mapping, other: Mapping, as_json: bool) -> str:

@@ -6,10 +6,12 @@ the data, by which tables --check knows them: their bytes depend on matplotlib's
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -109,10 +111,14 @@ def _save(panels: list[dict], panel: Callable, files: Sequence[Path], mark: str)
         room = 0.5 + 0.07 * max(map(len, handles))  # inches that an entry takes
         entries = max(1, min(len(handles), int(size[0] / room)))
         names, entries = _by_method(list(handles), panels, entries)
-        figure.set_figheight(size[1] + 0.18 * max(math.ceil(len(names) / entries) - 2, 0))
+        most = int((size[0] - 0.5) / 0.07)  # characters; what is longer, of many settings, takes several lines
+        shown = [textwrap.fill(name, most, subsequent_indent="    ") for name in names]
+        more = sum(name.count("\n") for name in shown)
+        lower = 0.18 * max(math.ceil(len(names) / entries) - 2, 0) + (0.15 * more + 0.05 * len(names) if more else 0)
+        figure.set_figheight(size[1] + lower)
         blank = Line2D([], [], linestyle="none")
         figure.legend(
-            [handles.get(name, blank) for name in names], names, loc="outside lower center", frameon=False,
+            [handles.get(name, blank) for name in names], shown, loc="outside lower center", frameon=False,
             handlelength=3, columnspacing=1.2, ncols=entries,
         )  # fmt: skip
         _share_scales(list(axes.flat[: len(panels)]), panels)
@@ -185,30 +191,46 @@ def labels(records: Sequence[Mapping]) -> list[str]:
 def _words(found: Aggregate, values: Sequence[str]) -> Iterator[str]:
     """What a label says of the settings that vary: the choices of groups by name, but for those that say nothing, and
     other keys with their values, but for those that a choice decides about."""
-    columns = {name: index for index, name in enumerate(found.settings)}
-    keys = [group.key[3:] for group in found.groups if group.key[1] != "0"]
-
-    def count(*places: int) -> int:
-        return len({tuple(key[place] for place in places) for key in keys})
-
-    # A key without which all would still differ, as where it goes with another one, says nothing to who reads a label.
-    told = list(columns.values())
-    apart = {(group.key[2], *group.key[3:]) for group in found.groups if group.key[1] != "0"}
-    for index in [index for name, index in columns.items() if not name.endswith(".name")]:
-        rest = [place for place in told if place != index]
-        if len({(key[0], *(key[1 + place] for place in rest)) for key in apart}) == len(apart):
-            told = rest
-    for name in sorted(columns, key=lambda name: (not name.endswith(".name"), _place(name))):
+    told = _told(tuple(found.settings), tuple(group.key for group in found.groups))
+    for name, value in sorted(zip(found.settings, values, strict=False), key=lambda pair: _order(pair[0])):
         group, _, last = name.rpartition(".")
-        value, index, choice = values[columns[name]], columns[name], columns.get(f"{group}.name")
         if last == "name":
             if value and value != NEUTRAL.get(group, {}).get("name"):
                 yield value
         elif name == "refit":  # always told, since it makes another method of one
             if value not in ("", "none"):
                 yield f"{last}={value}"
-        elif value and index in told and (choice is None or count(choice, index) > count(choice)):
+        elif value and name in told:
             yield f"{last}={value}"
+
+
+@functools.lru_cache(maxsize=2)  # every label of every plot asks, and of many runs and settings it takes seconds
+def _told(settings: tuple[str, ...], groups: tuple[tuple, ...]) -> frozenset[str]:
+    """Keys that a label tells, by the settings that vary and the keys of all groups."""
+    columns = {name: index for index, name in enumerate(settings)}
+    apart = {key[2:] for key in groups if key[1] != "0"}
+    keys = [key[1:] for key in apart]
+
+    def count(*places: int) -> int:
+        return len({tuple(key[place] for place in places) for key in keys})
+
+    # A key without which all would still differ, as where it goes with another one, says nothing to who reads a label.
+    told = list(columns.values())
+    for index in [index for name, index in columns.items() if not name.endswith(".name")]:
+        rest = [place for place in told if place != index]
+        if len({(key[0], *(key[1 + place] for place in rest)) for key in apart}) == len(apart):
+            told = rest
+
+    def decided(name: str) -> bool:
+        choice = columns.get(f"{name.rpartition('.')[0]}.name")
+        return choice is not None and count(choice, columns[name]) <= count(choice)
+
+    return frozenset(name for name, index in columns.items() if index in told and not decided(name))
+
+
+def _order(name: str) -> tuple[bool, int]:
+    """Where a key stands in labels."""
+    return not name.endswith(".name"), _place(name)
 
 
 def _place(name: str) -> int:

@@ -103,6 +103,25 @@ def test_plots_of_finishing_exist_where_something_was_finished(tmp_path):
     assert {tuple(bar["seconds"])[3:] for bar in phases} == {(), ("finish",), ("distil",), ("finish", "distil")}
 
 
+def test_names_of_many_settings_stay_within_the_plot(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    beyond, draw = [], Figure.draw_without_rendering
+
+    def drawn(figure: Figure) -> None:
+        draw(figure)
+        extent = figure.legends[0].get_window_extent()
+        beyond.append(max(-extent.x0, extent.x1 - figure.bbox.x1, -extent.y0, 0))
+
+    monkeypatch.setattr(Figure, "draw_without_rendering", drawn)
+    many = [record(), *(finished("distil", 14.0) for _ in range(9))]
+    for number, made in enumerate(many):
+        made["config"]["method"] |= {f"a_key_of_some_length_{key}": int(key == number) for key in range(9)}
+    spec = layout.Spec(title="x", metrics=("wikitext2*",), plots=["frontier"])
+    plots.draw(figures.aggregate(many), spec, tmp_path, "t")
+    assert beyond == [0]
+
+
 @pytest.mark.slow
 def test_traces_are_drawn_by_iteration(tmp_path):
     fixed, growing = record(), record()

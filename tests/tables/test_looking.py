@@ -63,6 +63,19 @@ def test_show_tells_the_worst_layers_first(runs, capsys):
     assert json.loads(capsys.readouterr().out)["error"]["message"] == "no room"
 
 
+def test_show_tells_what_finishing_and_training_brought(runs, capsys):
+    record = json.loads((runs / "one" / "record.json").read_text())
+    same = {"tokens": 64, "curve": []}
+    rows = [{"before": 0.3, "after": 0.1, "steps": 4} | same, {"before": 0.5, "after": 0.2, "steps": 8} | same]
+    record["finish"] = {"blocks": rows, "distil": {"before": 2.0, "after": 1.5, "steps": 7} | same}
+    record["training"] = {"before": None, "after": None, "steps": 3} | same
+    (runs / "one" / "record.json").write_text(json.dumps(record))
+    assert main(["show", "one", "--runs", str(runs)]) == 0
+    lines = {line[:17].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["blocks finished"].endswith("error on held-out windows 0.4 → 0.15 in 12 steps")
+    assert lines["distilled"].endswith("divergence on held-out windows 2 → 1.5 in 7 steps") and "trained" not in lines
+
+
 def test_diff_tells_what_differs(runs, capsys):
     assert main(["diff", "one", "two", "--runs", str(runs), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
