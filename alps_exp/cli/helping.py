@@ -31,6 +31,7 @@ _CLASSES = {
     "finish.block": "alps_exp.training.finish.BlockFinish",
     "finish.distil": "alps_exp.training.finish.Distillation",
 }
+_NEEDED = {"finish": "data.holdout=8 "}  # what choices of a group cannot do without, for examples
 _MANY = 20  # choices of a group that --help names
 
 _COMMANDS = {
@@ -374,7 +375,7 @@ def _of_key(word: str) -> Iterator[str]:
             yield f"  takes:   {one.takes}"
         yield f"  default: {one.default}"
     commands = [line for c in known[word] for line in read(_folder(group) / f"{c}.yaml").commands if f"{word}=" in line]
-    chosen = f"{group}={told[0].choices[0]} " if told[0].choices else ""
+    chosen = f"{group}={told[0].choices[0]} {_NEEDED.get(group, '')}" if told[0].choices else ""
     default = told[0].default.partition(" (")[0]
     value = "VALUE" if default in ("null", "{…}", "[]") or default.startswith("$") else default
     yield from _examples(commands[:2] or [f"{_USE}{chosen}{word}={value}"])

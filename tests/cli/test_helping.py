@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 from helpers import ROOT
+from tiny import FEW_WINDOWS, words_for
 
 from alps_exp.cli import completion, helping
 from alps_exp.cli.overrides import compose
+from alps_exp.runs.settings import resolve
 from alps_exp.runs.values import ROOT as VALUES
 
 
@@ -134,6 +136,13 @@ def test_every_key_says_what_it_means():
 
 def test_an_example_can_be_pasted_into_a_shell():
     assert told("eval.bos").endswith("eval.bos=VALUE") and told("model.gguf_file").endswith("model.gguf_file=VALUE")
+
+
+@pytest.mark.parametrize("key", ["finish.block.rate", "finish.distil.epochs", "finish.tokens"])
+def test_examples_of_finishing_compose_to_what_is_not_refused(key, tiny_llama, text_file):
+    *_, example = told(key).splitlines()
+    words = example.removeprefix("example: alps-exp ").replace("FILE", str(text_file)).split()
+    resolve(compose([*words_for(tiny_llama, text_file, *FEW_WINDOWS), *words]))
 
 
 def test_every_command_is_explained():
