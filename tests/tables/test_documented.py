@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from decimal import Decimal
 
@@ -247,6 +249,28 @@ def test_beside_elsa():
         peaks = costs("elsa", "peak GB", **chosen)
         assert any(round(peak, 1) == float(row["peak"].removesuffix(" GB")) for peak in peaks.values())
     assert cells == 12
+
+
+def test_the_first_token_behind_finished_blocks():
+    found = {}
+    with gzip.open(ROOT / "results" / "records" / "presets.jsonl.gz", "rt") as lines:
+        for record in map(json.loads, lines):
+            if record["config"]["target"]["name"] == "stream":
+                rows = {row["name"]: row["relative_loss"] for row in record["layers"]}
+                level = record["sparsity"] if isinstance(record["sparsity"], str) else level_of(record["sparsity"])
+                found[bool(record["finish"]), level] = (
+                    record["drift"][11]["held out"]["first"],
+                    rows["model.layers.12.self_attn.o_proj"],
+                )
+    rows = documented("docs/finishing.md", "spoils the first token")
+    for number, row in enumerate(rows):
+        for level, shown in list(row.items())[1:]:
+            assert_rounded(shown, found[number % 2 == 1, level][number // 2])
+    assert len(rows) == 4 and len(found) == 12
+
+
+def level_of(pattern: dict) -> str:
+    return str(pattern["level"]) if pattern["kind"] == "unstructured" else f"{pattern['kept']}:{pattern['width']}"
 
 
 def test_calibration_texts():
