@@ -323,20 +323,28 @@ def _hold(folder: Path) -> int:
                     raise FileExistsError(f"{path} is a file, where a folder is needed: remove it") from None
             continue  # removed by another process meanwhile
         try:
-            if lock(descriptor):  # no other process writes here
+            if lock(descriptor) and _lies_there(descriptor, folder):  # no other process writes here
                 for leftover in leftovers(folder):
                     leftover.unlink()
             if lock(descriptor, shared=True, wait=True) is None:
                 raise OSError(f"{folder} is on a file system without locks")
-            with suppress(FileNotFoundError):  # removed by another process between the first line and the lock
-                if os.path.samestat(os.fstat(descriptor), folder.stat()):
-                    os.utime(folder)
-                    return descriptor
+            if _lies_there(descriptor, folder):
+                os.utime(folder)
+                return descriptor
         except OSError:
             os.close(descriptor)
             raise
         os.close(descriptor)
     raise OSError(f"{folder} disappears as often as it is made")
+
+
+def _lies_there(descriptor: int, folder: Path) -> bool:
+    """Whether the folder is still the one that was opened. Other processes may have removed it before it was locked,
+    and made another in its place, which they use."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove(folder: Path) -> int:
@@ -346,7 +354,7 @@ def _remove(folder: Path) -> int:
     except OSError:
         return 0
     try:
-        if not lock(descriptor):
+        if not lock(descriptor) or not _lies_there(descriptor, folder):
             return 0
         size = _size(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -223,6 +223,30 @@ def test_several_processes_read_write_and_evict(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("act", [sharing._hold, sharing._remove])
+def test_a_set_that_others_made_anew_before_it_was_locked_is_theirs(act, tmp_path, monkeypatch):
+    folder, held = tmp_path / ("a" * 32), []
+    folder.mkdir()
+    written = folder / ".block-00000.safetensors.7.tmp"
+    lock = sharing.lock
+
+    def late(descriptor: int, **options):
+        if not held:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            held.append(os.open(folder, os.O_RDONLY))
+            assert lock(held[0], shared=True)
+            written.write_bytes(b"half")
+        return lock(descriptor, **options)
+
+    monkeypatch.setattr(sharing, "lock", late)
+    found = act(folder)
+    assert written.exists()
+    assert found == 0 if act is sharing._remove else os.path.samestat(os.fstat(found), folder.stat())
+    for descriptor in [*held, *([found] if act is sharing._hold else [])]:
+        os.close(descriptor)
+
+
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
     one = cache(tmp_path, "a")
     left = one._folder / ".block-00000.safetensors.7.tmp"
