@@ -275,6 +275,11 @@ class Collector:
         self._seen.clear()
 
     @property
+    def full(self) -> bool:
+        """Whether all layers have received theirs in this forward."""
+        return not self._left
+
+    @property
     def names(self) -> list[str]:
         """Of the layers."""
         return list(self._layers)

@@ -35,7 +35,7 @@ class Last:
     Attributes:
         name: of the layer.
         module: it, called with one tensor.
-        size: bytes of that for one of the hidden states.
+        size: of that tensor, in those of the hidden states.
         returned: what the part gives, of the layer's output.
     """
 
@@ -49,7 +49,8 @@ class Parts:
     """The modules in a block whose outputs may stand for them: each called once, and giving hidden states.
 
     Found during one forward, as a context. Where a part writes to the residual stream, its output must be that of its
-    one writer, as it is; and what comes behind a part must not write over its output.
+    one writer, as it is; and what comes behind a part must not write over its output. Where the input of the layer that
+    a part ends with is to stand for the others, the part must not write over that layer's output either.
 
     Args:
         block: the block.
@@ -59,33 +60,35 @@ class Parts:
 
     Attributes:
         layers: names of the layers in each.
+        front: names of these and of all layers that are called before a part ends.
         writers: the layer whose output is that of a part, where it writes to the residual stream, by name.
         lasts: the same, where its input may stand for the part's other layers.
     """
 
     def __init__(self, block: nn.Module, layers: Mapping[str, Layer], hidden: Tensor, additions: Additions) -> None:
         self.layers: dict[nn.Module, frozenset[str]] = {}
+        self.front: dict[nn.Module, frozenset[str]] = {}
         self.writers: dict[nn.Module, str] = {}
         self.lasts: dict[nn.Module, Last] = {}
         self._layers = layers
         self._additions, self._size = additions, hidden.nbytes
         self._calls: dict[nn.Module, int] = {}
-        names: dict[nn.Module, list[str]] = {}
+        self._names: dict[nn.Module, list[str]] = {}
         for name, layer in layers.items():
-            names.setdefault(layer.module, []).append(name)
+            self._names.setdefault(layer.module, []).append(name)
+        names = self._names
         self._candidates = {
             child: own
             for child in block.children()
             if child not in names and (own := frozenset(n for m in child.modules() for n in names.get(m, ())))
         }
         self._seen: dict[nn.Module, tuple[frozenset[str], object, list[tuple[Tensor, int]]]] = {}
-        self._called: dict[nn.Module, list[tuple[list[tuple[Tensor, int]], object]]] = {}
+        self._passed: set[str] = set()
+        self._called: dict[nn.Module, list[tuple[list[Tensor], list[tuple[Tensor, int]]]]] = {}
 
     def __enter__(self) -> Parts:
         self._handles = [child.register_forward_hook(self._look) for child in self._candidates]
-        for name in set().union(*self._candidates.values()):
-            if not isinstance(self._layers[name], ExpertLayer):
-                self._handles.append(self._layers[name].module.register_forward_hook(self._listen, with_kwargs=True))
+        self._handles += [module.register_forward_hook(self._listen, with_kwargs=True) for module in self._names]
         return self
 
     def __exit__(self, *error) -> None:
@@ -93,8 +96,7 @@ class Parts:
             handle.remove()
         for part, (names, output, given) in self._seen.items():
             wrote = self._candidates[part] & self._additions.found.keys()
-            same = all(tensor._version == version for tensor, version in given)
-            if same and self._calls[part] == 1 and wrote == names and len(names) < 2:
+            if _untouched(given) and self._calls[part] == 1 and wrote == names and len(names) < 2:
                 self.layers[part] = self._candidates[part]
                 for name in names:
                     self.writers[part] = name
@@ -109,30 +111,31 @@ class Parts:
         if any(tensor.is_inference() for tensor in given):  # which do not tell whether they are written over
             return
         if given and given[0] is hidden_of(output) and sum(tensor.nbytes for tensor in given) == self._size:
-            versions = [(tensor, tensor._version) for tensor in given]
-            self._seen[part] = self._additions.whole(given[0]), output, versions
+            self._seen[part] = self._additions.whole(given[0]), output, _versions(given)
+            self.front[part] = self._candidates[part] | self._passed
 
     def _listen(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        given = _tensors((*args, *kwargs.values()))
-        if not any(tensor.is_inference() for tensor in given):
-            versions = [(tensor, tensor._version) for tensor in given]
-            self._called.setdefault(module, []).append((versions, output))
+        self._passed.update(self._names[module])
+        given, made = _tensors((*args, *kwargs.values())), _tensors(output)
+        if not any(tensor.is_inference() for tensor in made):
+            self._called.setdefault(module, []).append((given, _versions(made)))
 
     def _last(self, name: str, output) -> Last | None:
         """What a part with this output ends with, where its layer's output is returned alone or before empty places."""
         module, given, kind = self._layers[name].module, hidden_of(output), type(output)
-        rest = () if output is given else output[1:]
-        calls = self._called.get(module, ())
-        if len(calls) != 1 or len(calls[0][0]) != 1 or kind not in (tuple, list, type(given)):
+        rest, calls = () if output is given else output[1:], self._called.get(module, ())
+        if isinstance(self._layers[name], ExpertLayer) or kind not in (tuple, list, type(given)):
             return None
-        [(inputs, version)], own = calls[0]
-        if not isinstance(own, Tensor) or any(value is not None for value in rest):
+        if len(calls) != 1 or any(value is not None for value in rest):
             return None
-        same = own.data_ptr() == given.data_ptr() and own.shape == given.shape and own.stride() == given.stride()
-        if not same or inputs._version != version:
+        inputs, made = calls[0]
+        if len(inputs) != 1 or len(made) != 1 or not _untouched(made):
+            return None
+        own = made[0][0]
+        if own.data_ptr() != given.data_ptr() or own.shape != given.shape or own.stride() != given.stride():
             return None
         returned = (lambda out: out) if output is given else lambda out: kind([out, *rest])
-        return Last(name, module, inputs.nbytes / self._size, returned)
+        return Last(name, module, inputs[0].nbytes / self._size, returned)
 
 
 class Replay:
@@ -140,7 +143,8 @@ class Replay:
 
     A part that is kept must be given what it was given before: nothing in front of it may change any more. It is so,
     because groups of layers are captured and pruned in the order in which the block calls them
-    (`pruning.capture.order`), and a part is kept once all of its own layers are pruned: so are those called before it.
+    (`pruning.capture.order`), and a part is kept once all layers that are called before it ends are pruned. Copies are
+    kept: a module may use one piece of memory again and again.
 
     Args:
         parts: what may be kept; nothing if not given.
@@ -182,8 +186,9 @@ class Replay:
         Args:
             windows: what it is run on.
             called: layers whose parts are to be run.
-            later: layers whose weights will change; nothing is kept if not given. Kept are the outputs of parts
-                without them, and of parts with one, that they end with and that is `called`, its input.
+            later: layers whose weights will change; nothing is kept if not given. The output of a part is kept where
+                none of them is called before the part ends; the input of the layer that the part ends with where only
+                this one is, and it is among `called`.
         """
         left_out = self._left_out(windows, called)
         kept = self._kept.setdefault(windows, {}) if self._parts is not None else {}
@@ -192,8 +197,8 @@ class Replay:
                 part.forward = kept[part]
                 stack.callback(part.__dict__.pop, "forward")
             if self._parts is not None and later is not None:
-                for part, layers in self._parts.layers.items():
-                    changing, last = layers.intersection(later), self._lasts.get(part)
+                for part in self._parts.layers:
+                    changing, last = self._parts.front[part].intersection(later), self._lasts.get(part)
                     if not changing:
                         stack.callback(part.register_forward_hook(_keeping(kept)).remove)
                     elif last is not None and changing == {last.name} and last.name in called:
@@ -210,7 +215,7 @@ class Replay:
         """Keep the block's output for these windows, in place of its parts'."""
         if self._parts is not None:
             self._kept.pop(windows, None)
-            self._outputs[windows] = output
+            self._outputs[windows] = output.clone()
 
     def output(self, stream: str, begin: int, end: int, run: Callable[[], Tensor]) -> Tensor:
         """The block's output for these windows, of which nothing is kept any longer.
@@ -240,6 +245,11 @@ def _returning(output):
 
 def _keeping(kept: dict[nn.Module, Callable]) -> Callable:
     def hook(part: nn.Module, args: tuple, output) -> None:
+        hidden = hidden_of(output)
+        if output is hidden:
+            output = hidden.clone()
+        elif type(output) in (tuple, list):
+            output = type(output)([hidden.clone(), *output[1:]])
         kept[part] = _returning(output)
 
     return hook
@@ -247,7 +257,8 @@ def _keeping(kept: dict[nn.Module, Callable]) -> Callable:
 
 def _keeping_input(kept: dict[nn.Module, Callable], part: nn.Module, last: Last) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        kept[part] = lambda *_, **__: last.returned(module(*args, **kwargs))
+        given = tuple(map(_copy, args)), {key: _copy(value) for key, value in kwargs.items()}
+        kept[part] = lambda *_, **__: last.returned(module(*given[0], **given[1]))
 
     return hook
 
@@ -255,3 +266,16 @@ def _keeping_input(kept: dict[nn.Module, Callable], part: nn.Module, last: Last)
 def _tensors(output) -> list[Tensor]:
     values = output if isinstance(output, (tuple, list)) else [output]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _copy(value):
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def _untouched(versions: Iterable[tuple[Tensor, int]]) -> bool:
+    """Whether nothing was written over since."""
+    return all(tensor._version == version for tensor, version in versions)

@@ -78,8 +78,8 @@ class Additions(TorchDispatchMode):
         hidden: what the block is called with.
         wanted: names of layers.
         full: called once every layer of `wanted` was added to the stream, such as to end the forward.
-        parts: modules known to give the output of a layer as it is, and the layer's name. What they do is not watched,
-            which takes longer than what is done where the GPU is fast; they need not call the layer.
+        parts: modules known to give the output of a layer as it is, and the layer's name. What they do is not watched;
+            they need not call the layer.
 
     Attributes:
         found: what the layers write, by the names of `writers_of`.

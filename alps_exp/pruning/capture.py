@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
@@ -136,7 +136,7 @@ class _Watch:
         block: the block.
         writers: names of layers, those of `writers_of`.
         hidden: what it is called with.
-        ending: end the forward once all that is wanted is known, unless somebody watches it.
+        ending: whether the forward ends now, where all writers were added; never where somebody watches it.
         parts: modules that give a writer's output as it is, and its name.
     """
 
@@ -145,13 +145,13 @@ class _Watch:
         block: BlockProblem,
         writers: Sequence[str],
         hidden: Tensor,
-        ending: bool,
+        ending: Callable[[], bool],
         parts: Mapping[nn.Module, str],
     ) -> None:
         self._modules = {name: block.every[name].module for name in writers}
         self.inputs: dict[str, tuple[tuple, dict]] = {}
-        end = self._end if ending and not block.watched else _go_on
-        self.additions = Additions(block.module, block.every, hidden, writers, end, parts)
+        self._ending = _never if block.watched else ending
+        self.additions = Additions(block.module, block.every, hidden, writers, self._end, parts)
 
     def __enter__(self) -> _Watch:
         self._stack = ExitStack()
@@ -175,13 +175,13 @@ class _Watch:
         args, kwargs = self.inputs[name]
         return args[0] if args else kwargs["input"]
 
-    @staticmethod
-    def _end() -> None:
-        raise Enough
+    def _end(self) -> None:
+        if self._ending():
+            raise Enough
 
 
-def _go_on() -> None:
-    """A forward that somebody watches goes on to its end."""
+def _never() -> bool:
+    return False
 
 
 def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -> None:
@@ -203,7 +203,7 @@ def _forward(block: BlockProblem, collector: Collector, first: int, last: int) -
     with (
         suppress(Enough),
         replay.forward(windows, names, block.open),
-        _Watch(block, written, hidden, True, replay.writers) as pruned,
+        _Watch(block, written, hidden, lambda: collector.full, replay.writers) as pruned,
     ):
         block.forward(hidden)
     for name in written:
@@ -232,7 +232,7 @@ def _forward_dense(
         block.dense(),
         suppress(Enough),
         replay.forward(windows, writers, later),
-        _Watch(block, written, hidden, more, replay.writers) as watch,
+        _Watch(block, written, hidden, lambda: more, replay.writers) as watch,
     ):
         replay.finish(windows, block.forward(hidden))
     return watch

@@ -266,9 +266,10 @@ class Trainer:
             done.steps = step + 1
             quarter = self._quarter()
             late = quarter >= _QUARTERS
-            look, before = done.steps in looks or late or quarter > before, quarter
+            due = done.steps in looks or late
+            look, before = due or quarter > before, quarter
             if look:
-                self._look(done.steps)
+                self._look(done.steps, due)
                 progress.note(_told(done.curve[-1]))
                 if late and done.steps < self.recipe.steps:
                     done.ended = "minutes"
@@ -421,8 +422,9 @@ class Trainer:
                     f"{self.recipe.key}.rate than {self.recipe.rate:g}, or {self.recipe.key}.precision=float32"
                 )
 
-    def _look(self, step: int) -> None:
-        """Judge the weights by the held-out windows, and note how the training goes."""
+    def _look(self, step: int, due: bool = True) -> None:
+        """Judge the weights by the held-out windows, and note how the training goes. One that is not due may find the
+        best weights, but is not counted against patience and takes nothing back: when it comes, the clock decides."""
         self._check()
         row: dict = {"step": step}
         if self._recent:
@@ -432,11 +434,11 @@ class Trainer:
         self._recent, self._checked = [], 0
         if self._held_out:
             row["held_out"] = value = self._judged(step)
-            self._worse += 1
+            self._worse += due
             if self._done.after is None or value < self._done.after:
                 self._done.after, self._done.kept, self._worse = value, step, 0
                 self._best = self.masters.copied()
-            elif self.recipe.back is not None and value > (1 + _WORSE) * self._done.after:
+            elif due and self.recipe.back is not None and value > (1 + _WORSE) * self._done.after:
                 self._factor *= self.recipe.back
                 self.masters.load(self._best)
                 self.masters.write()

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from alps_exp.allocation.prunable import linear_shapes
 from alps_exp.allocation.selection import Selection
+from alps_exp.base.errors import UserError
 from alps_exp.baselines.wanda import Wanda
 from alps_exp.calibration import replay
 from alps_exp.layer.registry import solver
@@ -23,8 +24,8 @@ from alps_exp.pruning.rows import PruneResult
 TARGETS = pytest.mark.parametrize("target", [LayerTarget(), StreamTarget()], ids=["layer", "stream"])
 
 
-def prune(model: nn.Module, target: Target, **options) -> PruneResult:
-    selection = Selection()
+def prune(model: nn.Module, target: Target, selection: Selection | None = None, **options) -> PruneResult:
+    selection = selection or Selection()
     patterns = selection.patterns_for(linear_shapes(model, selection), parse_sparsity("0.5"))
     options = {"tokens": tokens(), "batch_size": 5, "quiet": True, "capture": "groups", **options}
     return prune_blocks(
@@ -93,6 +94,117 @@ def test_outputs_that_are_written_over_are_not_kept(target, monkeypatch):
     expected = told(prune(network("llama"), target))
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     assert told(prune(network("llama"), target)) == expected
+
+
+attention, memory = LlamaAttention.forward, {}
+
+
+def _reused(name: str, value: torch.Tensor) -> torch.Tensor:
+    held = memory.setdefault((name, value.shape), torch.empty_like(value))
+    return held.copy_(value)
+
+
+def _writes_over_its_output(self, *args, **keys):
+    output, weights = attention(self, *args, **keys)
+    output[:, :3] = 0
+    return output, weights
+
+
+def _writes_over_an_input(self, *args, **keys):
+    def write(module: nn.Module, given: tuple, output: torch.Tensor) -> None:
+        given[0].zero_()
+
+    handle = self.o_proj.register_forward_hook(write)
+    try:
+        return attention(self, *args, **keys)
+    finally:
+        handle.remove()
+
+
+def _takes_its_inputs_from_memory_that_it_uses_again(self, *args, **keys):
+    linear = self.o_proj
+    self.__dict__["o_proj"] = lambda value: linear(_reused("input", value))  # found before the module
+    try:
+        return attention(self, *args, **keys)
+    finally:
+        del self.__dict__["o_proj"]
+
+
+def _gives_outputs_in_memory_that_it_uses_again(self, *args, **keys):
+    output, weights = attention(self, *args, **keys)
+    return _reused("output", output), weights
+
+
+def _calls_its_last_layer_again(self, hidden_states, *args, **keys):
+    found = attention(self, hidden_states, *args, **keys)
+    self.o_proj(hidden_states)
+    return found
+
+
+def _returns_more(self, *args, **keys):
+    return attention(self, *args, **keys)[0], "more"
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _writes_over_its_output,
+        _writes_over_an_input,
+        _takes_its_inputs_from_memory_that_it_uses_again,
+        _gives_outputs_in_memory_that_it_uses_again,
+        _calls_its_last_layer_again,
+        _returns_more,
+    ],
+)
+@TARGETS
+def test_attention_of_every_kind_gives_the_bits_that_it_gives_where_nothing_is_kept(forward, target, monkeypatch):
+    if forward is _gives_outputs_in_memory_that_it_uses_again and isinstance(target, StreamTarget):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="target=layer"):
+            patch.setattr(LlamaAttention, "forward", forward)
+            prune(network("llama"), target)
+        return
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    found = told(prune(network("llama"), target, held_out=tokens(6)))
+    monkeypatch.setattr(replay, "free_device", lambda device: 0)
+    assert told(prune(network("llama"), target, held_out=tokens(6))) == found
+
+
+@TARGETS
+def test_an_excluded_part_behind_layers_that_are_still_open_is_run_again(target, monkeypatch):
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.linear(hidden)
+
+    def forward(self, hidden_states, **keys):
+        hidden = self.input_layernorm(hidden_states)
+        behind = hidden_states + self.self_attn(hidden_states=hidden, **keys)[0]
+        return behind + self.middle(behind) + self.mlp(hidden)
+
+    def made() -> nn.Module:
+        model = network("llama")
+        for block in model.model.layers:
+            block.middle = Middle().to(next(model.parameters()).dtype)
+            nn.init.orthogonal_(block.middle.linear.weight, generator=torch.Generator().manual_seed(0))
+        return model
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    selection = Selection(exclude=("*middle*",))
+    found = told(prune(made(), target, selection=selection))
+    monkeypatch.setattr(replay, "free_device", lambda device: 0)
+    assert told(prune(made(), target, selection=selection)) == found
+
+
+def test_a_block_is_captured_at_once_where_a_writer_is_left_dense():
+    """Its readers come behind the last writer that is fitted."""
+    selection = Selection(exclude=("*down_proj",))
+    result = prune(network("llama"), StreamTarget(), selection=selection, capture="block")
+    assert {row.name.rpartition(".")[2] for row in result.layers} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    }  # fmt: skip
 
 
 def test_inference_mode_gives_the_same():
