@@ -347,7 +347,8 @@ def _memory_lines(settings: Settings) -> list[str]:
         read = windows.nsamples + _fresh(settings) + windows.data.holdout
         width = getattr(settings.model.config, "hidden_size", 0)
         states = read * windows.seqlen * width * settings.itemsize
-        rest = max(rest, distilling + states - held) if place_of == "host" else rest
+        there = states if settings.hidden_states != "disk" else 0
+        rest = max(rest, distilling + there - held) if place_of == "host" else rest
         lines.append(f"           {_bytes(states)} for the dense model's hidden states (hidden_states says where)")
     what = "three blocks and what lies outside them" if streamed else "the model"
     lines.append(f"host       about {_bytes(held + rest)}: {_bytes(held)} for {what}, {_bytes(rest)} for the rest")

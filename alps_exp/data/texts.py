@@ -378,7 +378,8 @@ def _is_text(kind) -> bool:
 def _no_column(where: str, column: str, has: list[str]) -> UserError:
     if not has:
         return UserError(f"{where} has no text column {column!r}, nor any other: give a file with a text in each row")
-    return UserError(f"{where} has no text column {column!r}; set data.column to one of: {', '.join(has)}")
+    remedy = "give one of these that name" if where.startswith("finish.") else "set data.column to one of"
+    return UserError(f"{where} has no text column {column!r}; {remedy}: {', '.join(has)}")
 
 
 def _no_text(where: str, column: str, kind: str) -> UserError:

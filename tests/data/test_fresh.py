@@ -15,6 +15,7 @@ from alps_exp.cli.overrides import compose
 from alps_exp.cli.plan import plan
 from alps_exp.data.fresh import RUN, Spoken, fresh_tokens
 from alps_exp.data.settings import DataSettings
+from alps_exp.data.texts import calibration_text
 from alps_exp.runs.naming import Configuration
 from alps_exp.runs.settings import resolve
 
@@ -170,3 +171,14 @@ def test_python_gives_the_windows_themselves(tiny_opt):
         prune_model(model, ids[:3], "magnitude", finish="distil", held_out=ids[3:5], fresh=ids[3:])
     record = prune_model(model, ids[:3], "magnitude", finish="distil", **options)
     assert record["finish"]["distil"]["fresh_tokens"] == 4 * 16
+
+
+def test_a_file_to_finish_on_without_a_column_of_texts_is_told_what_works(tmp_path):
+    """`data.column` is of the text to calibrate on."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"body": "some words"}\n')
+    data = dataclasses.replace(DataSettings.named("local"), path=str(file))
+    with pytest.raises(UserError, match=r"^finish.path=.*'text'; give one of these that name: body$"):
+        calibration_text(data, "finish")
+    with pytest.raises(UserError, match=r"^data.path=.*'text'; set data.column to one of: body$"):
+        calibration_text(data)
